@@ -1,7 +1,7 @@
-"""The archives of checkpoints that a release has beside the wheel: which there are, how one is packed and unpacked.
+"""The checkpoint archives of a release: their names, and how to pack and unpack one.
 
-checkpoints/archives.json names them, with the size and the hash of each; `python -m tests.release` writes it. Nothing
-is fetched here.
+checkpoints/archives.json lists their sizes and hashes; `python -m tests.release` writes it. This module downloads
+nothing.
 """
 
 import io
@@ -11,14 +11,14 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"  # comes with tminus, installed or not
+PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"  # part of the package, installed or not
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive that this version knows; one of other bytes is another."""
+    """An archive that this version knows by its hash."""
 
-    about: str  # a line for those who choose
+    about: str  # a line that helps to choose
     size_bytes: int
     sha256: str
 
@@ -27,12 +27,12 @@ class Archive:
 class Release:
     """The release of this version."""
 
-    address: str  # of its files
-    archives: dict[str, Archive]  # by the checkpoint's name
+    address: str  # the base URL of its files
+    archives: dict[str, Archive]  # keys are checkpoint names
 
 
 def release() -> Release:
-    """Read what is known of the release of this version."""
+    """Read checkpoints/archives.json."""
     pins = json.loads(PINS.read_text("utf-8"))
     return Release(pins["address"], {name: Archive(**pinned) for name, pinned in pins["archives"].items()})
 
@@ -43,24 +43,25 @@ def file_name(checkpoint: str) -> str:
 
 
 def pack(folder: Path) -> bytes:
-    """Pack a checkpoint under its folder's name: the same bytes for the same files, whoever packs them and when.
+    """Pack a checkpoint under its folder's name. The same files always give the same bytes.
 
-    Not compressed: weights hardly get smaller, and compressors differ in their bytes.
+    The archive is not compressed: weights hardly shrink, and compressors differ in their bytes.
     """
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as packed:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             data = file.read_bytes()
-            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # with no time and no owner
+            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # has no time and no owner
             member.size = len(data)
             packed.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 
 def unpack(file: Path, into: Path) -> None:
-    """Write the files of an archive below a folder, without its modes, owners and times.
+    """Extract an archive below a folder, without its modes, owners and times.
 
-    Raises ValueError for what is no archive, and for a member that is no plain file or would lie elsewhere.
+    Raises ValueError for a file that is no archive, and for a member that is no plain file or points outside the
+    folder.
     """
     try:
         with tarfile.open(file, "r:") as packed:

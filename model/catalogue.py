@@ -1,6 +1,6 @@
-"""The samplers by name: the use, the passes and the timesteps of each. No torch.
+"""The samplers by name: when to use each, its passes and its timesteps. Imports no torch.
 
-The service counts with these facts; model/solvers.py has the coefficients. Recommended settings are here too.
+The service counts passes with these facts; model/solvers.py has the coefficients. Recommended settings are here too.
 """
 
 from collections.abc import Mapping
@@ -15,35 +15,36 @@ MAX_GUIDANCE = 50.0
 class SamplerFacts:
     """One sampler."""
 
-    when: str  # when to use it, for users
+    when: str  # advice for users
     source: str
-    good_steps: int  # of a request that names the sampler alone
+    good_steps: int  # the default of a request that names the sampler and no steps
     passes_per_step: int = 1
-    passes_to_start: int = 0  # beyond those, for the first `steps_to_start` steps; only where more steps follow
+    passes_to_start: int = 0  # extra passes of each of the first `steps_to_start` steps; only where more steps follow
     steps_to_start: int = 1
     leaves_out_cleanest: bool = False  # leading and linspace spread one point more, as diffusers' multistep solvers do
-    fractional: bool = False  # whether it visits timesteps between whole ones, where the network takes them
-    spacing: str | None = None  # its own, where the checkpoint's config is of another kind of sampler
+    fractional: bool = False  # whether it visits fractional timesteps, if the network takes them
+    spacing: str | None = None  # its default spacing, if the checkpoint's config is of another kind of sampler
     noise: Literal["none", "eta", "always"] = (
-        "none"  # whether all steps but the last add some; eta: where it is above 0
+        "none"  # whether all steps but the last add noise; eta: only if eta is above 0
     )
-    looks_back: int = 0  # how many earlier predictions of x_0 the mean of a step that adds noise depends on
+    looks_back: int = 0  # the number of earlier predictions of x_0 in the mean of a step that adds noise
     needs_signal: bool = False  # its first step is not defined at alpha_bar = 0
-    may_end_at_alpha_bar_0: bool = False  # instead of at 1, where the config has set_alpha_to_one false
+    # the last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false
+    may_end_at_alpha_bar_0: bool = False
 
     @property
     def can_teach(self) -> bool:
-        """Whether x_T determines x_0, by one pass a step: such samplers teach tables and students."""
+        """Whether x_T determines x_0, by one pass a step. Only such samplers teach tables and students."""
         return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
-        """How often a row goes through the network, unguided. The last step of heun takes one pass."""
+        """Return the passes of a row through the network, unguided. The last step of heun takes one pass."""
         if steps < 2:
             return steps
         return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)
 
     def max_steps(self, num_timesteps: int) -> int:
-        """How many steps are at most T passes, for T timesteps."""
+        """Return the largest number of steps that takes at most T passes, for T timesteps."""
         most = (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1
         if most > self.steps_to_start:
             return most
@@ -143,8 +144,8 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
 }
-TABLE_SAMPLERS = ("tuned", "consistency")  # of checkpoints that have tables for them, see sampler_tables.py
-SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # of every checkpoint
+TABLE_SAMPLERS = ("tuned", "consistency")  # only for checkpoints with tables for them, see sampler_tables.py
+SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # available for every checkpoint
 TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for tune and distill
 
 
@@ -158,7 +159,7 @@ class Recommended:
 
     @classmethod
     def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
-        """Check the member of tminus.json. Raises ValueError, which names the field, its bound and its value."""
+        """Check this member of tminus.json. Raises ValueError, which names the field, its bound and its value."""
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
             if not ok:
@@ -174,7 +175,7 @@ class Recommended:
         known = isinstance(sampler, str) and sampler in SAMPLER_FACTS
         require(known, "recommended sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
-        whole = type(steps) is int and 1 <= steps <= most  # True is an int, and no number of steps
+        whole = type(steps) is int and 1 <= steps <= most  # True is an int, but no number of steps
         require(whole, "recommended steps", f"an integer in 1..{most}", steps)
         number = type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
         require(number, "recommended guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
@@ -182,15 +183,15 @@ class Recommended:
         return cls(sampler, steps, float(guidance))
 
     def __str__(self) -> str:
-        """Say it for people: `20 steps of dpmpp_2m, guidance 1.5`."""
+        """Format the settings for people: `20 steps of dpmpp_2m, guidance 1.5`."""
         guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
-    """Return the settings of a sampler where none are recommended: its good number of steps, unguided.
+    """Return a sampler's settings for a checkpoint that recommends none: its good number of steps, unguided.
 
-    num_timesteps: bounds the steps. Without a name it is the sampler to begin with.
+    num_timesteps: bounds the steps. Without a name the default sampler is used.
     """
     facts = SAMPLER_FACTS[sampler]
     return Recommended(sampler, min(facts.good_steps, facts.max_steps(num_timesteps)))

@@ -64,21 +64,21 @@ LAYOUTS = (
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = AUTOENCODERS[0]
-# A mel converts spectrograms to sound: it changes no image.
+# A mel turns spectrograms into sound. It does not change images.
 OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
     "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
-    "KarrasEDMScheduler": "KarrasEDMPipeline",  # of a pull request, as the scheduler
+    "KarrasEDMScheduler": "KarrasEDMPipeline",  # from a pull request, like the scheduler
 }
-DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
+DIFFUSERS_VERSION = "0.30.0"  # written to model_index.json; the layout has not changed since
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The classes in tminus.json. null_class is the label that means 'no class' (the e_u of guidance)."""
+    """The classes in tminus.json. null_class is the label that means "no class", for guidance."""
 
     class_names: tuple[str, ...] = ()
     null_class: int | None = None
@@ -91,7 +91,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class TminusJson:
-    """The members of a checkpoint's tminus.json. Each method reads one of its members, and raises CheckpointError."""
+    """The members of a checkpoint's tminus.json. Each method reads one member, and raises CheckpointError."""
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class TminusJson:
             raise CheckpointError(f"{self.file}: {name} must be {bound}, got {self.values.get(name)!r:.500}")
 
     def labels(self, unet: NetConfig) -> Labels:
-        """The classes; without names they are numbered. The null class comes last, see `null_last`."""
+        """The classes. A class without a name gets its number; the null class comes last, see `null_last`."""
         embeds = unet.num_class_embeds
         if embeds is None:
             return Labels()
@@ -122,7 +122,7 @@ class TminusJson:
         return Labels(tuple(map(str, names)), embeds - 1 if null is not None else None)
 
     def null_last(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights with the null class, whichever label it was trained as, last; the others keep their order."""
+        """Return the weights with the null class's embedding last. The other classes keep their order."""
         null, table = self.values.get("null_class"), state.get(CLASS_TABLE)
         if null is None or table is None:
             return dict(state)
@@ -156,29 +156,29 @@ class TminusJson:
         return student
 
     def folded_guidance(self) -> float:
-        """The guidance that the weights have in them, as `train` and `distill` fold it; 1 is none.
+        """The guidance that is folded into the weights by `train` or `distill`; 1 if there is none.
 
-        Students of earlier versions tell it as their `guidance` alone.
+        Students of earlier versions have it as `guidance` only.
         """
         folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
     def trained_on(self) -> str | None:
-        """The name of the images that it was trained on; None where the file does not say."""
+        """The name of the training images; None if the file does not say."""
         provenance = self.values.get("provenance", {})
         self.require(isinstance(provenance, dict), "provenance", "an object")
         return str(provenance["data"]) if provenance.get("data") else None
 
     def alpha(self, channels: int) -> bool:
-        """Whether the last channel of an image is alpha: of four it is, unless the file says otherwise."""
+        """Whether the last of four channels is alpha. It is, unless the file says otherwise."""
         alpha = self.values.get("alpha", channels == RGBA)
         bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
         self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
         return bool(alpha)
 
     def side_px(self) -> int:
-        """The side of images, where config.json has no sample_size."""
+        """The side of the images in pixels, for a config.json without sample_size."""
         size: Any = self.values.get("size_px")
         if not is_count(size):
             folder = self.file.parent
@@ -187,7 +187,7 @@ class TminusJson:
 
 
 def check_layout(folder: Path) -> str | None:
-    """Raise CheckpointError for a path that cannot be loaded; returns the scheduler's class in model_index.json."""
+    """Return the scheduler's class in model_index.json. Raises CheckpointError for a path that cannot be loaded."""
     if folder.is_file():
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
@@ -222,7 +222,7 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError if it cannot be served.
+    """Read a folder's model_index.json, empty if it is missing. Raises CheckpointError if it cannot be served.
 
     A pipeline of another class is served if its parts are a U-Net and a scheduler.
     """
@@ -246,13 +246,13 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """The classes of a pipeline's parts by their names, without parts that are null."""
+    """Return the classes of a pipeline's parts by their names, without null parts."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
 
 
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Why a pipeline with these parts cannot be served; empty where it can."""
+    """Return why a pipeline with these parts cannot be served; empty if it can."""
     parts = _parts(index)
     if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
         return "it makes images of text, and a class is all that is taken here"
@@ -266,14 +266,14 @@ def _why_not(index: Mapping[str, Any]) -> str:
 
 
 def find_scheduler(folder: Path) -> Path:
-    """The path of a folder's scheduler_config.json, which may be missing."""
+    """Return the path of a folder's scheduler_config.json, which may be missing."""
     nested = folder / "scheduler" / "scheduler_config.json"
     return nested if nested.is_file() else folder / "scheduler_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded model: the network in float32 on the CPU in eval mode, and all else that sampling needs."""
+    """A loaded model: the network in float32 on the CPU in eval mode, and everything else that sampling needs."""
 
     net: Denoiser
     noise: NoiseConfig
@@ -283,18 +283,18 @@ class Checkpoint:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     approved: Mapping[tuple[str, str], float | None] = field(default_factory=dict)
-    """(executor, precision) that a check approved for these weights, each with its relative error, if known."""
+    """The approved pairs (executor, precision) of these weights, each with its relative error, if known."""
     recommended: Recommended | None = None
-    """The recommendation of its tminus.json, if any; see `settings`."""
+    """The settings that its tminus.json recommends, if any; see `settings`."""
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
     """A line for each file of samplers/ that is not used: its name and the reason."""
     student: Mapping[str, Any] | None = None
-    """Facts about a student, which is sampled by its own tables alone; None for other networks."""
+    """Facts about a student; None for other networks. A student is sampled only by its own tables."""
     autoencoder: Autoencoder | None = None
     """The autoencoder of a latent model."""
     folded_guidance: float = 1.0
-    """The guidance in the weights. A request's own multiplies it; for a student there is none."""
+    """The guidance folded into the weights. A request's guidance multiplies it; a student takes no guidance."""
     alpha: bool = False
     """Whether the fourth and last channel of an image is alpha."""
 
@@ -313,20 +313,20 @@ class Checkpoint:
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The samplers of the model: those without tables, and those of its tables; for a student only the latter."""
+        """The samplers of the model, with those of its tables. A student has only its tables' samplers."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
 
     @property
     def default_sampler(self) -> str:
-        """The sampler of its scheduler_config.json; of a student that of its tables."""
+        """The sampler in scheduler_config.json; for a student the sampler of its tables."""
         return self.noise.default_sampler if self.student is None else self.samplers[0]
 
     @property
     def settings(self) -> Recommended:
-        """The sampler, steps and guidance to sample it with: recommended by its tminus.json, or else the usual ones.
+        """The default sampler, steps and guidance: recommended by tminus.json, or else the usual ones.
 
-        For a student the usual ones are of the table that is nearest to the usual number of steps.
+        A student's usual settings are those of the table with the nearest number of steps.
         """
         if self.recommended is not None:
             return self.recommended
@@ -338,7 +338,7 @@ class Checkpoint:
 
     @property
     def fractional(self) -> bool:
-        """Whether the network takes timesteps between whole ones."""
+        """Whether the network takes fractional timesteps."""
         return self.net.fractional
 
     def plan(
@@ -352,7 +352,7 @@ class Checkpoint:
         spacing: str | None = None,
         start: int = 0,
     ) -> Plan:
-        """Compile a sampler, of any kind (see `compile_plan`). Raises ValueError, also where there is no such table."""
+        """Compile a sampler of any kind, see `compile_plan`. Raises ValueError, also if a table is missing."""
         schedule = self.noise.schedule()
         if sampler not in TABLE_SAMPLERS:
             return compile_plan(
@@ -398,17 +398,17 @@ class Needs:
 
     @property
     def loading_bytes(self) -> int:
-        """An estimate of the peak while it is loaded, with the weights twice."""
+        """The estimated peak of bytes during loading, when the weights are in memory twice."""
         return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
 
     @property
     def serving_bytes(self) -> int:
-        """An estimate while it is served, with the weights once."""
+        """The estimated bytes during serving, with the weights in memory once."""
         return self.weights_bytes + self.pass_bytes + self.coding_bytes
 
 
 def needs_of(folder: Path) -> Needs:
-    """Estimate the memory of a checkpoint folder, before its weights are read. Raises CheckpointError."""
+    """Estimate the memory of a checkpoint folder before its weights are read. Raises CheckpointError."""
     try:
         unet, _, _, autoencoder = _read_configs(folder)
         with torch.device("meta"):
@@ -429,7 +429,7 @@ def needs_of(folder: Path) -> Needs:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint folder. Raises CheckpointError with one clear line where it cannot be served."""
+    """Load a checkpoint folder. Raises CheckpointError, with one clear line, if it cannot be served."""
     try:
         return _load(folder)
     except OSError as error:
@@ -437,24 +437,25 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, AutoencoderConfig | None]:
-    """Read all but the weights."""
+    """Read everything but the weights."""
     scheduler_class = check_layout(folder)
     autoencoder_folder = find_autoencoder(folder)
     tminus_json = TminusJson.read(folder)
     try:
         unet = read_net_config(read_json(unet_folder_of(folder) / "config.json"))
         scheduler = read_json(find_scheduler(folder))
-        if autoencoder_folder is not None:  # latents have no bounds: they are clipped only where that is said
+        if autoencoder_folder is not None:  # latents have no bounds: they are clipped only if the config says so
             scheduler.setdefault("clip_sample", False)
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
         if noise.family == "ve":
-            # Only of such a network is it known that its images are in [0, 1].
+            # Only a network with this scaling is known to make images in [0, 1].
             if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
-        elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":  # diffusers divides by its time
+        # diffusers divides the output by the time
+        elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":
             wanted = "positional or learned without a ScoreSdeVeScheduler"
             raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
@@ -548,9 +549,9 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
 
 
 def fitting_network(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> Denoiser:
-    """Build the network of these weights on the meta device, without values.
+    """Build the network for these weights on the meta device, without values.
 
-    Raises CheckpointError for weights of another network, by the first name or shape that differs.
+    Raises CheckpointError for weights of another network, and names the first parameter that differs.
     """
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
@@ -579,11 +580,12 @@ def save_checkpoint(
     folded_guidance: float | None = None,
     alpha: bool | None = None,
 ) -> None:
-    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
+    """Write a folder that tminus loads. diffusers loads it too, if it has such a network. Each file is written
+    atomically.
 
-    alpha: whether the last of four channels is alpha; None: as it is if nothing says so.
+    alpha: whether the last of four channels is alpha; None writes nothing about it.
 
-    Raises CheckpointError where an autoencoder lies in the folder, and this model has none.
+    Raises CheckpointError if the folder holds an autoencoder and this model has none.
     """
     check_place(folder, autoencoder)
     scheduler_class = noise.to_dict()["_class_name"]
@@ -595,8 +597,8 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        # At each save, though it does not change while the network is trained: another may lie there of an earlier run,
-        # and to compare the two takes longer.
+        # The autoencoder is written at each save, though training does not change it: the folder may hold another one
+        # from an earlier run, and comparing the two takes longer.
         save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta: dict[str, Any] = {
         "name": folder.resolve().name,
@@ -622,19 +624,19 @@ def save_checkpoint(
 
 
 def recommend(folder: Path, recommended: Recommended) -> None:
-    """Write the recommended settings into tminus.json. The weights and their hash stay the same."""
+    """Write the recommended settings to tminus.json. The weights and their hash stay the same."""
     tminus_json = TminusJson.read(folder)
     write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:
-    """Return the relative error of outputs when they were approved; None where it is unknown."""
+    """Return the relative error measured at approval; None if unknown."""
     error = check.get("relative_error")
     return error if isinstance(error, float) and 0 < error < 1 else None
 
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
-    """Add an approval to tminus.json: the executor, precision and weights_hash it holds for, and the figures."""
+    """Add an approval to tminus.json: the executor, the precision, the weights_hash it is valid for, and figures."""
     tminus_json = TminusJson.read(folder)
     same = ("executor", "precision", "weights_hash")
     others = [old for old in tminus_json.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]

@@ -1,14 +1,14 @@
-"""The base of configurations: checks that name the field, its bound and its value, and fields read from JSON."""
+"""The base class of configurations: reads fields from JSON; checks name the field, its bound and its value."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-MAX_COUNT = 2**31 - 1  # what a 32-bit integer holds
-LARGEST = 1e30  # of a number that is not counted
+MAX_COUNT = 2**31 - 1  # the largest 32-bit integer
+LARGEST = 1e30  # bound of a number that is not a count
 
 
 class Checked:
-    """A frozen dataclass that checks its fields when it is made. Raises ValueError."""
+    """A frozen dataclass that checks its fields when it is created. Raises ValueError."""
 
     __slots__ = ()
 
@@ -60,7 +60,7 @@ class Checked:
         self.require(isinstance(value, str) and value in names, field, f"among {', '.join(names)}")
 
     def require_names(self, field: str, count: int, *names: str) -> None:
-        """The field must be a list of so many names, each one of these."""
+        """The field must be a list of this length, of names from `allowed`."""
         value = getattr(self, field)
         ok = isinstance(value, tuple) and len(value) == count and all(name in names for name in value)
         self.require(ok, field, f"a list of {count} names among {', '.join(names)}")
@@ -85,9 +85,9 @@ def is_number(value: object) -> bool:
 
 
 def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config of diffusers, without private ones (`_…`) and those in `_use_default_values`.
+    """Return the fields of a diffusers config, without private ones (`_…`) and those in `_use_default_values`.
 
-    Raises ValueError where `_use_default_values` is not a list of names.
+    Raises ValueError if `_use_default_values` is not a list of names.
     """
     defaulted = config.get("_use_default_values", [])
     if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):

@@ -16,9 +16,9 @@ MAX_STEPS = 8
 
 
 def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Mapping[str, Any] | None = None) -> Table:
-    """Make the table of these timesteps, falling: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
+    """Make the table of these decreasing timesteps: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
 
-    The last step gives x0. Guidance is 1: that of a student is in its weights.
+    The last step gives x0. Guidance is 1: a student's guidance is folded into its weights.
     """
     reached = noise.schedule().alpha_bar_at(timesteps)[1:]
     sigma_min = noise.sigma_min if noise.is_consistency else 0.0

@@ -13,17 +13,17 @@ from tminus.model.config import Checked, given_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetConfig(Checked):
-    """The configuration of a network, which config.json holds: its images, channels and classes."""
+    """The configuration of a network, as config.json holds it: its images, channels and classes."""
 
     CLASS_NAME: ClassVar[str] = ""
 
     sample_size: int | tuple[int, int] | None = None
-    """The side of the input, or (height, width); None where the config does not say."""
+    """The side of the input, or (height, width); None if the config does not say."""
     in_channels: int = 3
     out_channels: int = 3
-    """Twice as many where the variance is learned."""
+    """The output's channels; twice the input's if the variance is learned."""
     num_class_embeds: int | None = None
-    """The number of classes, with the null class, which is the last; None for a network without classes."""
+    """The number of classes with the null class, which is the last; None for a network without classes."""
 
     def __post_init__(self) -> None:
         self.require_counts("in_channels", "out_channels")
@@ -36,13 +36,13 @@ class NetConfig(Checked):
 
     @property
     def size_px(self) -> tuple[int, int] | None:
-        """(height, width), or None where the config does not say."""
+        """(height, width), or None if the config does not say."""
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
     @property
     @abstractmethod
     def size_multiple(self) -> int:
-        """Height and width must divide by this."""
+        """Height and width must be multiples of this."""
 
     @property
     @abstractmethod
@@ -55,7 +55,7 @@ class NetConfig(Checked):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Read a config.json. Raises ValueError for a field that is not known, and one that is missing."""
+        """Read a config.json. Raises ValueError for an unknown or a missing field."""
         values = given_fields(config)
         if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
             name = min(unknown)
@@ -70,7 +70,7 @@ class NetConfig(Checked):
 class Denoiser(nn.Module):
     """f(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W].
 
-    A timestep and a class enter by one vector, so that a forward pass is `denoise(x, embed(t, class))`.
+    Timestep and class enter as one vector: a forward pass is `denoise(x, embed(t, class))`.
     """
 
     config: NetConfig
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
 
     @property
     def fractional(self) -> bool:
-        """Whether it takes timesteps between whole ones."""
+        """Whether the network takes fractional timesteps."""
         return True
 
     @abstractmethod
@@ -104,9 +104,9 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """Everything after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
+        """Run the network after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
 
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
-        """The modules whose outputs are the features of an image; a tuple's first output counts."""
+        """The modules whose outputs serve as features of an image. If an output is a tuple, its first member counts."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: JSON read within bounds, files written whole. Any file may be damaged."""
+"""The files of a checkpoint folder: reads JSON within bounds, and writes files atomically. Any file may be damaged."""
 
 import json
 import os
@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-WEIGHTS_NAME = "diffusion_pytorch_model"  # as diffusers calls the file of weights
-AUTOENCODERS = ("vqvae", "vae")  # folders in a checkpoint: LDMPipeline's name, whatever the class, and that of others
+WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of the weights file
+AUTOENCODERS = ("vqvae", "vae")  # LDMPipeline's folder of the autoencoder, and the folder of other pipelines
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder cannot be served; the message names the file and the fault.
+    """A checkpoint folder cannot be served. The message names the file and the fault.
 
     A message that quotes a file may be megabytes long, so it is cut.
     """
@@ -40,13 +40,13 @@ def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened for a message of ours."""
+    """Return the first line of an error's message, shortened to fit in a message of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `file`, sync, and rename over it: a reader or a crash sees the old file or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.part")  # always the same name: a file left by a kill is overwritten
+    """Write to a temporary file, sync, and rename it: readers see the old file or the new one, even after a crash."""
+    temporary = file.with_name(f".{file.name}.part")  # the name never changes, so a file left by a kill is overwritten
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -57,15 +57,15 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Write bytes, whole or not at all."""
+    """Write bytes atomically."""
     write_atomically(file, lambda path: path.write_bytes(data))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
+    """Write a text atomically."""
     write_bytes(file, text.encode("utf-8", errors="replace"))
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
+    """Write a JSON object atomically."""
     write_text(file, json.dumps(value, indent=2) + "\n")

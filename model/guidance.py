@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): two outputs of a network, with and without the class, become one."""
+"""Classifier-free guidance (Ho & Salimans 2022): combines the outputs with and without the class."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A U-Net, however it is run: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
+"""A U-Net, in any executor: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
 
 
 def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
-    """Classifier-free guidance, out_u + g (out_c - out_u); g = 1 + w of Ho & Salimans 2022, eq. 6.
+    """Return out_u + g (out_c - out_u); g = 1 + w in Ho & Salimans 2022, eq. 6.
 
-    Only the first `channels` are guided (None: all); the rest, the v of a learned variance, is taken from out_c.
+    Only the first `channels` are guided (None: all). The rest, the v of a learned variance, comes from out_c.
     """
     if channels is None or channels == out_c.shape[1]:
         return out_u + guidance * (out_c - out_u)
@@ -22,10 +22,10 @@ def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int 
 
 
 def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int | None = None) -> Tensor:
-    """Bring guided outputs back towards the spread of the conditional ones (Lin et al. 2024, eq. 15 and 16).
+    """Rescale guided outputs towards the standard deviation of the conditional ones (Lin et al. 2024, eq. 15 and 16).
 
-    out (share std(out_c) / std(out) + 1 - share), each standard deviation over a row's first `channels`; all tensors
-    [B, C, H, W], share a number or [B, 1, 1, 1]. A row's bits depend on nothing beside it.
+    Returns out (share std(out_c) / std(out) + 1 - share). Each standard deviation is over a row's first `channels`.
+    All tensors are [B, C, H, W]; share is a number or [B, 1, 1, 1]. A row's bits do not depend on the other rows.
     """
     ratio = (_variance(out_c[:, :channels]) / _variance(guided[:, :channels]).clamp(min=1e-20)).sqrt()
     factor = share * ratio.reshape(-1, 1, 1, 1) + (1 - share)
@@ -35,7 +35,7 @@ def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int 
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Variances over all but the first dimension, [B, ...] -> [B]; the sums of torch itself differ with the batch."""
+    """Return the variances over all but the first dimension, [B, ...] -> [B]. torch's own sums depend on the batch."""
     flat = x.flatten(1)
     mean = _sum(flat) / flat.shape[1]
     return _sum((flat - mean[:, None]).square()) / flat.shape[1]
@@ -60,7 +60,7 @@ def guided(
     guidance: float,
     guidance_rescale: float = 0.0,
 ) -> Tensor:
-    """Run the network on rows of one guidance; guided ones go through it twice, in one pass."""
+    """Run the network on rows that share one guidance. Guided rows go through it twice, in one pass."""
     if guidance == 1.0 or class_labels is None or null_class is None:
         return net(x, t, class_labels)
     both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])

@@ -1,7 +1,7 @@
 """Checkpoints of the Hugging Face hub by their ids: `owner/name`, or `owner/name@revision`.
 
-huggingface_hub, an extra, fetches them into its own cache. What is here chooses the files of a checkpoint, checks that
-none is missing, and takes the newest commit of the cache where the hub cannot be asked.
+huggingface_hub, an extra, downloads them into its own cache. This module chooses the files of a checkpoint, checks
+that none is missing, and uses the newest cached commit if the hub is unreachable.
 """
 
 import errno
@@ -16,7 +16,7 @@ from tminus.model.files import AUTOENCODERS, WEIGHTS_NAME, CheckpointError, firs
 
 log = logging.getLogger(__name__)
 
-PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"  # of an id, as huggingface_hub has it
+PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"  # huggingface_hub's pattern of one part of an id
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@([A-Za-z0-9_][A-Za-z0-9._/-]{{0,199}}))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PARTS = ("", "unet/", *(f"{part}/" for part in AUTOENCODERS))  # folders with weights and a config.json
@@ -24,7 +24,7 @@ JSON_FILES = (
     *("model_index.json", "tminus.json", "scheduler_config.json", "scheduler/scheduler_config.json", "samplers/*.json"),
     *(f"{part}{name}" for part in PARTS for name in ("config.json", f"{WEIGHTS_NAME}*.index*.json")),
 )
-# Patterns of files, tried until no part is missing. A variant, as .fp16 is, comes after plain weights, and a .bin last.
+# Patterns of files, tried until no part is missing. A variant such as .fp16 comes after plain weights, and .bin last.
 WEIGHTS = (
     (f"{WEIGHTS_NAME}.safetensors", f"{WEIGHTS_NAME}-*-of-*.safetensors"),
     (f"{WEIGHTS_NAME}*.safetensors",),
@@ -47,12 +47,12 @@ class HubId:
 
     @property
     def name(self) -> str:
-        """The name of a model that has no other."""
+        """The default name of the model."""
         return self.repository.partition("/")[2]
 
     @property
     def commit(self) -> str | None:
-        """The commit, where the revision is one; its files never change."""
+        """The commit, if the revision is one. Its files never change."""
         return self.revision if self.revision is not None and COMMIT.fullmatch(self.revision) else None
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ def path_or_id(name: str | Path) -> Path | HubId:
 
 
 def checkpoint_folder(name: str | Path | HubId) -> Path:
-    """Return the folder of a checkpoint, by its path or hub id; fetches missing files. Raises CheckpointError."""
+    """Return the folder of a checkpoint from its path or hub id; downloads missing files. Raises CheckpointError."""
     found = name if isinstance(name, HubId) else path_or_id(name)
     return _fetched(found) if isinstance(found, HubId) else found
 
 
 def hub_name(folder: Path) -> str | None:
-    """Return the name of the model that a folder of the hub's cache holds; None for other folders."""
+    """Return the model's name for a folder of the hub's cache; None for other folders."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -81,16 +81,16 @@ def hub_name(folder: Path) -> str | None:
 
 
 def _fetched(hub_id: HubId) -> Path:
-    """Return the folder in the cache, after fetching the files that are missing.
+    """Download missing files, and return the folder in the cache.
 
-    Only a checkpoint's JSON files and weights are fetched, and no code.
+    Only a checkpoint's JSON files and weights are downloaded, no code.
     """
     hub = _client(hub_id)
     if hub_id.commit is not None and (folder := _cached(hub_id)) is not None:
         log.info("%s is in the cache: %s", hub_id, folder)
         return folder
     try:
-        # snapshot_download waits for a hub that does not answer.
+        # snapshot_download waits for ever for a hub that does not answer.
         hub.HfApi().model_info(hub_id.repository, revision=hub_id.revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
         for weights in WEIGHTS:
             patterns = [*JSON_FILES, *(f"{part}{name}" for part in PARTS for name in weights)]
@@ -110,7 +110,7 @@ def _fetched(hub_id: HubId) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """Return the folder of a revision in the cache, without a call of the hub; None where a part is missing."""
+    """Return the cached folder of a revision, without asking the hub; None if a part is missing."""
     hub = _client(hub_id)
     try:
         folder = hub.snapshot_download(
@@ -122,9 +122,9 @@ def _cached(hub_id: HubId) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all parts of a checkpoint are in a folder of the cache, where a fetch may have ended half way.
+    """Whether a cached folder has all parts of a checkpoint. A download may have stopped half way.
 
-    Each file that is there is complete: huggingface_hub moves a file into place when it has all of it.
+    Each present file is complete: huggingface_hub moves a file into place after the last byte.
     """
     try:
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
@@ -143,9 +143,9 @@ def _part_is_whole(folder: Path) -> bool:
 
 
 def _client(hub_id: HubId) -> Any:
-    """Import huggingface_hub. Raises CheckpointError where it is not installed."""
+    """Import huggingface_hub. Raises CheckpointError if it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("httpx", "httpx2"):  # a line for each request
+    for name in ("httpx", "httpx2"):  # these log a line for each request
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         import huggingface_hub
@@ -159,13 +159,13 @@ def _client(hub_id: HubId) -> Any:
 
 
 def _why_unreachable(hub_id: HubId, error: Exception) -> str:
-    """Say why the hub cannot be asked. Raises CheckpointError where it was asked, and refuses.
+    """Return why the hub is unreachable. Raises CheckpointError if the hub answered with a refusal.
 
-    huggingface_hub raises its own errors and those of the HTTP client that it uses.
+    huggingface_hub raises its own errors and those of its HTTP client.
     """
     errors = _client(hub_id).errors
     while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the failure of the request
+        error = error.__cause__  # the request's own failure
     endpoint = _client(hub_id).constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     refusal = None

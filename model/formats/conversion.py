@@ -12,13 +12,13 @@ from tminus.model.files import CheckpointError
 from tminus.model.formats.flags import FACTS, OF_SIGMA, flag
 from tminus.model.noise import NoiseConfig
 
-HO_TIMESTEPS = 1000  # for which the linear schedule's betas were made; some projects scale them for other T
+HO_TIMESTEPS = 1000  # the T of the linear schedule's usual betas; some projects scale the betas for another T
 HO_BETAS = (1e-4, 0.02)
 CLIPS = "x_0 is clipped to [-1, 1]"
 
 
 class MissingFacts(CheckpointError):
-    """A file is recognised, but facts are missing. `names`: those that the user has to add."""
+    """A file is recognised, but facts are missing. `names`: the facts that the user has to add."""
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
         self.what, self.names = what, tuple(names)
@@ -31,7 +31,7 @@ class MissingFacts(CheckpointError):
 
 
 class FactsError(ValueError):
-    """A fact is out of bounds, or does not belong to this format; the message names its flag."""
+    """A fact is out of bounds, or its format does not have it. The message names its flag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class GivenFacts:
             raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts for needed facts that are None, FactsError for facts that this format does not have."""
+        """Raise MissingFacts if a needed fact is None, and FactsError for a fact that this format does not have."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
@@ -74,23 +74,23 @@ class GivenFacts:
             raise MissingFacts(what, missing)
 
     def needed_for_noise(self, *, learned: bool = False) -> list[str]:
-        """The facts that the noise of a network needs, where its file does not say."""
+        """The facts that the noise schedule needs, if the file does not have it."""
         needed = ["timesteps", "beta_schedule"]
-        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # whose ends differ from project to project
+        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # projects differ in the ends of these schedules
             needed += ["beta_start", "beta_end"]
         return [*needed, "prediction", *([] if learned else ["variance"])]
 
     def taken_for_noise(self) -> list[str]:
-        """The facts that the noise may also take."""
+        """The optional facts about the noise schedule."""
         return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
     def check_of_betas(self) -> None:
-        """Raise FactsError for a prediction of networks whose noise levels are no betas."""
+        """Raise FactsError for a prediction that belongs to networks without betas."""
         if self.prediction in OF_SIGMA:
             raise FactsError(f"--prediction {self.prediction} is for networks of OpenAI's consistency_models")
 
     def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
-        """The noise, once nothing is missing. scaled: the linear schedule's betas are, by 1000 / T."""
+        """Make the noise schedule, once nothing is missing. scaled: scale the linear schedule's betas by 1000 / T."""
         assert self.timesteps is not None
         self.check_of_betas()
         scale = HO_TIMESTEPS / self.timesteps if scaled and self.beta_schedule == "linear" else 1
@@ -105,7 +105,7 @@ class GivenFacts:
         )
 
     def noise_notes(self, noise: NoiseConfig) -> tuple[str, ...]:
-        """The defaults that were taken, for the user to check."""
+        """List the defaults that were taken, for the user to check."""
         betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
         usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
         return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))
@@ -113,19 +113,19 @@ class GivenFacts:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A checkpoint in our terms, for `save_checkpoint`."""
+    """A converted checkpoint, for `save_checkpoint`."""
 
-    format: str  # for people
+    format: str  # its name for people
     unet: NetConfig
     state: Mapping[str, Tensor]
     noise: NoiseConfig
     labels: Labels
     notes: tuple[str, ...] = ()
-    """Assumptions about what the files do not say, for the user to check."""
+    """Assumptions about facts that the files do not state, for the user to check."""
 
 
 def numbered(classes: int | None, *, null_class: bool = False) -> Labels:
-    """Make labels of numbered classes. null_class: the last of them means no class."""
+    """Make labels for numbered classes. null_class: whether the last one means "no class"."""
     if classes is None:
         return Labels()
     names = tuple(map(str, range(classes - null_class)))

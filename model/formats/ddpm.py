@@ -1,6 +1,6 @@
-"""The U-Net of Ho et al. 2020 in the PyTorch port pesser/pytorch_diffusion, and of code that kept its names.
+"""The U-Net of Ho et al. 2020 in the PyTorch port pesser/pytorch_diffusion, and in code that kept its names.
 
-A file holds a state dict and nothing else, as `ema_diffusion_cifar10_model/model-790000.ckpt`.
+A file holds only a state dict, for example `ema_diffusion_cifar10_model/model-790000.ckpt`.
 """
 
 import re
@@ -34,7 +34,7 @@ INSIDE = (
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is of this format."""
+    """Whether a state dict has this format."""
     return "temb.dense.0.weight" in state and "down.0.block.0.norm1.weight" in state
 
 
@@ -72,7 +72,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _name(key: str, levels: int) -> str:
-    """Our name of a key. Here `up` is numbered like `down`, from the widest images; ours in the order of the pass."""
+    """Return our name of a key. Files number `up` from the widest images; we number it in the order of the pass."""
     if match := re.match(r"up\.(\d+)\.", key):
         key = f"up.{levels - 1 - int(match[1])}.{key[match.end() :]}"
     for pattern, ours in RENAMES:
@@ -83,6 +83,6 @@ def _name(key: str, levels: int) -> str:
 
 
 def _linear(key: str, value: Tensor) -> Tensor:
-    """Attention's 1x1 convolutions are linear layers of ours."""
+    """Turn attention's 1x1 convolutions into our linear layers."""
     of_attention = re.search(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", key)
     return value.reshape(value.shape[:2]) if of_attention else value

@@ -1,4 +1,4 @@
-"""Describe a checkpoint in lines of text: a folder that tminus loads, or a file of another project."""
+"""Describes a checkpoint in lines of text: a folder that tminus loads, or a file of another project."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, to_float32
 
-# In place of missing facts, so that the rest can be described. Lines that depend on one of them are left out.
+# Stand-ins for missing facts, so that the rest can be described. Lines that depend on a stand-in are left out.
 ASSUMED = GivenFacts(
     image_size=1 << 8,
     timesteps=1000,
@@ -33,16 +33,16 @@ ASSUMED = GivenFacts(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The lines, and the model with its settings for sampling; None where something is missing."""
+    """The lines, the model and its settings. The model is None if facts are missing."""
 
     format: str
     lines: tuple[tuple[str, str], ...]
     checkpoint: Checkpoint | None = None
     settings: Recommended | None = None
     missing: tuple[str, ...] = ()
-    """Flags of `tminus convert` for facts that a file does not say."""
+    """Flags of `tminus convert` for facts that the file does not state."""
     notes: tuple[str, ...] = ()
-    """Assumptions about what a file does not say, for the user to check."""
+    """Assumptions about facts that the file does not state, for the user to check."""
 
 
 PREDICTS = {
@@ -117,13 +117,13 @@ def _of_foreign(file: Path, given: GivenFacts) -> Description:
 
 
 def images(count: int, size_px: tuple[int, int] | None) -> str:
-    """The size of images, and how many channels."""
+    """Describe the images' size and channels."""
     channels = "one channel" if count == 1 else f"{count} channels"
     return f"{size_px[0]}x{size_px[1]}, {channels}" if size_px is not None else channels
 
 
 def network_lines(unet: NetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The architecture, as far as it is known."""
+    """Describe the architecture, as far as it is known."""
     if isinstance(unet, UNetConfig):
         yield from _details(unet, missing)
     else:
@@ -148,7 +148,7 @@ def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def noise_lines(noise: NoiseConfig) -> Iterator[tuple[str, str]]:
-    """The noise schedule and what the network predicts."""
+    """Describe the noise schedule and the prediction type."""
     clip = f"x_0 is clipped to ±{noise.clip_sample_range:g}" if noise.clip_sample else "x_0 is not clipped"
     if noise.is_continuous:
         by = f"shift {noise.shift:g}" if noise.family == "flow" else f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"

@@ -1,4 +1,4 @@
-"""The facts about a checkpoint that its file may not say, as flags of `tminus convert`. No torch: --help reads them."""
+"""Facts about a checkpoint that its file may lack, as flags of `tminus convert`. No torch: --help imports this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class Fact:
 
     text: str
     choices: tuple[str, ...] = ()
-    largest: float | None = None  # of a number, whose least is 1, or above 0 if it is no whole one
+    largest: float | None = None  # the bound of a number; the least is 1, or above 0 for a float
     whole: bool = True
 
     @property
@@ -21,7 +21,7 @@ class Fact:
         return int if self.whole else float
 
 
-OF_SIGMA = ("edm", "consistency")  # predictions of networks whose noise levels are no betas
+OF_SIGMA = ("edm", "consistency")  # predictions of networks with sigmas instead of betas
 FACTS: Mapping[str, Fact] = {
     "image_size": Fact("Side of the images in pixels", largest=4096),
     "timesteps": Fact("Number T of timesteps in training", largest=100_000),

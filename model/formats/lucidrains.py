@@ -12,14 +12,14 @@ from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
 FORMAT = "lucidrains/denoising-diffusion-pytorch"
-NET = "model."  # before the names of the network, in the state dict of the diffusion
-EMA = "ema_model."  # before those of the diffusion, in the Trainer's average
-OF_FLOAT32 = 1e-5  # relative: its tables are kept in float32
+NET = "model."  # prefix of the network's names in the diffusion's state dict
+EMA = "ema_model."  # prefix of the diffusion's names in the Trainer's EMA model
+OF_FLOAT32 = 1e-5  # relative tolerance: the file's tables are float32
 NOTE = "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default"
 
 
 def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The state dict of the EMA model in a Trainer's file; None for other files."""
+    """Return the EMA model's state dict from a Trainer's file; None for other files."""
     ema = loaded.get("ema")
     if not isinstance(ema, dict) or not isinstance(loaded.get("model"), dict):
         return None
@@ -27,7 +27,7 @@ def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is of this format."""
+    """Whether a state dict has this format."""
     return "model.init_conv.weight" in state and "betas" in state
 
 
@@ -43,7 +43,8 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     channels, out = net["init_conv.weight"].shape[1], len(net["final_conv.weight"])
     levels = len({key.split(".")[1] for key in net if key.startswith("downs.")})
     linear = [f"downs.{level}.2.to_out.0.weight" in net for level in range(levels)]
-    mem = [net[f"downs.{level}.2.mem_kv"].shape for level in range(levels)]  # of linear attention [2, heads, d, n]
+    # shape [2, heads, d, n] for linear attention
+    mem = [net[f"downs.{level}.2.mem_kv"].shape for level in range(levels)]
     config = LucidrainsConfig(
         sample_size=given.image_size,
         in_channels=channels,
@@ -78,13 +79,13 @@ def _refuse_others(net: Mapping[str, Tensor]) -> None:
 
 
 def _width(net: Mapping[str, Tensor], level: int) -> int:
-    """How many channels a level gives on."""
+    """Return the output channels of a level."""
     down = f"downs.{level}.3.1.weight"
     return len(net[down] if down in net else net[f"downs.{level}.3.weight"])
 
 
 def _schedule(betas: Tensor) -> dict[str, Any]:
-    """The name of a schedule where it has one; else its betas, which are kept in float32."""
+    """Return the schedule's name, or its float32 betas if it has none."""
     betas, scale = betas.double(), HO_TIMESTEPS / len(betas)
     named: tuple[dict[str, Any], ...] = (
         {"beta_schedule": "linear", "beta_start": HO_BETAS[0] * scale, "beta_end": HO_BETAS[1] * scale},
@@ -98,10 +99,10 @@ def _schedule(betas: Tensor) -> dict[str, Any]:
 
 
 def _prediction(state: Mapping[str, Tensor]) -> str | None:
-    """Find the prediction type from the weights of the loss; None where they do not say.
+    """Find the prediction type from the weights of the loss; None if they do not show it.
 
-    The weights are snr divided by the factor of the prediction: snr for eps, 1 for x_0, snr + 1 for v. With
-    min-SNR weighting (Hang et al. 2023) the first snr is at most gamma.
+    The weights are snr divided by the factor of the prediction: snr for eps, 1 for x_0, snr + 1 for v. With min-SNR
+    weighting (Hang et al. 2023) the first snr is at most gamma.
     """
     if "loss_weight" not in state:
         return None

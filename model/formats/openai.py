@@ -1,7 +1,7 @@
 """U-Nets of OpenAI's improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021, Dhariwal & Nichol 2021).
 
-A file holds a state dict and nothing else, as `ema_0.9999_250000.pt`. Its blocks are numbered through all levels; those
-of the way up that end in an upsampler end a level, which tells how many blocks a level has.
+A file holds only a state dict, for example `ema_0.9999_250000.pt`. Its blocks are numbered through all levels. On the
+way up a block with an upsampler is the last of its level, which shows how many blocks a level has.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,8 @@ from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32
-DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}  # parts of a key that name the module
+# the number of leading parts of a key that name the module
+DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -33,18 +34,18 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-Modules = dict[str, dict[str, Tensor]]  # by place of the module, then by what is inside it
+Modules = dict[str, dict[str, Tensor]]  # keys: the module's place, then the parameter's name inside it
 
 
 class _Levels(NamedTuple):
-    """What the numbers of the blocks tell."""
+    """The architecture, as the numbers of the blocks show it."""
 
     number: int
-    layers: int  # resnets of a level on the way down; on the way up there is one more
+    layers: int  # resnets of a level on the way down; the way up has one more
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is of this format."""
+    """Whether a state dict has this format."""
     return "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
 
 
@@ -56,16 +57,17 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
     widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
     attends = [f"{first}.1" in modules for first in firsts]
-    attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]  # and the mid
+    # the mid block attends too
+    attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]
     out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
     learned = out_channels == 2 * in_channels
     heads = _heads(given, attending)
 
-    of_sigma = given.prediction in OF_SIGMA  # of consistency_models
+    of_sigma = given.prediction in OF_SIGMA  # a network of consistency_models
     needed = ["image_size", "prediction"] if of_sigma else ["image_size", *given.needed_for_noise(learned=learned)]
-    needed += ["timesteps"] if given.prediction == "consistency" else []  # the levels of edm are a formula of sigma
+    needed += ["timesteps"] if given.prediction == "consistency" else []  # edm's levels are a formula of sigma
     needed += ["head_width" if given.head_width is not None else "heads"]
-    one_order = of_sigma or (heads and max(heads.values()) == 1)  # one head is in order either way
+    one_order = of_sigma or (heads and max(heads.values()) == 1)  # one head needs no order
     needed += [] if one_order else ["attention_order"]
     needed += [] if of_sigma or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
     taken = ["attention_order"] if of_sigma else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
@@ -92,7 +94,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         layers_per_block=levels.layers,
         downsample_type="resnet" if by_resnet else "conv",
         upsample_type="resnet" if by_resnet else "conv",
-        attention_head_dim=head_widths.pop() if of_one_width else None,  # None is one head
+        attention_head_dim=head_widths.pop() if of_one_width else None,  # None means one head
         num_heads=None if of_one_width or given.heads == 1 else given.heads,
         norm_num_groups=GROUPS,
         attn_norm_num_groups=GROUPS,
@@ -114,7 +116,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
-    """The noise of consistency_models, with the defaults of its code: the time of both kinds is 250 log sigma."""
+    """Return the noise schedule of consistency_models, with its defaults: both kinds use the time 250 log sigma."""
     if given.prediction == "consistency":
         assert given.timesteps is not None
         return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
@@ -140,7 +142,7 @@ def _modules(state: Mapping[str, Tensor]) -> Modules:
 
 
 def _levels(modules: Modules) -> _Levels:
-    """Count the levels and their blocks. Raises CheckpointError where these do not repeat."""
+    """Count the levels and their blocks. Raises CheckpointError if the levels differ."""
     numbers = {part: {path.split(".")[1] for path in modules if path.startswith(part)} for part in DEPTH}
     outputs = numbers["output_blocks"]
     ends = [block for block in range(len(outputs)) if _upsampler(modules, block)]
@@ -154,7 +156,7 @@ def _levels(modules: Modules) -> _Levels:
 
 
 def _upsampler(modules: Modules, block: int) -> str | None:
-    """Which module of a block of the way up is its upsampler: a convolution, or a resnet that is not its first."""
+    """Return the name of an up block's upsampler: a convolution, or a resnet that is not the first."""
     for number in (1, 2):
         path = f"output_blocks.{block}.{number}"
         if modules.get(path, {}).keys() & {"conv.weight", "in_layers.0.weight"}:
@@ -163,12 +165,12 @@ def _upsampler(modules: Modules, block: int) -> str | None:
 
 
 def _shifts(resnet: Mapping[str, Tensor]) -> bool:
-    """Whether the timestep scales and shifts: there are two numbers for each channel then."""
+    """Whether the timestep scales and shifts: its layer then has two outputs for each channel."""
     return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
 
 
 def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
-    """The number of heads by width; empty where a person has not said. Raises FactsError."""
+    """Return the number of heads by width; empty if the user has not given it. Raises FactsError."""
     heads = {}
     for width in attending if given.heads is not None or given.head_width is not None else ():
         heads[width] = given.heads or width // (given.head_width or 1)
@@ -179,7 +181,7 @@ def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
 
 
 def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
-    """Each module's place here and in a UNet2DModel."""
+    """Return each module's name in these files and in a UNet2DModel."""
     per_level = levels.layers + 1
     yield "input_blocks.0.0", "conv_in"
     for level in range(levels.number):
@@ -202,7 +204,7 @@ def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
 def _renamed(
     state: Mapping[str, Tensor], modules: Modules, levels: _Levels, heads: Mapping[int, int], order: str | None
 ) -> dict[str, Tensor]:
-    """The state dict in our names, with q, k and v apart. Raises CheckpointError for an unknown weight."""
+    """Return the state dict in our names, with q, k and v split. Raises CheckpointError for an unknown weight."""
     renamed = {}
     left = dict(state)
     for top, place in TOP.items():
@@ -229,9 +231,9 @@ def _renamed(
 
 
 def _apart(qkv: Tensor, heads: Mapping[int, int], order: str | None) -> list[Tensor]:
-    """q, k and v of a 1x1 convolution [3 C, C, 1] or its bias [3 C], each [C, C] or [C] with its heads in order."""
+    """Split a 1x1 convolution [3 C, C, 1], or its bias [3 C], into q, k and v: each [C, C] or [C], heads in order."""
     width = len(qkv) // 3
-    rest = qkv.shape[1:2]  # a bias has none
+    rest = qkv.shape[1:2]  # empty for a bias
     if order == "legacy":  # [heads, 3, width of a head]
         return list(qkv.reshape(heads[width], 3, -1, *rest).transpose(0, 1).reshape(3, width, *rest))
     return list(qkv.reshape(3, width, *rest))

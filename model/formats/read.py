@@ -1,4 +1,4 @@
-"""Read a checkpoint that is not served as it is: find its format, and bring it into ours."""
+"""Reads a checkpoint of another project: finds its format, and converts it into ours."""
 
 import dataclasses
 import shutil
@@ -26,14 +26,15 @@ FORMATS = (openai, ddpm, dome272, lucidrains)
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a folder holds a network, and nothing that says how its noise was made."""
+    """Whether a folder holds a network but no noise schedule."""
     return (unet_folder_of(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
 
 
 def read_bare(folder: Path, given: GivenFacts) -> Converted:
-    """Read a U-Net of diffusers without a scheduler: of `save_pretrained`, or a repository of which only unet/ came.
+    """Read a diffusers U-Net without a scheduler: from `save_pretrained`, or a repository's unet/ folder.
 
-    Raises CheckpointError, MissingFacts, and FactsError."""
+    Raises CheckpointError, MissingFacts, and FactsError.
+    """
     check_pipeline(folder)
     if find_autoencoder(folder) is not None:
         raise CheckpointError(f"{folder}: a latent model without its scheduler, which is served only with it")
@@ -55,7 +56,7 @@ def read_bare(folder: Path, given: GivenFacts) -> Converted:
 def read_foreign(path: Path, given: GivenFacts) -> Converted:
     """Read a checkpoint that is one file, or a folder without a scheduler.
 
-    Raises CheckpointError, MissingFacts, and FactsError for what was given.
+    Raises CheckpointError, MissingFacts, and FactsError.
     """
     if path.is_dir() and not is_bare(path):
         raise CheckpointError(f"{path}: a folder that tminus reads as it is, if at all: tminus inspect {path}")
@@ -83,7 +84,7 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
         raise CheckpointError(f"{file}: {error}") from error
     except FactsError:
         raise
-    except ValueError as error:  # of a config: what the file and the facts make is no network, or no noise
+    except ValueError as error:  # from a config: the file and the facts do not make a valid network or schedule
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {first_line(error)}") from error
     except KeyError as error:
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {error} is not there") from error
@@ -102,7 +103,7 @@ def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
     origin = {"converted_from": source.resolve().name, "format": converted.format, "weights_hash": hash_weights(state)}
     try:
         save_checkpoint(folder, state, converted.unet, converted.noise, converted.labels, origin)
-        load_checkpoint(folder)  # whatever cannot be served is told now
+        load_checkpoint(folder)  # raises now if the result cannot be served
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
