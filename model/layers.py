@@ -27,14 +27,16 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
 
 
 class FourierFeatures(nn.Module):
-    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies that training drew once.
+    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once in training.
 
-    (Song et al. 2021, appendix C.) It is finite for every t; at 0 and below it is that of the least number above.
+    (Song et al. 2021, appendix C.) The result is finite for every t: a t of 0 or less counts as the smallest number
+    above 0.
     """
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)  # a checkpoint's: none is trained here
+        # loaded from a checkpoint, never trained here
+        self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
         log_t = t.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -56,26 +58,26 @@ class TimestepEmbedding(nn.Module):
 
 
 def nearest_up(x: Tensor) -> Tensor:
-    """Double H and W: each pixel four times."""
+    """Double H and W by repeating each pixel."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def average_down(x: Tensor) -> Tensor:
-    """Halve H and W: the mean of each four pixels."""
+    """Halve H and W by averaging each 2x2 pixels."""
     return F.avg_pool2d(x, 2)
 
 
 class FirResample(nn.Module):
     """Double or halve H and W, filtered by (1, 3, 3, 1) in both directions (Karras et al. 2019).
 
-    Beyond its edge x is 0. A depthwise convolution is several times as fast on a CPU as sums of slices, or as means of
-    neighbours three times over.
+    x is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices, or as three
+    averages of neighbours.
     """
 
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        # It is in no file: where the network is built on the meta device, its numbers are there all the same.
+        # No file holds the filter. It has its values even in a network built on the meta device.
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu") / (4 if up else 8)
         kernel = taps.outer(taps).expand(channels, 1, 4, 4).contiguous()
         self.register_buffer("kernel", kernel, persistent=False)
@@ -89,12 +91,11 @@ class FirResample(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
 
-    x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'];
-    H' and W' are H and W, or what resample makes of them, one of the above.
-    groups_out: of the second norm, where it is not `groups`. always_project: x goes through a convolution on its way to
-    the sum also where it has as many channels.
-    scale_shift=True lets the timestep scale and shift the second norm (Dhariwal & Nichol 2021, AdaGN).
-    temb_dim=None makes a block without timesteps, as autoencoders have.
+    x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'].
+
+    resample doubles or halves H and W. groups_out: the groups of the second norm, if not `groups`. always_project: put
+    a convolution on the residual connection even if the channels stay the same. scale_shift=True: the timestep scales
+    and shifts the second norm (Dhariwal & Nichol 2021, AdaGN). temb_dim=None: no timestep, as in autoencoders.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
 
-    `groups=None` leaves out the group norm (in the mid block of a scale_shift net). There are C // head_dim heads.
+    `groups=None` leaves out the group norm, as in the mid block of a scale_shift net. There are C // head_dim heads.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a stride-2 convolution. padding=0 pads right and bottom only, as Ho et al.'s own net does."""
+    """Halve H and W by a stride-2 convolution. padding=0 pads only right and bottom, as the net of Ho et al. does."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training objective L_simple, and the variational bound that it is derived from."""
+"""The training objective L_simple, and the variational bound from which it is derived."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.rng import philox, row_noise, split_seed
 
-HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
-EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
+HALF_BIN = 1 / 255  # neighbouring pixel values differ by 2/255 on [-1, 1]
+EDGE = 0.999  # beyond it a pixel is 0 or 255, and its bin is unbounded
 MIN_PROBABILITY = 1e-12
 MAX_WEIGHT = 200.0
-LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # of ln(sigma / alpha) where timesteps are drawn by it
-_PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
+LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # mean and deviation of ln(sigma / alpha) for timesteps drawn by noise level
+_PICK = 1  # philox's last counter word for drawing timesteps; row_noise uses 0, so the two never coincide
 
 
 def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Return the target: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or the out of x_0 = p x_t + q out.
+    """Return the target: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or out in x_0 = p x_t + q out.
 
-    The last is eps - x_0 for flow matching (Lipman et al. 2023), and for EDM the target in eq. 8 of Karras et al. 2022.
-    A consistency model has no such target. Raises ValueError.
+    In the last case the target is eps - x_0 for flow matching (Lipman et al. 2023), and for EDM the target in eq. 8 of
+    Karras et al. 2022. A consistency model has no such target: raises ValueError.
     """
     if noise.is_consistency:
         raise ValueError("prediction_type must not be consistency: its target is a trajectory's end")
@@ -42,9 +42,9 @@ def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t:
 
 
 def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """L_simple, the squared error of the prediction [B, C, H, W] (Ho et al. 2020, eq. 14), in float32.
+    """Return L_simple, the squared error of the prediction [B, C, H, W] (Ho et al. 2020, eq. 14), in float32.
 
-    weights [B]: how much each row counts, where they do not count alike.
+    weights [B]: the weight of each row; None weighs all alike.
     """
     if weights is None:
         return F.mse_loss(out.to(torch.float32), target)
@@ -52,33 +52,36 @@ def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tens
 
 
 def velocity_weights(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
-    """Weights by which an error of the prediction counts as one of v does, float64 [T], at most MAX_WEIGHT.
+    """Return weights that turn an error of the prediction into an error of v: float64 [T], at most MAX_WEIGHT.
 
-    (Salimans & Ho 2022, sec. 4: SNR + 1 weighting.) An error of eps is 1 / alpha_bar times as large in v: near t = T,
-    where L_simple has next to nothing to gain, that is where brightness and shape are decided.
+    (Salimans & Ho 2022, sec. 4: SNR + 1 weighting.) An error of eps is 1 / alpha_bar times as large in v. Near t = T,
+    where L_simple has almost nothing to gain, brightness and shape are decided.
     """
     alpha_bar = schedule.alpha_bar
-    q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q  # of x_0; of v it is sqrt(1 - alpha_bar)
+    # the factor for x_0; for v it is sqrt(1 - alpha_bar)
+    q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q
     return (q**2 / (1 - alpha_bar)).clamp(max=MAX_WEIGHT)
 
 
 def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
-    """How often each t is drawn where ln(sigma / alpha) is to be N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], of sum 1.
+    """Return the probability of each t for which ln(sigma / alpha) is N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], of sum
+    1.
 
-    (Karras et al. 2022, table 1 and sec. 5, where the images' standard deviation is 0.5 and the two are -1.2 and 1.2.)
-    A linear schedule has half of its timesteps at more than three times as much noise as image, where gradients are the
-    noisiest. A level without signal is not drawn.
+    (Karras et al. 2022, table 1 and sec. 5, with -1.2 and 1.2 for images of standard deviation 0.5.) In half of a
+    linear schedule's timesteps there is over three times as much noise as image, and gradients are noisiest. A level
+    without signal is not drawn.
     """
     level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2
-    edges = (level[1:] + level[:-1]) / 2  # each t counts for the levels up to half way to its neighbours
+    edges = (level[1:] + level[:-1]) / 2  # each t counts for the levels half way to its neighbours
     below = torch.special.ndtr((edges - LEVEL_MEAN) / LEVEL_STD)
     return torch.cat([below.new_zeros(1), below, below.new_ones(1)]).diff()
 
 
 def draw_timesteps(share: Tensor, count: int) -> Tensor:
-    """Draw `count` timesteps by their shares [T]: int64 [count], on the device of the shares.
+    """Draw `count` timesteps by their probabilities [T]: int64 [count], on the same device.
 
-    They are spread evenly over the shares, from one random offset (Kingma et al. 2021, appendix I.1), in random order.
+    One random offset spreads them evenly over the cumulative probability (Kingma et al. 2021, appendix I.1); their
+    order is random.
     """
     device = share.device
     spread = (torch.randperm(count, device=device) + torch.rand((), device=device)).to(share) / count
@@ -90,15 +93,15 @@ class VariationalBound:
     """-log p(x_0) <= L_T + sum of L_{t-1} + L_0 (Ho et al. 2020, eq. 5): each [B] float64, in bits per dimension."""
 
     L_T: Tensor
-    """How far x_T is from the prior: D_KL(q(x_T|x_0) || N(0, I)). Nothing to learn."""
+    """The distance of x_T from the prior: D_KL(q(x_T|x_0) || N(0, I)). It has no parameters."""
     L_steps: Tensor
     """The sum over t > 1 of L_{t-1} = D_KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))."""
     L_0: Tensor
     """-log p(x_0|x_1), the discretised decoder."""
     runs: tuple[tuple[int, int], ...]
-    """The S runs low <= t < high that the terms L_1..L_{T-1} are cut into; L_t is that of the step from t, from 0."""
+    """The S runs low <= t < high of the terms L_1..L_{T-1}; L_t belongs to the step from t, counted from 0."""
     L_drawn: Tensor
-    """The term drawn from each run [S, B]. L_steps is the sum over runs of a run's length times its term."""
+    """The term drawn from each run [S, B]. L_steps sums each run's length times its term."""
 
     @property
     def total(self) -> Tensor:
@@ -118,16 +121,16 @@ def variational_bound(
     indices: Sequence[int] | None = None,
     timesteps: int | None = None,
 ) -> VariationalBound:
-    """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], by one sample of x_t for each term.
+    """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], with one sample of x_t for each term.
 
-    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are cut into S runs,
-    one term is drawn uniformly from each run and counts for the run's length, so that the mean over seeds is the full
-    sum. Each image draws its own terms. A run is about as long as its timestep is high, since the terms fall about as
-    fast as that: with 100 runs on the bundled checkpoint the first 29 terms are all taken.
+    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are divided into S
+    runs, and one term is drawn uniformly from each and multiplied by the run's length, so the mean over seeds is the
+    full sum. Each image draws its own terms. A run's length is roughly proportional to its timestep, as terms fall
+    about that fast: with 100 runs on the bundled checkpoint the first 29 terms are all taken.
 
-    All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
-    network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
-    variance that the network learned.
+    All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The network
+    runs in x_0's dtype, everything else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
+    learned variance.
     """
     device, last = x_0.device, schedule.num_timesteps - 1
     if timesteps is not None and not 1 <= timesteps <= last:
@@ -151,7 +154,7 @@ def variational_bound(
     coef_x0, _, posterior_variance = schedule.posterior()
 
     def step_kl(t: Tensor) -> Tensor:
-        # Both means contain the same coef_xt x_t, so they differ by the predictions of x_0 only.
+        # Both means contain the same coef_xt x_t, so they differ only by the predictions of x_0.
         difference = gather(coef_x0, t, x_0_exact) * (x_0_exact - predict_x0(t))
         kl = gaussian_kl(difference, gather(posterior_variance, t, difference), gather(variance, t, difference))
         return _bits_per_dim(kl)
@@ -173,7 +176,7 @@ def variational_bound(
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
-    """L_T = D_KL(q(x_T|x_0) || N(0, I)) [B] in bits/dim, of x_0 [B, C, H, W] in [-1, 1]."""
+    """Return L_T = D_KL(q(x_T|x_0) || N(0, I)) [B] in bits/dim, for x_0 [B, C, H, W] in [-1, 1]."""
     alpha_bar = schedule.alpha_bar[-1]
     mean = alpha_bar.sqrt().item() * x_0.to(torch.float64)
     one = torch.ones((), dtype=torch.float64, device=x_0.device)
@@ -181,10 +184,10 @@ def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 
 
 def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
-    """sigma_t^2 of p(x_{t-1}|x_t) [T] in float64: beta~_t (fixed_small), beta_t (fixed_large), or that of VE models.
+    """Return sigma_t^2 of p(x_{t-1}|x_t), float64 [T]: beta~_t (fixed_small), beta_t (fixed_large), or the VE variance.
 
-    At t = 0 both take beta~ of t = 1, as Ho et al.'s own code: beta~ is zero there, and beta decodes worse. Raises
-    ValueError for learned_range.
+    At t = 0 both fixed variances use beta~ at t = 1, as in Ho et al.'s own code: beta~ at t = 0 is zero, and beta
+    decodes worse. Raises ValueError for learned_range.
     """
     if noise.variance_type == "learned_range":
         raise ValueError("the bound is that of a fixed variance, and this network learned its own")
@@ -196,15 +199,15 @@ def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
 
 
 def gaussian_kl(mean_difference: Tensor, variance_q: Tensor, variance_p: Tensor) -> Tensor:
-    """D_KL(N(m + d, v_q) || N(m, v_p)) of each element, in nats."""
+    """Return D_KL(N(m + d, v_q) || N(m, v_p)) of each element, in nats."""
     ratio = variance_q / variance_p
     return 0.5 * (ratio - 1 - ratio.log() + mean_difference**2 / variance_p)
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """log of N(mean, variance)'s mass in the bin of each pixel value (Ho et al. 2020, eq. 13), in nats.
+    """Return the log of N(mean, variance)'s mass in each pixel value's bin (Ho et al. 2020, eq. 13), in nats.
 
-    x_0 [B, C, H, W] float64, one of the 256 values k / 127.5 - 1. The outermost bins reach to infinity.
+    x_0 [B, C, H, W] float64, each one of the 256 values k / 127.5 - 1. The outermost bins are unbounded.
     """
     std = variance.sqrt()
     below = torch.special.ndtr((x_0 - HALF_BIN - mean) / std).masked_fill(x_0 < -EDGE, 0.0)
@@ -214,15 +217,16 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> T
 
 
 def _runs(last: int, count: int) -> list[tuple[int, int]]:
-    """Cut the timesteps 1..last into `count` half-open runs, each as near to a common ratio high / low as it can be.
+    """Divide the timesteps 1..last into `count` half-open runs, with ratios high / low as equal as possible.
 
-    Runs of equal length rarely draw the first timesteps, where most of the bound lies: on 100 images, with a network
-    of eps and 100 runs, the standard error of L_steps is then 0.105, with these 0.048, most of it between images.
+    Runs of equal length rarely draw the first timesteps, which make up most of the bound. On 100 images, with a
+    network that predicts eps and 100 runs, the standard error of L_steps is 0.105 with equal runs and 0.048 with
+    these; most of the rest is the difference between images.
     """
     runs, low = [], 1
     for left in range(min(count, last), 0, -1):
         high = round(low * ((last + 1) / low) ** (1 / left))
-        high = min(max(high, low + 1), last + 2 - left)  # the runs that follow need a timestep each
+        high = min(max(high, low + 1), last + 2 - left)  # each later run needs one timestep
         runs.append((low, high))
         low = high
     return runs

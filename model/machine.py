@@ -1,6 +1,6 @@
-"""The memory and the cores that are free for this process, and so the number of torch's threads.
+"""The memory and the cores that are free for this process, and the number of torch's threads that follows.
 
-An executor that has threads of its own leaves torch one, and a busy machine leaves it few.
+torch gets one thread if an executor has its own, and few on a busy machine.
 """
 
 import logging
@@ -23,7 +23,9 @@ LOOK_S = 0.5
 
 
 def free_memory_bytes() -> int | None:
-    """The free memory of the machine, or of its container if that is less; None where the system does not say."""
+    """Return the free memory of the machine, or of its container if that is less; None if the system does not report
+    it.
+    """
     known = [free for free in (_of_machine(), _of_cgroup()) if free is not None]
     return min(known, default=None)
 
@@ -37,9 +39,9 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """The free memory of the container (cgroup v2). Cached files count as free, since they are dropped when needed."""
+    """Return the free memory of the container (cgroup v2). Cached files count as free: they are dropped when needed."""
     try:
-        limit = int((CGROUP / "memory.max").read_text())  # "max" where there is no limit
+        limit = int((CGROUP / "memory.max").read_text())  # "max" means no limit
         used = int((CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return max(0, limit - used + int(stat.get("inactive_file", 0)))
@@ -49,7 +51,7 @@ def _of_cgroup() -> int | None:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch take so many threads meanwhile; None: as many as before."""
+    """Set the number of torch's threads inside the block; None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -59,7 +61,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def threads_left(usual: int) -> int:
-    """Return torch's usual number of threads, or the number of free cores if that is lower, and log the latter."""
+    """Return torch's usual number of threads, or the number of free cores if lower, which is then logged."""
     threads = min(usual, free_cores()) if usual > 1 else 1
     if threads < usual:
         log.info(
@@ -70,21 +72,21 @@ def threads_left(usual: int) -> int:
 
 
 def free_cores() -> int:
-    """Count the cores that other programs leave to this process, at least 1; looking takes half a second.
+    """Count the cores that other programs leave free, at least 1. This measures for half a second.
 
-    torch's threads wait for one another in every layer, so that one that another program keeps from running keeps all
-    of them: on a core that is shared two threads are several times slower than one.
+    In every layer torch's threads wait for one another. If another program keeps one thread from running, all wait: on
+    a shared core two threads are several times slower than one.
     """
     cores = os.sched_getaffinity(0)
-    # The load of the last minute still counts programs that have ended; a look of half a second also counts those that
-    # run for a moment. So a core is busy only if both say so.
+    # The load average still counts programs that have just ended, and a half-second measurement counts programs that
+    # run for a moment. A core is busy only if both agree.
     of_last_minute = (os.cpu_count() or 1) - os.getloadavg()[0]
     free = max(of_last_minute, _idle_cores(cores))
     return max(1, min(round(free), len(cores), _quota()))
 
 
 def _idle_cores(cores: Set[int]) -> float:
-    """Measure how many of these cores are idle, with fractions; all of them where the system does not say."""
+    """Measure how many of these cores are idle, as a fraction; all of them if the system does not report it."""
     try:
         before, begun_s = _idle_s(cores), time.monotonic()
         time.sleep(LOOK_S)
@@ -94,7 +96,7 @@ def _idle_cores(cores: Set[int]) -> float:
 
 
 def _idle_s(cores: Set[int]) -> float:
-    """Read how long these cores have been idle since the machine started, in all. Waiting for a disk is idle."""
+    """Return these cores' total idle seconds since the machine started. Waiting for a disk is idle."""
     ticks = 0
     for line in STAT.read_text().splitlines():
         name, *fields = line.split()
@@ -104,9 +106,9 @@ def _idle_s(cores: Set[int]) -> float:
 
 
 def _quota() -> int:
-    """Read how many cores a container's limit on CPU time (cgroup v2) comes to, rounded up; no bound without one."""
+    """Return a container's CPU limit (cgroup v2) in cores, rounded up; no bound if there is none."""
     try:
         limit, period = (CGROUP / "cpu.max").read_text().split()
         return math.ceil(int(limit) / int(period))
-    except (OSError, ValueError):  # "max" where there is no limit
+    except (OSError, ValueError):  # "max" means no limit
         return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """The noise schedule: beta_t, alpha_bar_t, the closed form q(x_t|x_0) and the posterior q(x_{t-1}|x_t, x_0).
 
-Timesteps are 0-based: t = 0 is the first, least noisy step, t = T - 1 the last. Tables are float64 on the host and are
-cast once, at their use. (This is the *noise schedule*; the scheduler that picks rows lives in service/.)
+Timesteps start at 0: t = 0 is the least noisy step, t = T - 1 the noisiest. Tables are float64 on the host, and are
+cast once, when they are used. The *noise schedule* is here; the scheduler, which picks rows, is in service/.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """Make beta_t [T] in float64.
 
-    linear: Ho et al. 2020, sec. 4. scaled_linear: Rombach et al. 2022. squaredcos_cap_v2: Nichol & Dhariwal 2021,
-    eq. 17. sigmoid: Xu et al. 2022 (GeoDiff). Raises ValueError for a name that is none of these.
+    linear: Ho et al. 2020, sec. 4. scaled_linear: Rombach et al. 2022. squaredcos_cap_v2: Nichol & Dhariwal 2021, eq.
+    17. sigmoid: Xu et al. 2022 (GeoDiff). Raises ValueError for any other name.
     """
     f64 = torch.float64
     if schedule == "linear":
@@ -76,14 +76,14 @@ class NoiseSchedule:
 
     @classmethod
     def of_formula(cls, alpha_bar_of: Callable[[Tensor], Tensor], num_timesteps: int) -> "NoiseSchedule":
-        """Make the tables of levels that are a formula of t, which holds between whole timesteps too."""
+        """Make the tables of noise levels that are a formula of t. The formula holds for fractional t too."""
         alpha_bar = alpha_bar_of(torch.arange(num_timesteps, dtype=torch.float64))
         schedule = cls(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
         schedule.alpha_bar, schedule._formula = alpha_bar, alpha_bar_of
         return schedule
 
     def to(self, device: torch.device) -> "NoiseSchedule":
-        """Copy the tables to a device, so that no step of a training waits for the host."""
+        """Copy the tables to a device, so that a training step never waits for the host."""
         copy = NoiseSchedule(self.betas.to(device))
         copy.alpha_bar, copy._formula = self.alpha_bar.to(device), self._formula
         return copy
@@ -95,12 +95,12 @@ class NoiseSchedule:
 
     @property
     def log_sigmas(self) -> list[float]:
-        """log sigma_t [T], ascending, of sigma = sqrt((1 - alpha_bar) / alpha_bar); inf where alpha_bar = 0."""
+        """log sigma_t [T], ascending, with sigma = sqrt((1 - alpha_bar) / alpha_bar); inf where alpha_bar = 0."""
         log_sigmas: list[float] = (((1 - self.alpha_bar).log() - self.alpha_bar.log()) / 2).tolist()
         return log_sigmas
 
     def alpha_bar_at(self, timesteps: Sequence[float]) -> Tensor:
-        """alpha_bar [S] at timesteps: between whole ones by the formula, and of betas by a line in log sigma."""
+        """Return alpha_bar [S] at timesteps. Fractional ones use the formula, or for betas a line in log sigma."""
         t = torch.tensor(timesteps, dtype=torch.float64)
         if self._formula is not None:
             return self._formula(t)
@@ -115,20 +115,23 @@ class NoiseSchedule:
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t|x_0) in closed form, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
 
-        x_0, eps [B, C, H, W]; t [B] -> [B, C, H, W]. The coefficients are taken in float64 and cast to x_0's dtype.
+        x_0, eps [B, C, H, W]; t [B] -> [B, C, H, W]. The coefficients are computed in float64 and cast to x_0's dtype.
         """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
 
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); shapes as q_sample."""
+        """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); shapes as
+        in q_sample.
+        """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
 
     def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of q(x_{t-1}|x_t, x_0): mean = coef_x0 x_0 + coef_xt x_t, and its variance beta~ (eq. 6, 7).
+        """Return the coefficients of q(x_{t-1}|x_t, x_0): mean = coef_x0 x_0 + coef_xt x_t, and its variance beta~ (eq.
+        6, 7).
 
-        Each [T] in float64; at t = 0 the mean is x_0 and the variance zero.
+        Each is float64 [T]. At t = 0 the mean is x_0 and the variance 0.
         """
         prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         return posterior_between(self.alpha_bar, prev)
@@ -155,9 +158,9 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NoiseConfig(Checked):
-    """A checkpoint's scheduler_config.json: the noise schedule it was trained on and how it is sampled.
+    """A checkpoint's scheduler_config.json: the noise schedule of its training, and how to sample it.
 
-    Most field names and defaults are those of diffusers' schedulers. Raises ValueError naming field and value.
+    Most field names and defaults are those of diffusers' schedulers. Raises ValueError, naming field and value.
     """
 
     KIND: ClassVar[str] = "scheduler config: "
@@ -182,19 +185,20 @@ class NoiseConfig(Checked):
     rho: float = 7.0
     sigma_schedule: str = "karras"
     precondition_type: str = "edm"
-    """These six are of EDM and of consistency models, whose noise levels are no betas but a ramp of sigmas."""
+    """The next six are for EDM and consistency models, whose noise levels are a ramp of sigmas instead of betas."""
     shift: float = 1.0
-    """Of flow matching."""
+    """For flow matching."""
     sampling_eps: float = 1e-5
     snr: float = 0.15
     correct_steps: int = 1
-    """These three are of score_sde's VE models; the last two are of the corrector, which is not run."""
+    """The next three are for score_sde's VE models. The last two belong to the corrector, which is not run."""
     divides_by_time: bool = False
-    """Whether its output is divided by its time, as for diffusers' U-Nets with a Fourier embedding.
+    """Whether the network's output is divided by its time, as in diffusers' U-Nets with a Fourier embedding.
 
-    load_checkpoint sets it from the network's config; no scheduler_config.json holds it."""
+    load_checkpoint sets it from the network's config; no scheduler_config.json contains it.
+    """
     default_sampler: str = "ddpm"
-    """The sampler of the scheduler's class (scheduler_kinds.py), for requests that name steps and no sampler."""
+    """The sampler of the scheduler's class (scheduler_kinds.py), for requests without a sampler."""
 
     def __post_init__(self) -> None:
         require, among = self.require, self.require_among
@@ -211,7 +215,7 @@ class NoiseConfig(Checked):
         steps = self.num_train_timesteps
         require(1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
         among("beta_schedule", *BETA_SCHEDULES)
-        # `learned` is the logarithm of the variance in OpenAI's code and the variance itself in diffusers'.
+        # `learned` means the log variance in OpenAI's code, and the variance itself in diffusers'.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
         of_ddpm = self.variance_type in ("fixed_small", "fixed_large", "learned_range")
         of_ve = self.variance_type == "reverse_diffusion" and self.prediction_type == "score"
@@ -242,7 +246,8 @@ class NoiseConfig(Checked):
         require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
-            require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")  # the first would be the last
+            # with one step the first beta would be the last
+            require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
             require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")
@@ -250,64 +255,64 @@ class NoiseConfig(Checked):
 
     @property
     def family(self) -> Family:
-        """The form of its noise levels, which follows from the prediction type."""
+        """The family of its noise levels, which follows from the prediction type."""
         return FAMILY_OF[self.prediction_type]
 
     @property
     def is_continuous(self) -> bool:
-        """Whether noise levels are a formula of t, and no betas."""
+        """Whether the noise levels are a formula of t instead of betas."""
         return self.family != "betas"
 
     @property
     def levels(self) -> str:
-        """The name of the noise schedule, for people: that of its betas, or of its formula."""
+        """The noise schedule's name for people: the name of its betas, or of its formula."""
         if not self.is_continuous:
             return self.beta_schedule if self.trained_betas is None else "trained_betas"
         return {"edm": self.sigma_schedule, "flow": "flow", "ve": "geometric"}.get(self.family, "karras")
 
     @property
     def is_consistency(self) -> bool:
-        """Whether it is of a consistency model (Song et al. 2023)."""
+        """Whether it belongs to a consistency model (Song et al. 2023)."""
         return self.prediction_type == "consistency"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
-        """Read a scheduler_config.json. Raises ValueError for a field that changes images and is not honoured.
+        """Read a scheduler_config.json. Raises ValueError for an unsupported field that changes images.
 
-        A field of another of these classes changes nothing, as in diffusers: configs keep it when the class is swapped.
-        class_name: of model_index.json, which diffusers believes more than the config's own.
+        A field of another class has no effect, as in diffusers: configs keep such fields when the class is swapped.
+        class_name: from model_index.json; as in diffusers, it overrides the config's own.
 
-        The classes of most solvers have no clip_sample. Without one x_0 is clipped, as for DDPM: near t = T an error in
-        eps is a hundred times larger in x_0, and without the clip DPM-Solver++ gives white and black squares on pixel
-        models. (`"clip_sample": false` turns it off.)
+        Most solver classes have no clip_sample. Without it x_0 is clipped, as for DDPM: near t = T an error in eps is
+        a hundred times larger in x_0, and unclipped DPM-Solver++ makes white and black squares on pixel models.
+        (`"clip_sample": false` turns clipping off.)
         """
         name = class_name or config.get("_class_name", "DDPMScheduler")
         given = given_fields(config)
         kind = scheduler_kind(name, given)
-        if "predict_epsilon" in given:  # of 2022, before prediction_type
+        if "predict_epsilon" in given:  # files of 2022 have this instead of prediction_type
             given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
-        if given.get("variance_type", "") is None:  # of a solver: the network's variance is not learned
+        if given.get("variance_type", "") is None:  # a solver's config: the network's variance is not learned
             del given["variance_type"]
         fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
         values = {key: value for key, value in kind.defaults.items() if key in fields}
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
-            # This class has no clip_sample. Its dynamic threshold with a maximum of 1 is the clip to [-1, 1].
+            # This class has no clip_sample. Its dynamic thresholding with a maximum of 1 is the clip to [-1, 1].
             given["thresholding"] = False
             values |= {"clip_sample": True, "clip_sample_range": 1.0}
             given = {key: value for key, value in given.items() if key not in ("clip_sample", "clip_sample_range")}
         T = given.get("num_train_timesteps", values.get("num_train_timesteps", DEFAULT_TIMESTEPS))
-        if (repeated := given.pop("timesteps", None)) not in (None, T):  # of 2022: it may repeat T
+        if (repeated := given.pop("timesteps", None)) not in (None, T):  # in files of 2022 it may repeat T
             raise ValueError(f"scheduler config: timesteps must be num_train_timesteps, {T}, got {repeated!r:.100}")
         for key, value in given.items():
             if key in kind.fields:
                 values[kind.other_names.get(key, key)] = value
             elif key in kind.must:
-                continue  # it has the value that it must have
+                continue  # it has the only valid value
             elif is_off(value) or key in FIELDS_OF_ANY:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not a known setting of {name}")
-        if "prediction_type" in kind.fields:  # elsewhere the class says it
+        if "prediction_type" in kind.fields:  # for other classes it follows from the class
             told = values.get("prediction_type", "epsilon")
             if not (isinstance(told, str) and told in kind.predictions):
                 wanted = f"among {', '.join(kind.predictions)} for {name}"
@@ -322,26 +327,27 @@ class NoiseConfig(Checked):
         return noise
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheduler_config.json of diffusers' scheduler for the default sampler."""
+        """Return the scheduler_config.json of diffusers' scheduler for the default sampler."""
         kind = KIND_OF[self.family, self.default_sampler]
         fields = {name: getattr(self, kind.other_names.get(name, name)) for name in sorted(kind.fields)}
         if self.trained_betas is not None:
-            fields["trained_betas"] = list(self.trained_betas)  # as JSON has it
+            fields["trained_betas"] = list(self.trained_betas)  # JSON has no tuples
         if "prediction_type" in fields:
             fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
-            fields.pop("variance_type", None)  # only DDPM's fixed variances differ
-        if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms
+            fields.pop("variance_type", None)  # only DDPM has different fixed variances
+        # written in that class's fields
+        if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:
             fields = {name: value for name, value in fields.items() if name not in ("clip_sample", "clip_sample_range")}
             fields |= {"thresholding": True, "sample_max_value": 1.0}
-        # lambda_min_clipped is infinite, which JSON has not.
+        # lambda_min_clipped is infinite, which JSON cannot express.
         must = {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
         return {"_class_name": kind.class_name, **fields, **must}
 
     def default_spacing(self, sampler: str) -> str:
-        """The default spacing of requests: the config's own, if the config is for this kind of sampler.
+        """Return the default spacing of requests: the config's own, if the config is for this kind of sampler.
 
-        A DDPM or DDIM config does not cover the later solvers, which then take the spacing that suits them best.
+        A DDPM or DDIM config says nothing about the other solvers. They use the spacing that suits them best.
         """
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
         if self.is_continuous:
@@ -360,16 +366,16 @@ class NoiseConfig(Checked):
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
 
     def _alpha_bar_of(self, t: Tensor) -> Tensor:
-        """alpha_bar at any t in 0..T-1, of a schedule that is a formula.
+        """Return alpha_bar at any t in 0..T-1 for a schedule that is a formula.
 
-        edm, consistency: sigma by the ramp of Karras et al. 2022, eq. 5, or evenly in its logarithm. flow: Lipman et
-        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), where images are in [0, 1] and ours in
-        [-1, 1], so that as much noise is twice the sigma.
+        edm, consistency: sigma follows the ramp of Karras et al. 2022, eq. 5, or is even in log sigma. flow: Lipman et
+        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), with images in [0, 1]; ours are in [-1,
+        1], so the same noise is twice the sigma.
         """
         share = t / (self.num_train_timesteps - 1)
         if self.family == "flow":
             low, high = self._shifted(torch.tensor([1 / self.num_train_timesteps, 1.0], dtype=torch.float64))
-            sigma = self._shifted(low + (high - low) * share)  # a second time, as diffusers does
+            sigma = self._shifted(low + (high - low) * share)  # shifted a second time, as in diffusers
             return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
         low, high = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
         if self.levels == "karras":

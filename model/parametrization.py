@@ -1,13 +1,14 @@
-"""The inputs of the network of each kind of model, and x_0 from its output, as numbers of a noise level.
+"""The network's inputs for each kind of model, and x_0 from its output, as coefficients of the noise level.
 
-x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x that a model was trained on
+x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x of a model's own training
 differs from it by a factor:
 
     EDM, consistency    x_0 + sigma eps                     = x / sqrt(alpha_bar),     alpha_bar = 1 / (1 + sigma^2)
     flow matching       (1 - sigma) x_0 + sigma eps         = x sqrt((1 - sigma)^2 + sigma^2)
-    VE                  of images y_0 = (x_0 + 1) / 2 in [0, 1]: 2 (y_0 + s eps) - 1 = x / sqrt(alpha_bar), sigma = 2 s
+    VE                  images y_0 = (x_0 + 1) / 2 in [0, 1]: 2 (y_0 + s eps) - 1 = x / sqrt(alpha_bar), sigma = 2 s
 
-So a model is described by p and q of x0 = p x + q out, the factor on x at the network's input, and the network's time.
+So four numbers describe a model: p and q in x0 = p x + q out, the scale of x at the network's input, and the network's
+time.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 
-# Factor from log sigma to the network's time: Karras et al. 2022, and OpenAI's code.
+# The factor from log sigma to the network's time, in Karras et al. 2022 and in OpenAI's code.
 LOG_SIGMA_TIMES = {"edm": 0.25, "cm_edm": 250.0}
 
 
@@ -34,9 +35,9 @@ class Parametrization:
 
 
 def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
-    """Return p, q, scale and time at noise levels [S], which are those of the timesteps [S]. All are float64.
+    """Return p, q, scale and time at the noise levels [S] of the timesteps [S]. All are float64.
 
-    Raises ValueError where eps is predicted at a timestep without signal (a zero-SNR schedule).
+    Raises ValueError for a network that predicts eps at a timestep without signal (a zero-SNR schedule).
     """
     made = _OF_FAMILY[noise.family](noise, alpha_bar, timesteps.to(torch.float64))
     if noise.divides_by_time:
@@ -45,7 +46,7 @@ def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Par
 
 
 def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forward:
-    """Return the network as a function of our x and whole timesteps t [B], on the schedule's device."""
+    """Return the network as a function of our x and integer timesteps t [B], on the schedule's device."""
     if not noise.is_continuous:
         return net
     at = parametrize(noise, schedule.alpha_bar, torch.arange(schedule.num_timesteps, device=schedule.alpha_bar.device))
@@ -58,12 +59,12 @@ def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forwar
 
 
 def sigma_of(alpha_bar: Tensor) -> Tensor:
-    """Return the sigma of x_0 + sigma eps = x / sqrt(alpha_bar)."""
+    """Return sigma in x_0 + sigma eps = x / sqrt(alpha_bar)."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
-    """Ho et al. 2020, eq. 15, x_0 itself, and v (Salimans & Ho 2022, sec. 4)."""
+    """Return p and q for eps (Ho et al. 2020, eq. 15), x_0, and v (Salimans & Ho 2022, sec. 4)."""
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if noise.prediction_type == "epsilon":
         if bool((alpha_bar <= 0).any()):
@@ -77,7 +78,7 @@ def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Param
 
 
 def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; minus c_out for v, as diffusers has it."""
+    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; for v minus c_out, as in diffusers."""
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root = (sigma**2 + data**2).sqrt()
     sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
@@ -86,7 +87,7 @@ def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parame
 
 
 def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """c_skip and c_out of Song et al. 2023, appendix C: at sigma_min the network does not count, and p x is x_0."""
+    """Return c_skip and c_out of Song et al. 2023, appendix C: at sigma_min x0 is p x, without the network."""
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root, beyond = (sigma**2 + data**2).sqrt(), sigma - noise.sigma_min
     time = LOG_SIGMA_TIMES["cm_edm"] * sigma.log()
@@ -94,16 +95,16 @@ def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -
 
 
 def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Lipman et al. 2023 and Liu et al. 2023: out = eps - x_0, so that x_0 is their x without sigma times that."""
+    """Lipman et al. 2023 and Liu et al. 2023: out = eps - x_0, so x_0 is their x minus sigma out."""
     sigma = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
     scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
     return Parametrization(scale, -sigma, scale, noise.num_train_timesteps * sigma)
 
 
 def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Song et al. 2021 (SDE): out = (y_0 - y) / s^2 is the score. The network is given s.
+    """Song et al. 2021 (SDE): out = (y_0 - y) / s^2 is the score, and s is the network's time.
 
-    diffusers gives it the s of a continuous time that ends at sampling_eps, where its steps take those of whole levels.
+    diffusers gives the network the s of a continuous time that ends at sampling_eps, but steps at integer levels.
     """
     s = sigma_of(alpha_bar) / 2
     whole = math.log(noise.sigma_max / noise.sigma_min)

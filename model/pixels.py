@@ -1,9 +1,9 @@
-"""Prepare pictures for a model, and convert uint8 [0, 255] to the model's range, [-1, 1], and back.
+"""Prepares pictures for a model, and converts uint8 [0, 255] to the model's range, [-1, 1], and back.
 
-This also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
+This module also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
 
-Training pictures and uploaded pictures are prepared by the same rule, so both look alike to a model.
-Importing this imports no torch: the service decodes uploads with it.
+Training pictures and uploads are prepared by the same function, so a model sees both alike. No torch: the service
+decodes uploads with it.
 """
 
 import contextlib
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 BLACK: Colour = (0, 0, 0)
-VALUE_RANGE = (-1.0, 1.0)  # what a model works in: the least and the largest value of a channel
-MAX_CHANNELS = 64  # of an image; formats of pictures hold four at most
+VALUE_RANGE = (-1.0, 1.0)  # the smallest and the largest value of a model's channel
+MAX_CHANNELS = 64  # bound for an image; picture files have four at most
 RGBA = 4
-MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's, by channels
+MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's modes by the number of channels
 
 
 def to_model_range(images: "Tensor") -> "Tensor":
-    """uint8 [0, 255] -> float32 [-1, 1], as Ho et al. 2020, sec. 3.3."""
+    """Convert uint8 [0, 255] to float32 [-1, 1], as in Ho et al. 2020, sec. 3.3."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x: "Tensor") -> "Tensor":
-    """[-1, 1] -> uint8 [0, 255], clipped and rounded to nearest."""
+    """Convert [-1, 1] to uint8 [0, 255], clipped and rounded to nearest."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Like `to_uint8`, bit for bit, for an array."""
+    """Do the same as `to_uint8`, bit for bit, for a NumPy array."""
     whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     return whole
 
 
 def to_uint16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """[-1, 1] -> uint16 [0, 65535], clipped and rounded to nearest."""
+    """Convert [-1, 1] to uint16 [0, 65535], clipped and rounded to nearest."""
     return np.rint((x.clip(-1, 1).astype(np.float64) + 1) / 2 * 65535).astype(np.uint16)
 
 
 def shown_channels(channels: int, *, alpha: bool) -> int:
-    """Return how many of an image's first channels a picture of it shows: 1 is grey, 3 is RGB, 4 is RGBA.
+    """Return how many of an image's first channels its picture shows: 1 for grey, 3 for RGB, 4 for RGBA.
 
-    alpha: whether the last channel of four is alpha. An image of two channels is shown by its first, and one of four
-    without alpha, or of more, by its first three.
+    alpha: whether the last of four channels is alpha. A picture shows the first of two channels, and the first three
+    of four without alpha, or of more.
     """
     if alpha:
         return RGBA
@@ -63,12 +63,13 @@ def fit_picture(
     background: Colour = BLACK,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """Make a picture ready for a model: uint8 [height, width, channels] for a size of (width, height).
+    """Make a picture ready for a model: uint8 [height, width, channels], for a size of (width, height).
 
-    It is turned upright as its EXIF data says and made grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA (4, straight
-    alpha). Of the first two it is laid over the background where it is transparent. CMYK becomes RGB by the complement,
-    and colour profiles are ignored. A picture of another size is cropped about its centre to the shape, then resampled,
-    colours by their alpha. Raises OSError and other errors of Pillow for a picture that cannot be decoded.
+    The picture is rotated by its EXIF orientation and converted to grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA
+    (4, straight alpha). For grey and RGB, transparent pixels are laid over the background. CMYK becomes RGB by the
+    complement; colour profiles are ignored. A picture of another size is cropped about its centre to the target's
+    shape, then resampled, with colours weighted by alpha. Raises OSError and other errors of Pillow for an undecodable
+    picture.
     """
     if channels not in MODES:
         raise ValueError(f"the channels of a picture must be 1, 3 or 4 (RGBA), got {channels}")
@@ -85,7 +86,7 @@ def fit_picture(
 
 
 def colour(text: str) -> Colour:
-    """Read a colour: a name of CSS, or #rrggbb. Raises ValueError."""
+    """Read a colour: a CSS name, or #rrggbb. Raises ValueError."""
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
@@ -93,15 +94,15 @@ def colour(text: str) -> Colour:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a picture upright in place, as its EXIF orientation says, and return it. Broken EXIF data count as none."""
-    with contextlib.suppress(Exception):  # cameras write broken EXIF data; the picture itself is fine
+    """Rotate a picture in place by its EXIF orientation, and return it. Broken EXIF data are ignored."""
+    with contextlib.suppress(Exception):  # cameras write broken EXIF data into good pictures
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def may_be_transparent(image: Image.Image) -> bool:
-    """Say whether some pixels may be transparent. Raises OSError where the palette is missing that the pixels need."""
-    if image.mode == "P" and image.palette is None:  # Pillow opens it, and then asserts that there is one
+    """Whether some pixels may be transparent. Raises OSError if the pixels need a palette and it is missing."""
+    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, and fails an assertion later
         raise OSError("it has no palette")
     return image.has_transparency_data
 
@@ -110,7 +111,8 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     """Convert 16 bits to 8, and lay transparent pixels over the background."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))  # rounded; Pillow's own conversion clips at 255
+        # this rounds; Pillow's own conversion clips at 255
+        grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is None:
             return grey
         visible = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
@@ -118,6 +120,6 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     if not may_be_transparent(image):
         return image
     if background == BLACK:
-        # Over black, a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
+        # Over black a colour is multiplied by its alpha. (alpha_composite would hold the interpreter for 90 ms.)
         return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))

@@ -1,7 +1,7 @@
 """Noise as a pure function of (seed, image index, draw): Philox4x32-10 counters, then Box-Muller.
 
-Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so there is no generator state: the
-noise of a row does not depend on other rows or earlier draws, and its integers are the same on every device.
+The generator is counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so it has no state.
+The noise of a row does not depend on other rows or earlier draws, and its integers are the same on every device.
 """
 
 import math
@@ -20,9 +20,9 @@ _ROUNDS = 10
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words -> four random words.
+    """Apply Philox4x32-10: four counter words and two key words -> four random words.
 
-    Words are int64 tensors of values below 2^32, of one dimension or more and of shapes that broadcast.
+    Words are int64 tensors with values below 2^32; their shapes broadcast and have at least one dimension.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     even, odd = _rounds(torch.stack((c0, c2), -2), torch.stack((c1, c3), -2), torch.stack(tuple(key), -2))
@@ -30,10 +30,10 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox on its two lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
+    """Run Philox on both lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
 
-    For small images most of the time is dispatch, so this uses few operations. 64-bit products wrap to the right bits;
-    bits above a word's 32 are cut off once a round, before they could matter.
+    For small images dispatch takes most of the time, so this uses few operations. 64-bit products wrap to the right
+    bits; bits above a word's 32 are removed once a round, before they have an effect.
     """
     multipliers, key_steps = _constants(even.device)
     for round_key in (key + key_steps.reshape(_ROUNDS, *([1] * (key.ndim - 2)), 2, 1)).unbind(0):
@@ -45,7 +45,7 @@ def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached, because making a tensor from Python numbers waits for the GPU.
+    # Cached, because making a tensor from Python numbers synchronises with the GPU.
     key_steps = [[r * step & WORD for step in _KEY_STEPS] for r in range(_ROUNDS)]
     return torch.tensor(_MULTIPLIERS, device=device)[:, None], torch.tensor(key_steps, device=device)
 
@@ -58,14 +58,14 @@ def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[i
     """
     size, rows = math.prod(shape), len(index)
     blocks = (size + 3) // 4
-    # The counter is (block, draw, index, 0): blocks number the words of a row, the rest differs between rows.
+    # The counter is (block, draw, index, 0). The block numbers the words of a row; the other words differ between rows.
     even = torch.empty((rows, 2, blocks), dtype=torch.int64, device=index.device)
     even[:, 0] = torch.arange(blocks, device=index.device)
     even[:, 1] = index[:, None]
     odd = torch.zeros((rows, 2, 1), dtype=torch.int64, device=index.device)
     odd[:, 0, 0] = draw
     radius_word, angle_word = _rounds(even, odd, seed_words[:, :, None])
-    # 24 bits give a float32 in (0, 1) that is never 0, so its logarithm is finite: |z| < 5.9.
+    # 24 bits give a float32 in (0, 1), never 0, so its logarithm is finite: |z| < 5.9.
     radius = (radius_word >> 8).to(torch.float32).add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
     angle = (angle_word >> 8).to(torch.float32).add_(0.5).mul_(2 * math.pi * 2.0**-24)
     normals = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=2)  # [B, 2, 2, blocks]
@@ -78,10 +78,11 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def arc_weights(mix: float) -> tuple[float, float]:
-    """Weigh two independent normals so that their sum is normal too, and goes from the first (mix 0) to the second (1).
+    """Return the weights of two independent normals whose sum is normal and goes from the first (mix 0) to the second
+    (1).
 
-    A quarter of a circle, cos and sin of mix * pi / 2: near the spherical interpolation of Song et al. 2021 (DDIM,
-    D.5), as independent normals of many dimensions are near to orthogonal. The ends are exact.
+    They are cos and sin of mix * pi / 2, a quarter of a circle. This is close to the spherical interpolation of Song
+    et al. 2021 (DDIM, D.5), as independent normals in many dimensions are almost orthogonal. The ends are exact.
     """
     if mix == 1:
         return 0.0, 1.0
@@ -89,7 +90,7 @@ def arc_weights(mix: float) -> tuple[float, float]:
 
 
 def image_noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw `row_noise` for images of one seed at the same draw: [len(indices), *shape]."""
+    """Draw `row_noise` for images that share a seed and a draw: [len(indices), *shape]."""
     index = torch.tensor(indices, device=device)
     words = torch.tensor(split_seed(seed), device=device).expand(len(indices), 2)
     return row_noise(words, index, torch.full_like(index, draw), shape)

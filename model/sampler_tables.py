@@ -1,7 +1,7 @@
-"""Tables of coefficients that belong to a checkpoint: fitted by `tminus tune`, or of a student.
+"""Tables of coefficients that belong to a checkpoint: fitted by `tminus tune`, or written for a student.
 
-A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. Plain
-numbers, no torch: the service counts with them, and the engine makes them a plan.
+A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. It
+holds plain numbers, without torch: the service counts with them, and the engine compiles them to a plan.
 
     x' = a x + b x0 + c x0_previous + d (the x0 before that) + s z
 """
@@ -39,15 +39,17 @@ class Table:
     guidance: float
     timesteps: tuple[float, ...]
     lines: tuple[tuple[float, ...], ...]
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss, figures: for people
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss and figures, for people
 
     @property
     def hash(self) -> str:
-        """The hash of all that changes an image."""
+        """The hash of everything that changes an image."""
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
-        """The lines without the first `start`. The x0 that the missing ones would have left count as the first x0."""
+        """Return the table without its first `start` lines. The first remaining x0 stands in for the x0 of the missing
+        lines.
+        """
         lines = [list(line) for line in self.lines[start:]]
         if start and lines:
             a, b, c, d, s = lines[0]
@@ -58,14 +60,16 @@ class Table:
         return tuple(tuple(line) for line in lines)
 
 
-@cache  # a request looks its table up by it, several times
+@cache  # each request looks up its table several times
 def _hash_of(table: Table) -> str:
     parts = [table.sampler, table.steps, table.guidance, table.timesteps, table.lines]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
-    """The table of the nearest number of steps, by ratio, then of the nearest guidance; of equals the larger."""
+    """Return the table with the nearest number of steps, by ratio, then the nearest guidance; in a tie the
+    larger one.
+    """
     return min(
         tables,
         key=lambda table: (
@@ -78,13 +82,13 @@ def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
 
 
 def table_file(folder: Path, sampler: str, steps: int, guidance: float) -> Path:
-    """Where a table lies in a checkpoint's folder."""
+    """Return the path of a table in a checkpoint's folder."""
     guided = f"-guidance-{guidance:g}" if guidance != 1 else ""
     return folder / FOLDER / f"{sampler}-{steps}{guided}.json"
 
 
 def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
-    """Write a table into a checkpoint's folder, whole or not at all; returns the file."""
+    """Write a table atomically into a checkpoint's folder; returns the file."""
     (folder / FOLDER).mkdir(exist_ok=True)
     file = table_file(folder, table.sampler, table.steps, table.guidance)
     value = {
@@ -105,9 +109,9 @@ def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[st
 def read_tables(
     folder: Path, weights_hash: str, noise: Mapping[str, Any], *, num_timesteps: int, null_class: bool, fractional: bool
 ) -> tuple[tuple[Table, ...], tuple[str, ...]]:
-    """Read a checkpoint's tables; returns them, and a line for each file that is refused, with its name and why.
+    """Read a checkpoint's tables. Returns them, and for each refused file a line with its name and the reason.
 
-    A refused file takes nothing away from the rest: the server works without it.
+    A refused file does not affect the others: the server works without it.
     """
     tables: dict[tuple[str, int, float], Table] = {}
     refused: list[str] = []

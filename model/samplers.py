@@ -1,10 +1,11 @@
-"""Samplers as tables: each compiles to a plan with one line of coefficients per pass; one update rule runs all.
+"""Samplers as tables: each compiles to a plan with one line of coefficients per pass, and one update rule runs all
+plans.
 
-x0 = clip(p x + q out)                                    what the network predicts is in p and q alone
-(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
+x0 = clip(p x + q out) only p and q depend on what the network predicts (x', h1', ..., h4') = M (x, x0, x0_previous, z,
+h1, ..., h4)
 
-Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previous + s exp(r v) z. v is the second half
-of the output channels of a network with learned variance; for others exp(r v) is 1.
+Most samplers need no register h. Their rule is x' = a x + b x0 + c x0_previous + s exp(r v) z. With a learned variance
+v is the second half of the network's output channels; otherwise exp(r v) is 1.
 """
 
 from collections import deque
@@ -43,10 +44,10 @@ NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
 class Plan:
     """A compiled sampler: one line per pass through the network, P in all.
 
-    timesteps float64 [P], from noisy to clean, fractional for some samplers; lines float64 [P, 8];
-    alpha_bar float64 [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M of a sampler with R registers; its
-    first row begins with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: the scale of the network's
-    input x, and the network's timestep; None for 1 and `timesteps`.
+    timesteps float64 [P], from noisy to clean, fractional for some samplers. lines float64 [P, 8]. alpha_bar float64
+    [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M for a sampler with R registers, whose first row begins
+    with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: the scale of x at the network's input, and the
+    network's timestep; None means 1 and `timesteps`.
     """
 
     timesteps: Tensor
@@ -60,7 +61,7 @@ class Plan:
 
     @property
     def adds_noise(self) -> bool:
-        """Whether any pass needs z; ddim with eta 0 and most solvers draw none after x_T."""
+        """Whether any pass needs z. ddim with eta 0 and most solvers draw no noise after x_T."""
         return bool((self.lines[:, 5] > 0).any())
 
     @property
@@ -70,7 +71,9 @@ class Plan:
         return torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
 
     def q_sample(self, x_0: Tensor, eps: Tensor) -> Tensor:
-        """Draw the x_t that the first pass takes (Ho et al. 2020, eq. 4): x_0, eps [B, C, H, W] -> [B, C, H, W]."""
+        """Draw the x_t at which the first pass starts (Ho et al. 2020, eq. 4): x_0, eps [B, C, H, W] -> [B,
+        C, H, W].
+        """
         signal, noise = (
             each.to(x_0.dtype).to(x_0.device) for each in (self.alpha_bar[0].sqrt(), (1 - self.alpha_bar[0]).sqrt())
         )
@@ -78,7 +81,7 @@ class Plan:
 
     @property
     def num_registers(self) -> int:
-        """R: how much a row keeps beside x and x0_previous."""
+        """R, the number of states that a row keeps beside x and x0_previous."""
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
     def numbers(self) -> PlanNumbers:
@@ -104,10 +107,10 @@ def compile_plan(
 ) -> Plan:
     """Compile a sampler for this model. clip=None takes the checkpoint's own clip_sample, spacing=None its spacing.
 
-    model/solvers.py has the coefficients. The level a step goes to is that of the next one; the last step goes to
-    no noise and adds none. start leaves out that many first steps; the first step of the remaining plan then has no
-    earlier ones. fractional: the network takes timesteps between whole ones. Raises ValueError for an unknown
-    sampler or spacing, a bad number of steps, and what this schedule does not allow.
+    model/solvers.py has the coefficients. A step goes to the noise level of the next step; the last goes to no noise
+    and adds none. start: leave out this many first steps; the first remaining step then has no earlier prediction.
+    fractional: the network takes fractional timesteps. Raises ValueError for an unknown sampler or spacing, an invalid
+    number of steps, and for a combination that this schedule does not allow.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -145,7 +148,7 @@ def compile_plan(
 
 
 def table_plan(noise: NoiseConfig, schedule: NoiseSchedule, table: Table, *, clip: bool | None, start: int = 0) -> Plan:
-    """Make the plan of a table that was fitted to this checkpoint, without its first `start` steps."""
+    """Make the plan of a table fitted to this checkpoint, without its first `start` steps."""
     lines = torch.tensor(table.started(start), dtype=torch.float64)
     a, b, c, d, s = lines.unbind(1)
     registers = 1 if bool(d.any()) else 0
@@ -165,7 +168,7 @@ def make_plan(
     r: Tensor | None = None,
     clip: bool | None = None,
 ) -> Plan:
-    """Make the plan of these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
+    """Make the plan for these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
     alpha_bar, t = schedule.alpha_bar_at(timesteps), torch.tensor(timesteps, dtype=torch.float64)
     at = parametrize(noise, alpha_bar, t)
     inputs = torch.stack([at.scale, at.time], dim=1) if noise.is_continuous else None
@@ -178,9 +181,9 @@ def make_plan(
 
 
 def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) -> Tensor:
-    """Put the known pixels back at the noise level of x (Lugmayr et al. 2022, eq. 8).
+    """Replace the known pixels by x_0 at the noise level of x (Lugmayr et al. 2022, eq. 8).
 
-    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: where x is kept; known [B, 2]: lines of Plan.known.
+    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: the pixels where x stays; known [B, 2]: lines of Plan.known.
     """
     signal, noise = known.reshape(len(known), 2, 1, 1, 1).unbind(1)
     return torch.where(new, x, signal * x_0 + noise * eps)
@@ -194,7 +197,7 @@ class Denoised(NamedTuple):
 
 
 def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tensor) -> Denoised:
-    """Apply the update rule of samplers without registers, each row by its own line: lines [B, 8], else [B, C, H, W].
+    """Apply the update rule without registers, each row by its own line: lines [B, 8], the rest [B, C, H, W].
 
     out may be [B, 2C, H, W]: the prediction and the v of a learned variance. x0 is right for every sampler.
     """
@@ -208,10 +211,10 @@ def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tenso
 
 
 def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-    """M times the state of each row: matrices [B, 1 + R, 4 + R], state 4 + R of [B, C, H, W] -> [B, 1 + R, C, H, W].
+    """Multiply each row's state by M: matrices [B, 1 + R, 4 + R], state 4 + R of [B, C, H, W] -> [B, 1 + R, C, H, W].
 
-    The state is x, x0, x0_previous, z and the registers. Summed one by one, in this order: a row's bits then depend on
-    nothing beside it.
+    The state is x, x0, x0_previous, z and the registers. They are summed one by one, in this order, so that a row's
+    bits do not depend on the other rows.
     """
     M = matrices.reshape(*matrices.shape, 1, 1, 1)
     total = M[:, :, 0] * state[0][:, None]
@@ -221,7 +224,7 @@ def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
 
 
 class Guided(TypedDict, total=False):
-    """The arguments of `sample_passes` that are about classes and guidance."""
+    """The arguments of `sample_passes` for classes and guidance."""
 
     class_labels: Tensor | None
     null_class: int | None
@@ -250,10 +253,10 @@ def sample_passes(
 ) -> Iterator[Tensor]:
     """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x after each pass, the last one x_0.
 
-    z_of(k) gives the noise of step k. For training sheets and evaluation; the server's engine has a loop of its own.
+    z_of(k) returns the noise of step k. Training sheets and evaluation use this; the server's engine has its own loop.
 
-    Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them. It
-    may be rescaled, see `rescale`.
+    Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None means all. For
+    rescaled guidance see `rescale`.
     """
     x, x0, registers = x_T, torch.zeros_like(x_T), [torch.zeros_like(x_T)] * plan.num_registers
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
@@ -282,14 +285,14 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and keep the way: [P + 1, N, C, H, W], x_0 the last.
+    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], x_0 last.
 
-    The plan draws no noise, so that a point determines where it ends.
+    The plan must draw no noise, so that each point determines the end.
     """
     points: list[Tensor] = []
 
     def seen(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        points.append(x[: len(x_T)])  # a guided row comes twice
+        points.append(x[: len(x_T)])  # a guided row is in the batch twice
         return net(x, t, labels)
 
     zero = torch.zeros_like(x_T)

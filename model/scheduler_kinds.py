@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that are served, and the sampler of each class by its scheduler_config.json."""
+"""The schedulers of diffusers that are served, and the sampler for each class and scheduler_config.json."""
 
 import math
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from itertools import takewhile
 from typing import Any, Literal
 
 Family = Literal["betas", "consistency", "edm", "flow", "ve"]
-# By what the network predicts, how the noise levels are given: by betas, or as a formula of t.
+# For each prediction type, the form of the noise levels: betas, or a formula of t.
 FAMILY_OF: Mapping[str, Family] = {
     "epsilon": "betas",
     "sample": "betas",
     "v_prediction": "betas",
     "consistency": "consistency",
     "edm": "edm",
-    "edm_v_prediction": "edm",  # the same with the sign of out turned, as diffusers has it
+    "edm_v_prediction": "edm",  # out has the opposite sign, as in diffusers
     "flow": "flow",
     "score": "ve",
 }
@@ -30,7 +30,7 @@ _OF_BETAS = (
 )
 _OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
 _CLIP = ("clip_sample", "clip_sample_range")
-# The fields of each class in diffusers that NoiseConfig has too, by the names that the class gives them.
+# The fields that NoiseConfig shares with each class of diffusers, by the class's names.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
     "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
@@ -47,8 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": ("num_train_timesteps", "shift"),
     "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
-# Read for every class of betas, even one that lacks them: any sampler may clip, and variance_type says what a network's
-# output channels are.
+# Read for every class with betas, even if the class lacks them: any sampler may clip, and variance_type tells what the
+# network's output channels are.
 READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -75,15 +75,15 @@ _DPM_SOLVER = {
 }
 
 
-# These fields change no image. Those of thresholding, of flows, of a shift that depends on the size and of churn matter
-# only where these are on, which is refused.
-# tensor_format is of another tensor library. A solver's last step, to no noise, is of first order whatever they say.
+# These fields change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if these
+# are on, and then the config is refused. tensor_format belongs to another tensor library. A solver's last step, to no
+# noise, is of first order in any case.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
     | {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "s_tmin", "s_tmax"}
 )
-# Those that only classes have that are not served: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
+# Fields of classes that are not served: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
 OF_OTHER_CLASSES = frozenset(
     {"original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "eta"}
     | {"noise_sampler_seed", "s_min", "s_max", "beta_min", "beta_max", "set_alpha_to_zero", "snr_shift_scale"}
@@ -93,30 +93,32 @@ _OF_DDPM = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_predict
 
 @dataclass(frozen=True, slots=True)
 class SchedulerKind:
-    """One class of diffusers, with the fields that make it one of our samplers."""
+    """A scheduler class of diffusers, and the field values that make it one of our samplers."""
 
     class_name: str
     sampler: str
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Fields by which the class may be another sampler, with the values of this one."""
+    """Fields that select the sampler within the class, with the values for this one."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of the class that are not in `must`, and differ from DDPMScheduler's."""
+    """Defaults of the class that are not in `must` and differ from DDPMScheduler's."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """The class's names of fields that DDPMScheduler calls otherwise, with the latter."""
+    """The class's own names of DDPMScheduler's fields. Keys: the class's names."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """Values that the class reads as others, by (field, value). diffusers' from_config leaves such values behind."""
+    """Values that the class replaces by others, by (field, value). diffusers' from_config leaves such values behind."""
     family: Family = "betas"
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
-    """The class's values of prediction_type, and ours for each."""
+    """Our prediction type for each value that the class allows."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields of a config that are read, by the names that the class gives them."""
+        """The fields that are read from a config, by the class's names."""
         return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
 
     @property
     def clips_by_threshold(self) -> bool:
-        """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
+        """Whether the class has dynamic thresholding instead of clip_sample. With sample_max_value 1 it is the same
+        clip.
+        """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own
 
@@ -222,7 +224,7 @@ KINDS = (
             ("dpmpp_2m_sde", {"algorithm_type": "sde-dpmsolver++"}),
         )
     ),
-    # Of a pull request (huggingface/diffusers 4481) that some published folders were written with.
+    # From a pull request (huggingface/diffusers 4481); some published folders use it.
     SchedulerKind(
         "KarrasEDMScheduler",
         "heun",
@@ -261,7 +263,7 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
-# diffusers' from_config keeps the fields of the class that a config was written for, and no class reads another's.
+# diffusers' from_config keeps the fields of the config's former class, and a class ignores fields of others.
 FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
@@ -275,7 +277,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
             f"scheduler config: {class_name!r:.100} is not served; those that are: {', '.join(CLASS_NAMES)}. If the "
             "network was trained with the same betas, the config of one of these can take its place"
         )
-    # Of a class that is several samplers, that of which the most fields are right before one is wrong.
+    # A class may be several samplers. Take the one with the most right fields before the first wrong one.
     kind = max(of_class, key=lambda kind: len(_right(kind, given)))
     wrong = list(kind.must)[len(_right(kind, given)) :]
     if wrong:
@@ -285,7 +287,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
-    """The fields that must be as they are, up to the first that is not; null is the same as left out."""
+    """Return the required fields up to the first wrong one; null counts as left out."""
     told = {key: value for key, value in given.items() if value is not None}
     read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
     values = {**kind.must, **kind.defaults, **told, **read}

@@ -1,8 +1,8 @@
 """The coefficients of each sampler: one small matrix a pass.
 
-(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4), where x0 is what the network has just predicted,
-x0_previous what it predicted in the pass before, z fresh noise, and the registers h are whatever a solver keeps beside.
-A solver without registers has the first row of M alone: a, b, c, s.
+(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4). x0 is the network's current prediction, x0_previous the
+prediction of the pass before, z fresh noise. The registers h hold whatever else a solver keeps. For a solver without
+registers M has one row: a, b, c, s.
 
 Everything is float64 [S], by pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma).
 """
@@ -23,7 +23,7 @@ NUM_INPUTS, MAX_REGISTERS = 8, 4
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The noise levels that the steps go from, and to: each [S] float64, from noisy to clean."""
+    """The noise levels at the start and at the end of each step: float64 [S] each, from noisy to clean."""
 
     alpha_bar: Tensor
     alpha_bar_next: Tensor
@@ -35,7 +35,7 @@ class Levels:
 
     @property
     def alpha_next(self) -> Tensor:
-        """sqrt(alpha_bar) of the level that the step goes to."""
+        """sqrt(alpha_bar) at the end of the step."""
         return self.alpha_bar_next.sqrt()
 
     @property
@@ -45,39 +45,40 @@ class Levels:
 
     @property
     def sigma_next(self) -> Tensor:
-        """sqrt(1 - alpha_bar) of the level that the step goes to; 0 at the end."""
+        """sqrt(1 - alpha_bar) at the end of the step; 0 after the last."""
         return (1 - self.alpha_bar_next).sqrt()
 
     @property
     def h(self) -> Tensor:
-        """The step in lambda; infinite where it begins without signal or ends without noise."""
+        """The length of the step in lambda; infinite for a step that begins without signal or ends without noise."""
         return (self.alpha_next / self.sigma_next).log() - (self.alpha / self.sigma).log()
 
     def before(self, values: Tensor, by: int = 1) -> Tensor:
-        """The values of the step before, or of the one `by` steps before; infinite where there was none."""
+        """Shift values by `by` steps: each step gets the value of an earlier one; infinite if there is none."""
         return torch.cat([torch.full((min(by, len(values)),), torch.inf, dtype=values.dtype), values[:-by]])
 
 
 def matrices(num_passes: int, registers: int = 0) -> Tensor:
-    """Zeros for M of each pass [S, 1 + registers, 4 + registers]."""
+    """Return zeros for M of each pass, [S, 1 + registers, 4 + registers]."""
     return torch.zeros(num_passes, 1 + registers, 4 + registers, dtype=torch.float64)
 
 
 def towards(levels: Levels) -> tuple[Tensor, Tensor]:
-    """x' = a x + b x0, the first order of every solver in x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
+    """Return a and b of x' = a x + b x0, every solver's first order in x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
 
-    It is DDIM's step (Song et al. 2021, eq. 12), in a form that allows alpha = 0, where h is infinite.
+    This is DDIM's step (Song et al. 2021, eq. 12), in a form that allows alpha = 0, where h is infinite.
     """
     a = levels.sigma_next / levels.sigma
     return a, levels.alpha_next - a * levels.alpha
 
 
 def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2): M, and r of the standard deviation s exp(r v).
+    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2). Returns M, and r in the standard deviation s exp(r
+    v).
 
     The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
-    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is that
-    of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 46).
+    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is the
+    variance of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 46).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
@@ -98,22 +99,23 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
 
 
 def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021, eq. 12 and 16, with noise eta."""
+    """DDIM (Song et al. 2021, eq. 12 and 16), with noise eta."""
     alpha_bar, alpha_bar_next = levels.alpha_bar, levels.alpha_bar_next
     M = matrices(len(alpha_bar))
     s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     s[-1] = 0
-    towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()  # times eps = (x - sqrt(abar) x0) / sqrt(1-abar)
+    # multiplied by eps = (x - sqrt(abar) x0) / sqrt(1-abar)
+    towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()
     a = towards_x_t / levels.sigma
     M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
     return M
 
 
 def extrapolation(levels: Levels) -> Tensor:
-    """1 / (2 r), r = h_previous / h: how far x0 - x0_previous is carried on to the middle of the step.
+    """Return 1 / (2 r), r = h_previous / h: the factor that extrapolates x0 - x0_previous to the middle of the step.
 
-    0 in the first step, which has nothing to extrapolate from, in the last, where h is infinite, and after a step from
-    alpha_bar = 0, whose h is.
+    It is 0 in the first step, which has no earlier x0, in the last step, whose h is infinite, and after a step from
+    alpha_bar = 0, whose h is infinite too.
     """
     w = levels.h / (2 * levels.before(levels.h))
     w[0] = w[-1] = 0
@@ -144,10 +146,10 @@ def dpmpp_2m_sde(levels: Levels) -> Tensor:
 
 
 def dpmpp_3m(levels: Levels) -> Tensor:
-    """DPM-Solver++(3M) (Lu et al. 2022, appendix B). h1 is the x0 of two passes ago.
+    """DPM-Solver++(3M) (Lu et al. 2022, appendix B). h1 holds the x0 of two passes ago.
 
-    As in diffusers the order grows by one a step at the beginning; the last step is of first order, and of fewer than
-    15 the one before it of second.
+    As in diffusers the order grows by one a step at the beginning. The last step is of first order; with fewer than 15
+    steps the one before it is of second order.
     """
     S = len(levels.alpha_bar)
     M = F.pad(dpmpp_2m(levels), (0, 1, 0, 1))
@@ -155,8 +157,8 @@ def dpmpp_3m(levels: Levels) -> Tensor:
     third = slice(2, max(2, S - 1 if S >= 15 else S - 2))
     h, h_1, h_2 = (each[third] for each in (levels.h, levels.before(levels.h), levels.before(levels.h, 2)))
     b, alpha_next = towards(levels)[1][third], levels.alpha_next[third]
-    # x' = a x + b x0 + c_1 D_1 + c_2 D_2, of which the differences D are made of (x0 - x0_previous) h / h_1 and
-    # (x0_previous - h1) h / h_2.
+    # x' = a x + b x0 + c_1 D_1 + c_2 D_2. The differences D are made from (x0 - x0_previous) h / h_1 and (x0_previous -
+    # h1) h / h_2.
     c_1 = alpha_next - b / h
     c_2 = alpha_next / 2 - c_1 / h
     share, curve = h_1 / (h_1 + h_2), h / (h_1 + h_2)
@@ -169,8 +171,8 @@ def dpmpp_3m(levels: Levels) -> Tensor:
 def unipc(levels: Levels) -> Tensor:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (Zhao et al. 2023, algorithm 1 and 2), in x0.
 
-    The predictor is DPM-Solver++(2M)'s. The corrector takes the step to x once more, now that x0 at its end is known;
-    all it needs of earlier passes is kept in h1, so that the corrected x is h1 + correct x0.
+    The predictor is DPM-Solver++(2M)'s. The corrector repeats the step to x, now that x0 at its end is known. h1 keeps
+    all that it needs of earlier passes, so the corrected x is h1 + correct x0.
     """
     S = len(levels.alpha_bar)
     M, (a, b), w = matrices(S, registers=1), towards(levels), extrapolation(levels)
@@ -180,7 +182,7 @@ def unipc(levels: Levels) -> Tensor:
     B_2 = 2 * ((h.expm1() / h - 1) / h - 1 / 2) / h.expm1()
     share = (B_1 - B_2) / (1 + 1 / ratio)
     g, e = share * ratio, B_1 - share
-    g[0], e[0] = 0, 1 / 2  # of first order, where there is no x0_previous
+    g[0], e[0] = 0, 1 / 2  # of first order: there is no x0_previous
     g[-1], e[-1] = 0, 0  # the last step is not corrected
     correct = levels.before(b * e)
     correct[0] = 0
@@ -193,8 +195,8 @@ def unipc(levels: Levels) -> Tensor:
 def deis(levels: Levels) -> Tensor:
     """DEIS of order 2 (Zhang & Chen 2023, tAB-DEIS in log rho): rho = sigma / alpha, eps = (x - alpha x0) / sigma.
 
-    x'/alpha' = x/alpha + the integral over rho of the line in log rho through the last two eps, of which h1 holds the
-    earlier one. The first step, the last, and one after a step from no signal are of first order.
+    x'/alpha' = x/alpha + the integral over rho of a line in log rho through the last two eps; h1 holds the earlier
+    eps. The first step, the last, and a step after one without signal are of first order.
     """
     M, (of_x, of_x0) = matrices(len(levels.alpha_bar), registers=1), _eps(levels)
     M[:, 0, X], M[:, 0, X0] = towards(levels)
@@ -203,7 +205,7 @@ def deis(levels: Levels) -> Tensor:
     inner = slice(1 if rho[0] < math.inf else 2, -1)
     rho_next, u_next = (each[inner.start + 1 :] for each in (rho, u))
     rho, u, u_before = rho[inner], u[inner], levels.before(u)[inner]
-    # Of rho and of log rho, whose antiderivative is (log rho - 1) rho.
+    # The integrals over rho of 1 and of log rho. The antiderivative of log rho is (log rho - 1) rho.
     of_1, of_u = rho_next - rho, (u_next - 1) * rho_next - (u - 1) * rho
     near, far = (of_u - u_before * of_1) / (u - u_before), (of_u - u * of_1) / (u_before - u)
     alpha, alpha_next = levels.alpha[inner], levels.alpha_next[inner]
@@ -213,18 +215,18 @@ def deis(levels: Levels) -> Tensor:
 
 
 def _eps(levels: Levels) -> tuple[Tensor, Tensor]:
-    """eps = (x - alpha x0) / sigma: its coefficients of x and x0."""
+    """Return the coefficients of x and x0 in eps = (x - alpha x0) / sigma."""
     return 1 / levels.sigma, -levels.alpha / levels.sigma
 
 
-# By the number of earlier eps.
+# Keyed by the number of earlier eps.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms(levels: Levels) -> Tensor:
     """PNDM without its Runge-Kutta start (Liu et al. 2022, eq. 9 and 12): Adams-Bashforth of order 4 in eps.
 
-    h1, h2, h3 hold the earlier eps. The second pass repeats the first step, with the mean of the eps at its ends.
+    h1, h2, h3 hold the earlier eps. The second pass repeats the first step, with the mean of the eps at its two ends.
     """
     steps = len(levels.alpha_bar)
     (gain, move), (of_x, of_x0) = _transfer(levels), _eps(levels)
@@ -243,20 +245,21 @@ def plms(levels: Levels) -> Tensor:
 def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
     """PNDM (Liu et al. 2022, algorithm 2): Runge-Kutta steps (eq. 13), then Adams-Bashforth of order 4, all in eps.
 
-    alpha_bar_middle [K]: in the middle of each of the K Runge-Kutta steps, three or none, see `middles`. h1, h2, h3
-    hold the eps at the starts of earlier steps, the latest first. h4 holds the x that a Runge-Kutta step starts from,
-    and after its third pass the end of the step without the last eps.
+    alpha_bar_middle [K]: the level in the middle of each Runge-Kutta step; K is three or zero, see `middles`. h1, h2,
+    h3 hold the eps at the starts of earlier steps, the latest first. h4 holds the x at the start of a Runge-Kutta
+    step, and after its third pass the end of the step without the last eps.
     """
     K = len(alpha_bar_middle)
     to_middle = Levels(levels.alpha_bar[:K], alpha_bar_middle)
     from_middle = Levels(alpha_bar_middle, levels.alpha_bar_next[:K])
     (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
-    at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)  # of x and x0
-    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # each by what it is made of
+    # coefficients of x and x0
+    at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)
+    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # each as its own coefficients
     passes: list[Tensor] = []
     for k in range(K):
         eps_1, eps_3, eps_4 = (of_x * x + of_x0 * x0 for of_x, of_x0 in (at_step[k], at_middle[k], at_step[k + 1]))
-        eps_2 = eps_3  # by the same formula, a pass earlier
+        eps_2 = eps_3  # the same formula, a pass earlier
         passes.append(torch.stack([half_gain[k] * x + half_move[k] * eps_1, eps_1, h1, h2, x]))
         passes.append(torch.stack([half_gain[k] * h4 + half_move[k] * eps_2, h1, h2, h3, h4]))
         eps_2 = (x - half_gain[k] * h4) / half_move[k]
@@ -268,13 +271,13 @@ def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
 
 
 def _transfer(levels: Levels) -> tuple[Tensor, Tensor]:
-    """The gain and the move of x' = gain x + move eps (Liu et al. 2022, eq. 11): DDIM's step, with any eps."""
+    """Return gain and move of x' = gain x + move eps (Liu et al. 2022, eq. 11), which is DDIM's step for any eps."""
     gain = levels.alpha_next / levels.alpha
     return gain, levels.sigma_next - gain * levels.sigma
 
 
 def _adams_bashforth(levels: Levels, start: int) -> Tensor:
-    """M of the steps from `start` on, which keep up to three earlier eps in h1, h2, h3: one for each step before."""
+    """Return M of the steps from `start` on. h1, h2, h3 keep up to three earlier eps, one for each step before."""
     steps = len(levels.alpha_bar)
     M = matrices(steps - start, registers=3)
     weights = [(*ADAMS_BASHFORTH[min(k, 3)], 0, 0, 0)[:4] for k in range(start, steps)]
@@ -290,14 +293,14 @@ def _adams_bashforth(levels: Levels, start: int) -> Tensor:
 def heun(levels: Levels) -> Tensor:
     """Heun's method (Karras et al. 2022, algorithm 1) in x / alpha and rho = sigma / alpha, two passes a step.
 
-    The first pass takes Euler's step, and keeps in h1 the same step with half of its slope; the second, at the end of
-    the step, adds the other half. The last step, to no noise, is Euler's.
+    The first pass takes Euler's step, and keeps in h1 the same step with half of its slope. The second pass, at the
+    end of the step, adds the other half. The last step, to no noise, is Euler's.
     """
     steps = len(levels.alpha_bar)
     M, (a, b) = matrices(2 * steps - 1, registers=1), towards(levels)
     M[0::2, 0, X], M[0::2, 0, X0] = a, b
     rho, alpha_next = (levels.sigma / levels.alpha), levels.alpha_next[:-1]
-    half = (rho[1:] - rho[:-1]) / 2  # times the slope (x / alpha - x0) / rho
+    half = (rho[1:] - rho[:-1]) / 2  # multiplied by the slope (x / alpha - x0) / rho
     M[0:-1:2, 1, X] = alpha_next / levels.alpha[:-1] * (1 + half / rho[:-1])
     M[0:-1:2, 1, X0] = -alpha_next * half / rho[:-1]
     M[1::2, 0, X], M[1::2, 0, X0], M[1::2, 0, H1] = half / rho[1:], -alpha_next * half / rho[1:], 1

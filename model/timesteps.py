@@ -1,4 +1,6 @@
-"""The timesteps that a sampler visits. Plain numbers, no torch: the service computes a request's cost from them."""
+"""The timesteps that a sampler visits, as plain numbers without torch: the service computes a request's
+cost from them.
+"""
 
 import math
 from bisect import bisect_left
@@ -12,7 +14,7 @@ from tminus.model.catalogue import SAMPLER_FACTS
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 # A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
 SIGMA_MIN = 0.03
-# The sigma of t = T - 1 in Ho et al.'s schedule is 157. Above it x_t is noise, and a cosine schedule goes on to 20,000.
+# In Ho et al.'s schedule t = T - 1 has sigma 157. A cosine schedule goes on to 20,000, but above 157 x_t is noise.
 SIGMA_MAX = 160.0
 RHO = 3  # Karras et al. 2022, eq. 5: 3 evens out the truncation error. Their 7 gave 1.35 times the Fréchet distance
 
@@ -30,19 +32,20 @@ def make_timesteps(
 ) -> list[float]:
     """Choose `steps` of the T timesteps, falling. leading, trailing, linspace as in Lin et al. 2024, table 2.
 
-    karras is one ramp for all samplers (Karras et al. 2022, eq. 5) and needs log_sigmas: log sqrt((1 - alpha_bar) /
-    alpha_bar) of t = 0..T-1, ascending. It takes no offset, which only leading has.
+    karras is one ramp for all samplers (Karras et al. 2022, eq. 5). It needs log_sigmas: log sqrt((1 - alpha_bar) /
+    alpha_bar) of t = 0..T-1, ascending. It takes no offset; only leading does.
 
-    fractional says that the network takes timesteps between whole ones; a sampler that visits those gets them unrounded
-    where the spacing is linspace or karras. continuous says that noise levels are a formula of t, as those of EDM and
-    of flow matching: every sampler gets such timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
+    fractional: the network takes fractional timesteps. A sampler that visits them gets them unrounded with linspace
+    and karras. continuous: noise levels are a formula of t, as for EDM and flow matching. Every sampler then gets
+    timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
 
-    A multistep solver ends in a jump from its last timestep to no noise at all, so leading and linspace spread
-    steps + 1 points and leave out the cleanest. These three give diffusers' timesteps, except that there are always
-    `steps` of them, all different and inside the chain: a multistep solver visits the whole chain where steps = T
-    (diffusers repeats some), trailing has no timestep -1 (diffusers' arange goes one too far for some steps), and the
-    offset never leads past T - 1. Raises ValueError for an unknown spacing, unless 1 <= steps <= T, or fewer
-    for a sampler that takes more passes than steps, and for karras without T log_sigmas.
+    A multistep solver ends in a jump from its last timestep to no noise, so leading and linspace spread steps + 1
+    points and leave out the cleanest. These three give diffusers' timesteps, with three exceptions. There are always
+    `steps` different ones: with steps = T a multistep solver visits every timestep (diffusers repeats some). trailing
+    never has timestep -1 (diffusers' arange goes one too far for some steps). The offset never leads past T - 1.
+
+    Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T, or a lower
+    bound for a sampler with more passes than steps.
     """
     facts = SAMPLER_FACTS[sampler]
     most = facts.max_steps(num_timesteps)
@@ -57,7 +60,7 @@ def make_timesteps(
         return _between(ramp, log_sigmas) if exact else _nearest(ramp, log_sigmas)
     if spacing == "trailing":
         second = num_timesteps - num_timesteps / steps
-        stride = num_timesteps - second  # rounded as numpy's arange does, so that halves round as theirs do
+        stride = num_timesteps - second  # numpy's arange rounds, so halves round as in diffusers
         return [round(num_timesteps - k * stride) - 1 for k in range(steps)]
     points = steps + 1 if facts.leaves_out_cleanest and steps < num_timesteps else steps
     t: list[float]
@@ -68,7 +71,7 @@ def make_timesteps(
     elif spacing == "linspace" and continuous:
         t = np.linspace(0, num_timesteps - 1, steps).tolist() if steps > 1 else [float(num_timesteps - 1)]
     elif spacing == "linspace":
-        # numpy's ends at exactly T - 1, where (points - 1) * stride passes it by rounding for some step counts.
+        # numpy's linspace ends at exactly T - 1; for some step counts (points - 1) * stride exceeds it by rounding.
         even = np.linspace(0, num_timesteps - 1, points)
         t = (even if exact else even.round().astype(int)).tolist()
     else:
@@ -77,10 +80,10 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """The timestep of each pass through the network, from those of the steps, falling.
+    """Return the timestep of each pass through the network, from the falling timesteps of the steps.
 
-    heun and plms revisit some. A Runge-Kutta step of pndm takes four passes: at its start, twice in its middle, and at
-    its end.
+    heun and plms revisit some. A Runge-Kutta step of pndm takes four passes: one at its start, two in its middle, and
+    one at its end.
     """
     facts = SAMPLER_FACTS[sampler]
     if len(timesteps) < 2:
@@ -95,17 +98,17 @@ def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]
 
 
 def middles(timesteps: Sequence[float]) -> list[float]:
-    """The whole timestep in the middle of each of pndm's Runge-Kutta steps, the cleaner one of two.
+    """Return the integer timestep in the middle of each of pndm's Runge-Kutta steps; of two, the cleaner one.
 
-    Where one would end at the cleanest timestep there are none: an error in x_0 is divided by sigma there to be one in
-    eps, and multiplied by the sigma that the step comes from.
+    If a Runge-Kutta step would end at the cleanest timestep, the list is empty: there an error in x_0 is divided by a
+    small sigma to become an error in eps, and multiplied by the sigma at the step's start.
     """
     count = SAMPLER_FACTS["pndm"].steps_to_start
     return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
 
 
 def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
-    """Log sigma at a timestep, between whole ones by a line."""
+    """Return log sigma at a timestep; fractional ones are interpolated linearly."""
     low = int(t)
     if t == low:
         return log_sigmas[low]
@@ -113,7 +116,7 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
 
 
 def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
-    """The timestep at a noise level, between whole ones by a line in log sigma; the nearest that is finite."""
+    """Return the timestep at a noise level, interpolated linearly in log sigma; the nearest one with a finite sigma."""
     high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
     low, above = log_sigmas[high - 1], log_sigmas[high]
     if not math.isfinite(above):
@@ -122,11 +125,10 @@ def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
 
 
 def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
-    """Log sigma of each step (Karras et al. 2022, eq. 5).
+    """Return log sigma of each step (Karras et al. 2022, eq. 5).
 
-    The ramp starts at the schedule's largest finite sigma, but at most at SIGMA_MAX, and at least at its smallest. It
-    ends at SIGMA_MIN, or at the smallest sigma of a schedule that does not reach as low as that, or nowhere rises above
-    it.
+    The ramp starts at the schedule's largest finite sigma, limited to between its smallest sigma and SIGMA_MAX. It
+    ends at SIGMA_MIN, or at the schedule's smallest sigma if that is larger, and never rises.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
@@ -139,9 +141,9 @@ def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
 
 
 def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Round noise levels to timesteps, nearest in log sigma, then make all different.
+    """Round noise levels to timesteps, nearest in log sigma, then make all of them different.
 
-    A timestep that is already taken is replaced by the next cleaner one, or by a noisier one where the remaining steps
+    A timestep that is taken already is replaced by the next cleaner one, or by a noisier one if the remaining steps
     would not fit otherwise. The first is always T - 1.
     """
     nearest, steps = len(log_sigmas) - 1, len(ramp)
@@ -154,5 +156,5 @@ def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
 
 
 def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Timesteps at exactly these noise levels, but for the first, T - 1, between whole ones by a line in log sigma."""
+    """Return the fractional timesteps at exactly these noise levels, interpolated in log sigma. The first is T - 1."""
     return [float(len(log_sigmas) - 1), *(timestep_at(log_sigma, log_sigmas) for log_sigma in ramp[1:])]

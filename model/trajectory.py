@@ -1,9 +1,9 @@
-"""Trajectories: the distribution that each stochastic pass drew from, and log p of its outcome. NumPy, no torch.
+"""Trajectories: the distribution from which each stochastic pass drew, and log p of its outcome. NumPy, no torch.
 
-A pass that adds noise draws x' from N(mean, s^2), each value by itself. The mean is the update rule of samplers.py
-without its noise, a x + b x0 + c x0_previous, and a term more with a table that looks back twice. s is the factor of
-the noise, s exp(r v) where the network learned its variance. All of it follows from the plan, x_t and the predictions
-x0, so float64 is exact here whatever the precision in which the rows were stepped.
+A pass that adds noise draws x' from N(mean, s^2), each value independently. The mean is the update rule of samplers.py
+without its noise, a x + b x0 + c x0_previous, plus one more term for a table that looks back twice. s is the factor of
+the noise, or s exp(r v) if the network learned its variance. The plan, x_t and the predictions x0 determine all of it,
+so float64 is exact here, whatever the precision of the steps.
 """
 
 import math
@@ -17,11 +17,11 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
-# Columns of a line, p, q, a, b, c, s, clip, r, and the register of M: see Plan in samplers.py and table_plan there.
+# Columns of a line: p, q, a, b, c, s, clip, r, and the register of M; see Plan and table_plan in samplers.py.
 A, B, C, S, R = 2, 3, 4, 5, 7
 X0_PREVIOUS, H = 2, 4
 
-# Of ddim, for a log p that says something. Below, s comes near the rounding of x in float32: at 1e-4 log p is off by
+# The least eta of ddim for a useful log p. Below it s is close to the rounding of x in float32: at 1e-4 log p is off by
 # 0.01 nats a value, at 1e-6 by 3.
 LEAST_ETA = 0.01
 
@@ -30,8 +30,8 @@ LEAST_ETA = 0.01
 class PlanNumbers:
     """A compiled sampler of P passes, all float64; see `Plan`.
 
-    timesteps [P]; lines [P, 8]; inputs [P, 2]: what x is multiplied by on its way into the network, and the timestep
-    that the network is given; matrices [P, 1 + R, 4 + R] of a sampler with R registers, else None.
+    timesteps [P]. lines [P, 8]. inputs [P, 2]: the scale of x at the network's input, and the network's timestep.
+    matrices [P, 1 + R, 4 + R] for a sampler with R registers, else None.
     """
 
     timesteps: Float64
@@ -41,16 +41,18 @@ class PlanNumbers:
 
     @property
     def noisy(self) -> npt.NDArray[np.int64]:
-        """The K passes that add noise."""
+        """The numbers of the K passes that add noise."""
         return np.flatnonzero(self.lines[:, S] > 0)
 
     @property
     def learned(self) -> bool:
-        """Whether s differs by value: the network learned its variance, and the sampler uses it."""
+        """Whether s differs between values: the network learned its variance, and the sampler uses it."""
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """The factor, in the mean of pass k, of the register: the x0 of two passes before. 0 without registers."""
+        """Return the register's factor in the mean of pass k; the register is the x0 of two passes before. 0 without
+        registers.
+        """
         if self.matrices is None:
             return 0.0
         registers = self.matrices[:, 1:]
@@ -61,10 +63,11 @@ class PlanNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The passes of a trajectory that are kept. All fields are numbers in rising order.
+    """The passes of a trajectory that are kept. All fields are ascending numbers.
 
-    passes: from 0. points: of each x_t how many passes come before it; a pass begins at one point and ends at the next.
-    predictions: the passes whose x_0 are in it, which are these and those that their means look back to.
+    passes: counted from 0. points: for each x_t the number of passes before it; a pass begins at one point and ends at
+    the next. predictions: the passes whose x_0 is kept, because they are in `passes` or because a mean depends on
+    them.
     """
 
     passes: tuple[int, ...]
@@ -73,9 +76,9 @@ class Selection:
 
     @classmethod
     def of(cls, passes: Sequence[int], num_passes: int, looks_back: int) -> "Selection":
-        """Select these of so many passes. looks_back: how many predictions before its own a mean may depend on.
+        """Select passes out of `num_passes`. looks_back: how many earlier predictions a mean may depend on.
 
-        Raises ValueError, which says the bound, where they are none, not in rising order, or not in 0..num_passes - 1.
+        Raises ValueError, with the bound, if there are none, or if they are not ascending or not in 0..num_passes - 1.
         """
         if not passes or not all(a < b for a, b in zip((-1, *passes), (*passes, num_passes), strict=True)):
             raise ValueError(f"one or more numbers of passes in 0..{num_passes - 1}, each greater than the one before")
@@ -93,9 +96,9 @@ class Selection:
 class Trajectory:
     """n rows from x_T to x_0, in float32 or float16.
 
-    x_t [points, n, C, H, W]. x_0 [predictions, n, C, H, W]: what the network predicted, guided and clipped as the plan
-    says. v float32 [predictions, n, C, H, W]: of a learned variance. selection: None where all passes are in it, with
-    P + 1 points and P predictions.
+    x_t [points, n, C, H, W]. x_0 [predictions, n, C, H, W]: the network's prediction, guided and clipped as the plan
+    says. v float32 [predictions, n, C, H, W]: for a learned variance. selection: None for all passes, with P + 1
+    points and P predictions.
     """
 
     plan: PlanNumbers
@@ -106,7 +109,7 @@ class Trajectory:
 
     @property
     def selected(self) -> Selection:
-        """Which passes are in it."""
+        """The passes it contains."""
         return self.selection or Selection.whole(len(self.plan.lines))
 
 
@@ -114,8 +117,8 @@ class Trajectory:
 class Transitions:
     """The distributions of the K passes that add noise. A pass without noise has no density.
 
-    passes [K]; mean [K, n, C, H, W], in the type of x_t; s [K, 1, 1, 1, 1] in float64, or of a learned variance
-    [K, n, C, H, W]; log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
+    passes [K]; mean [K, n, C, H, W], in the dtype of x_t; s float64 [K, 1, 1, 1, 1], or [K, n, C, H, W] for a learned
+    variance; log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
     """
 
     passes: npt.NDArray[np.int64]

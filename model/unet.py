@@ -1,7 +1,7 @@
 """The U-Net that predicts eps (Ho et al. 2020), with the module names of diffusers' `UNet2DModel`.
 
-The Skip blocks are those of NCSN++ (Song et al. 2021, appendix H): beside the feature maps a small image goes down,
-from which each level learns, and another goes up, to which each level adds.
+The Skip blocks are those of NCSN++ (Song et al. 2021, appendix H): a small image goes down beside the feature maps,
+and each level learns from it; another image goes up, and each level adds to it.
 """
 
 import math
@@ -142,7 +142,9 @@ class UpBlock(nn.Module):
 
 
 class SkipDownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then, but in the last block, a level of half the size."""
+    """Resnets (each followed by attention in an Attn block), then, except in the last block, a level of
+    half the size.
+    """
 
     def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -227,9 +229,10 @@ def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """An embedding with nn.Embedding's own initialisation, but on the meta device none.
+    """Make an embedding with nn.Embedding's own initialisation, or without values on the meta device.
 
-    There torch would import torch._dynamo or sympy, which takes longer than all the rest of loading a checkpoint.
+    On the meta device torch's initialisation would import torch._dynamo or sympy, which takes longer than the rest of
+    loading a checkpoint.
     """
     weight = torch.empty(count, width)
     if not weight.is_meta:
@@ -261,7 +264,7 @@ class UNet2D(Denoiser):
 
     config: UNetConfig
     unit_input = False
-    """Whether it was trained on images in [0, 1], which its config does not say: its input is then (x + 1) / 2."""
+    """Whether its training images were in [0, 1]. Its input is then (x + 1) / 2. Its config does not say."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -295,7 +298,7 @@ class UNet2D(Denoiser):
 
     @property
     def fractional(self) -> bool:
-        """A learned embedding has whole timesteps only."""
+        """Whether it takes fractional timesteps; a learned embedding does not."""
         return not isinstance(self.time_proj, nn.Embedding)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
@@ -303,10 +306,10 @@ class UNet2D(Denoiser):
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         centred = self.config.center_input_sample
-        if centred != self.unit_input:  # both together give x back
+        if centred != self.unit_input:  # two of these cancel
             x = 2 * x - 1 if centred else (x + 1) / 2
         h: Tensor = self.conv_in(x)
-        skips, image = [h], x  # the image is Skip blocks'
+        skips, image = [h], x  # only Skip blocks use the image
         for block in self.down_blocks:
             if isinstance(block, SkipDownBlock):
                 h, block_skips, image = block(h, act_temb, image)

@@ -13,21 +13,21 @@ from tminus.model.layers import ACTIVATIONS
 log = logging.getLogger(__name__)
 
 CLASS_NAME = "UNet2DModel"
-OWN_CLASS_NAME = "TminusUNet2DModel"  # of networks with OWN_FIELDS, which diffusers would run wrongly
-MAX_LAYERS = 64  # far above any known net, far below one that takes minutes to build
-MAPS_PER_LAYER = 3  # of a layer's width that are alive at once: its input, its output, and one between
-# Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
+OWN_CLASS_NAME = "TminusUNet2DModel"  # the class of networks with OWN_FIELDS, which diffusers would run wrongly
+MAX_LAYERS = 64  # far above any known net, and quick enough to build
+MAPS_PER_LAYER = 3  # feature maps in memory at once: a layer's input, its output, and one between
+# Fields of training without effect on the network: the EMA's, from diffusers' training scripts.
 OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # of networks that have no others
-# Fields that are not of UNet2DModel, and the values by which a network is one.
+SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # a network with one of these has no others
+# Fields that UNet2DModel lacks, and the values with which a network is a UNet2DModel.
 OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 SKIP_UP_BLOCKS = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
-IMAGE_CHANNELS = 3  # diffusers' Skip blocks know no other number
-WIDTH_MULTIPLE = 32  # of Skip blocks
+IMAGE_CHANNELS = 3  # the only number in diffusers' Skip blocks
+WIDTH_MULTIPLE = 32  # for Skip blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class UNetConfig(NetConfig):
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
     norm_num_groups: int | None = 32
-    """None only of a network of Skip blocks, see `groups`."""
+    """None only for a network of Skip blocks, see `groups`."""
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -65,11 +65,11 @@ class UNetConfig(NetConfig):
     class_embed_type: str | None = None
     num_train_timesteps: int | None = None
     num_heads: int | None = None
-    """The heads of every attention, whatever its width; goes before attention_head_dim."""
+    """The number of heads of every attention, whatever its width; overrides attention_head_dim."""
     time_proj_dim: int | None = None
-    """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
+    """The width of the timestep's sines and cosines; None means the first of block_out_channels."""
     timestep_scale: float = 1.0
-    """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
+    """The factor of timesteps: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
@@ -139,7 +139,7 @@ class UNetConfig(NetConfig):
         return any(name in SKIP_DOWN_BLOCKS + SKIP_UP_BLOCKS for name in named)
 
     def groups(self, channels: int) -> int:
-        """The groups of a group norm over so many channels, outside of Skip blocks."""
+        """Return the groups of a group norm for a number of channels, outside of Skip blocks."""
         return self.norm_num_groups or groups_of(channels)
 
     @property
@@ -150,17 +150,17 @@ class UNetConfig(NetConfig):
 
     @property
     def temb_dim(self) -> int:
-        """The width of the embedding of timestep and class."""
+        """The width of the combined embedding of timestep and class."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property
     def class_name(self) -> str:
-        """UNet2DModel for a network that diffusers can run too."""
+        """UNet2DModel for a network that diffusers can run too, else OWN_CLASS_NAME."""
         own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
         return OWN_CLASS_NAME if own else CLASS_NAME
 
     def head_width(self, channels: int) -> int:
-        """The width of a head of an attention over so many channels."""
+        """Return the width of an attention head for a number of channels."""
         return channels // self.num_heads if self.num_heads is not None else self.attention_head_dim or channels
 
     @property
@@ -172,7 +172,7 @@ class UNetConfig(NetConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The divisor of height and width: every block but the last halves them."""
+        """The divisor of height and width. Every block but the last halves them."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -199,7 +199,7 @@ class UNetConfig(NetConfig):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of diffusers' UNet2DModel, or of a network that is not one."""
+        """Return the config.json of diffusers' UNet2DModel, or of a network that is not one."""
         fields = dataclasses.asdict(self)
         if self.class_name == CLASS_NAME:
             fields = {name: value for name, value in fields.items() if name not in OWN_FIELDS}

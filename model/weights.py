@@ -1,4 +1,4 @@
-"""Weights of a U-Net folder, whole or in shards, or of one file: found, read, hashed, written.
+"""The weights of a U-Net folder, whole or in shards, or of one file: finds, reads, hashes and writes them.
 
 Only tensors are unpickled.
 """
@@ -22,16 +22,16 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # also types that are no weights: they are refused by torch's name
+SAFETENSORS_DTYPES = {  # includes dtypes that are refused for weights, so that the message has torch's name
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # as the library has it
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, with diffusers' present names. No value is looked at.
+    """Read the weights of a U-Net folder, whole or in shards, under diffusers' current names. Values are not checked.
 
     Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
     """
@@ -48,9 +48,9 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
-    """Read the state dict of one file, with the names it has. Raises CheckpointError as `load_state_dict` does.
+    """Read the state dict of one file under the file's own names. Raises CheckpointError as `load_state_dict` does.
 
-    part_of: finds the weights in a file that holds more than these; None where it is no such file.
+    part_of: finds the weights in a file that holds more; returns None for a file of another kind.
     """
     _check_memory(file, [file])
     state = _read_tensors(file, part_of)
@@ -59,7 +59,7 @@ def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, An
 
 
 def _check_memory(where: Path, files: Iterable[Path]) -> None:
-    """Raise CheckpointError for weights that are larger than memory, before any is read."""
+    """Raise CheckpointError for weights larger than memory, before any is read."""
     size, free = sum(file.stat().st_size for file in files), free_memory_bytes()
     if free is not None and size > free:
         raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
@@ -79,7 +79,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Say why weights do not fit this network, by the first name or shape that differs; None where they fit."""
+    """Return why weights do not fit this network, with the first name or shape that differs; None if they fit."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -93,10 +93,10 @@ def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cast weights whose shapes are known to fit. Raises CheckpointError for values that are not finite."""
+    """Cast weights of known shapes. Raises CheckpointError for values that are not finite."""
     cast = {key: value.to(torch.float32) for key, value in state.items()}
     for key, value in cast.items():
-        # NaN and infinity survive a sum, which is quicker to look at; only where it is not finite each value is.
+        # A sum is quick and keeps NaN and infinity. Only if it is not finite, each value is checked.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
     return cast
@@ -108,10 +108,12 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give attention weights from before 2023 (query, key, value, proj_attn), and Fourier features, present names."""
+    """Rename attention weights from before 2023 (query, key, value, proj_attn), and Fourier features, to
+    current names.
+    """
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # it was written under both names
+        if key == OLD_FOURIER:  # written under both names
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
@@ -120,14 +122,14 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the weights of a folder in float32, as safetensors; the file appears whole or not."""
+    """Write the weights of a folder in float32, as safetensors, atomically."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     file = folder / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes and values by sha256: the same weights have the same hash, whatever file they come from."""
+    """Hash names, shapes and values by sha256. The same weights have the same hash in any file format."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().to("cpu", torch.float32).contiguous()
@@ -137,14 +139,14 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _weight_files(unet_folder: Path) -> list[Path]:
-    """The files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
+    """List the files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
 
-    A variant (fp16, non_ema) is read only where there are no plain weights.
+    A variant (fp16, non_ema) is read only if there are no plain weights.
     """
     for variant in ("", ".*"):
         for suffix in ("safetensors", "bin"):
             whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
-            if whole := [file for file in whole if "-of-" not in file.name]:  # without shards
+            if whole := [file for file in whole if "-of-" not in file.name]:  # whole files, without shards
                 return whole[:1]
             if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
                 return _shards(indexes[0])
@@ -159,12 +161,12 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors into memory of our own.
+    """Read the tensors into our own memory.
 
-    The library either maps the file, so that writing over it would change what is served and shortening it would end
-    the process, or needs twice the memory. Raises ValueError for a file that changes while it is read.
+    The library would map the file, so that overwriting it would change the served weights and truncating it would end
+    the process, or would need twice the memory. Raises ValueError for a file that changes while it is read.
     """
-    with safe_open(file, "pt"):  # which checks the whole header
+    with safe_open(file, "pt"):  # checks the whole header
         pass
     state = {}
     with file.open("rb") as opened:
@@ -188,7 +190,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_tensors(
     file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
 ) -> dict[str, Tensor]:
-    with file.open("rb") as opened:  # raises a clear OSError for a file that may not be read, as neither reader below
+    with file.open("rb") as opened:  # raises a clear OSError for an unreadable file; the readers below do not
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
                 f"{file}: a pointer of Git LFS and not the weights; run git lfs pull where it is from"
@@ -202,7 +204,7 @@ def _read_tensors(
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
-        # Those are about the reader. Only safetensors, and the system, say what is wrong with the file.
+        # Other messages describe the reader. Only those of safetensors and of the system describe the file.
         is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
         why = f" ({first_line(error)})" if is_clear else ""
         raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error

@@ -1,7 +1,7 @@
 """Autoencoders with diffusers' module names: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
-Their configuration and folders are here too, and the coding of many images. Images are [B, C, H, W] in [-1, 1], latents
-[B, c, H / factor, W / factor].
+This module also has their configuration, their folders, and the coding of many images. Images are [B, C, H, W] in [-1,
+1], latents [B, c, H / factor, W / factor].
 """
 
 import dataclasses
@@ -24,19 +24,20 @@ from tminus.model.pixels import MAX_CHANNELS, to_model_range
 from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32, write_weights
 
 VQ, KL = "VQModel", "AutoencoderKL"
-USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stable Diffusion's latents
+# the default of diffusers' AutoencoderKL: 1 / the standard deviation of Stable Diffusion's latents
+USUAL_SCALE = 0.18215
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 MAX_LAYERS = 64
-MAPS_PER_LAYER = 3  # of a layer's width that are alive at once
-# Fields that change nothing of what is served: how others save memory, and a look-up that decoding never makes.
+MAPS_PER_LAYER = 3  # feature maps of a layer's width that are in memory at once
+# Fields without effect on images: how others save memory, and a look-up that decoding never makes.
 OF_OTHERS = frozenset(("force_upcast", "lookup_from_codebook"))
-EPS = 1e-6  # of every group norm
+EPS = 1e-6  # the eps of every group norm
 LOGVAR = (-30.0, 20.0)  # as diffusers clamps it
 BATCH_PIXELS = 2**18  # 64 images of 64x64, or 4 of 256x256
-IMAGES, CELLS, LATENTS = 32, 4, 8  # images of each kind, of CELLS x CELLS patches, LATENTS latents a side
-TINT = 0.25  # of greys, at most
-RIDGE = 1e-3  # keeps the fit finite where a channel of the latents says nothing about colours
+IMAGES, CELLS, LATENTS = 32, 4, 8  # the number of images of each kind, their patches a side, their latents a side
+TINT = 0.25  # the largest tint of a grey
+RIDGE = 1e-3  # keeps the fit finite if a latent channel carries no colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class AutoencoderConfig(Checked):
     sample_size: int | tuple[int, int] = 32
     norm_num_groups: int = 32
     scaling_factor: float = USUAL_SCALE
-    """Latents are multiplied by it before the network of eps sees them: 1 / their standard deviation."""
+    """Latents are multiplied by this before they enter the denoising network: 1 / their standard deviation."""
     shift_factor: float = 0.0
-    """It is subtracted from latents before that; AutoencoderKL only."""
+    """Latents are shifted by minus this before they are scaled; AutoencoderKL only."""
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -91,17 +92,17 @@ class AutoencoderConfig(Checked):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent's side: every block but the last halves them."""
+        """Pixels to a latent's side. Every block but the last halves the size."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def code_width(self) -> int:
-        """The width of a code of a VQModel, and so the channels of its latents."""
+        """The width of a VQModel's code, which is the number of latent channels."""
         return self.vq_embed_dim or self.latent_channels
 
     @property
     def channels(self) -> int:
-        """The channels of the latents."""
+        """The number of latent channels."""
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
@@ -114,16 +115,16 @@ class AutoencoderConfig(Checked):
             total += 4 * channels * pixels * MAPS_PER_LAYER
             if name.startswith("Attn") or (level == last and self.mid_block_add_attention):
                 total += 4 * pixels**2
-        if self.kind == VQ:  # from each latent to each code
+        if self.kind == VQ:  # distances from each latent to each code
             total += 4 * (height * width >> 2 * last) * self.num_vq_embeddings
         return total
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """Read diffusers' config.json. Raises ValueError for another class, and for a field that is not honoured.
+        """Read diffusers' config.json. Raises ValueError for another class, and for a field that is not supported.
 
-        A VQModel without a scaling_factor has 1: diffusers' default for it, 0.18215, is that of another autoencoder
-        (the latents of CompVis' own ldm-celebahq-256 are not scaled).
+        A VQModel without a scaling_factor has 1. diffusers' default, 0.18215, belongs to another autoencoder; the
+        latents of CompVis' ldm-celebahq-256 are not scaled.
         """
         kind = config.get("_class_name", KL)
         if kind not in (VQ, KL):
@@ -153,7 +154,7 @@ _OF_KL = frozenset(("shift_factor", "use_quant_conv", "use_post_quant_conv"))
 
 
 class Autoencoder(nn.Module):
-    """An encoder, a bottleneck and a decoder. Latents have the spread that the network of eps is trained on."""
+    """An encoder, a bottleneck and a decoder. Its latents have the scale that the denoising network was trained on."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -175,16 +176,16 @@ class Autoencoder(nn.Module):
                 self.post_quant_conv = nn.Conv2d(inner, inner, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents of images, scaled; of an AutoencoderKL the means."""
+        """Encode images into scaled latents; an AutoencoderKL gives the means."""
         return self.scaled(self.moments(images)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents. A VQModel takes the nearest codes first, as in training."""
+        """Decode scaled latents. A VQModel first replaces them by the nearest codes, as in training."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decode_codes(self.quantize(z)[0] if self.quantize is not None else z)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The unscaled latents of images, and their log sigma^2, which is None for a VQModel."""
+        """Return the unscaled latents of images, and their log sigma^2, which is None for a VQModel."""
         h = self.encoder(images)
         if self.quant_conv is not None:
             h = self.quant_conv(h)
@@ -204,7 +205,7 @@ class Autoencoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook: each latent's nearest code (van den Oord et al. 2017)."""
+    """The codebook, which replaces each latent by its nearest code (van den Oord et al. 2017)."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -218,9 +219,9 @@ class Quantizer(nn.Module):
         return weight
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes of z [B, width, h, w], and their numbers [B, h, w]."""
+        """Return the nearest codes of z [B, width, h, w], and their numbers [B, h, w]."""
         flat = z.movedim(1, -1)
-        # |z - e|^2 less |z|^2, which is the same for all codes.
+        # |z - e|^2 without |z|^2, which is the same for all codes.
         distance = self.codes.square().sum(1) - 2 * flat.flatten(0, -2) @ self.codes.T
         nearest = distance.argmin(dim=1)
         return self.codes[nearest].reshape(flat.shape).movedim(-1, 1), nearest.reshape(flat.shape[:-1])
@@ -278,7 +279,7 @@ class _UpBlock(_Block):
 
 
 class _MidBlock(nn.Module):
-    """Resnet, attention (of one head), resnet."""
+    """A resnet, attention with one head, and a resnet."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -336,7 +337,10 @@ class _Decoder(nn.Module):
 
 @torch.no_grad()
 def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Encode images uint8 [N, C, H, W]: scaled latents float32 [N, c, h, w] on the device. It moves the autoencoder."""
+    """Encode images uint8 [N, C, H, W] on the device, after moving the autoencoder there.
+
+    Returns scaled latents, float32 [N, c, h, w].
+    """
     autoencoder = autoencoder.to(device)
     parts = list(_batches(images, images.shape[2] * images.shape[3]))
     progress = tqdm(parts, unit="batch", desc="latents", disable=None if len(parts) > 100 else True)
@@ -345,7 +349,7 @@ def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def images_of(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents [N, c, h, w]: images [N, C, H, W] in about [-1, 1], where the latents are."""
+    """Decode scaled latents [N, c, h, w], on their device, to images [N, C, H, W] in about [-1, 1]."""
     autoencoder = autoencoder.to(latents.device)
     pixels = latents.shape[2] * latents.shape[3] * autoencoder.config.factor**2
     return torch.cat([autoencoder.decode(part) for part in _batches(latents, pixels)])
@@ -357,11 +361,12 @@ def _batches(values: Tensor, pixels: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def fit_colours(autoencoder: Autoencoder) -> Tensor:
-    """Fit the mean colour of a latent's square of pixels to the latent: [C, c + 1], the last column the constant.
+    """Fit the mean colour of a latent's square of pixels to the latent: [C, c + 1], with the constant in the last
+    column.
 
-    No data is needed: the images are patches of random colours, of greys with a tint, and of black and white, always
+    No data is needed: the images are patches of random colours, of tinted greys, and of black and white, and always
     the same ones. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map
-    of its own images; colours alone give 0.19, and smooth ones 0.22.
+    for its own images; colours alone give 0.19, and smooth ones 0.22.
     """
     config, generator = autoencoder.config, torch.Generator().manual_seed(0)
 
@@ -381,7 +386,9 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
 
 
 def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
-    """Latents [B, c, h, w] as pictures [B, C, h factor, w factor] in about [-1, 1], each a square of one colour."""
+    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], one colour for
+    each latent.
+    """
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
 
@@ -390,12 +397,12 @@ def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
 
 
 def find_autoencoder(folder: Path) -> Path | None:
-    """The folder of a checkpoint's autoencoder; None for a pixel model."""
+    """Return the folder of a checkpoint's autoencoder; None for a pixel model."""
     return next((folder / name for name in AUTOENCODERS if (folder / name).is_dir()), None)
 
 
 def check_place(folder: Path, autoencoder: Autoencoder | None) -> None:
-    """Raise CheckpointError for a pixel model in a folder with an autoencoder, by which it would be decoded."""
+    """Raise CheckpointError for a pixel model in a folder with an autoencoder, which would decode its images."""
     if autoencoder is None and (found := find_autoencoder(folder)) is not None:
         why = f"has an autoencoder in {found.name}/, and this model is one of pixels"
         raise CheckpointError(f"{folder}: {why}; remove it or choose another folder")
@@ -418,20 +425,20 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
-    """Hash all weights of a checkpoint: the network's, and those of its autoencoder if it has one."""
+    """Hash all weights of a checkpoint: the network's and, if there is one, the autoencoder's."""
     if autoencoder is None:
         return weights_hash
     return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
 
 
 def hash_autoencoder(autoencoder: Autoencoder) -> str:
-    """Hash its weights and its config, which holds the scale of the latents."""
+    """Hash its weights and its config, which contains the scale of the latents."""
     parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a folder that tminus and diffusers load. Each file appears whole or not."""
+    """Write a folder that tminus and diffusers load. Each file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, state)
-    write_json(folder / "config.json", config.to_dict())  # last: where it is, the folder is whole
+    write_json(folder / "config.json", config.to_dict())  # written last: a folder with a config.json is complete

@@ -1,6 +1,6 @@
 """The networks that can be served, by the `_class_name` of their config.json.
 
-Those of other projects lie here, under the parameter names of their files.
+Networks of other projects keep the parameter names of their files.
 """
 
 from collections.abc import Callable, Mapping

@@ -18,7 +18,7 @@ HEADS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dome272Config(NetConfig):
-    """The channels are fixed, but for the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
+    """All channels are fixed except in the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
 
     CLASS_NAME: ClassVar[str] = "Dome272UNet"
     KIND: ClassVar[str] = "Dome272UNet config: "
@@ -43,7 +43,7 @@ class Dome272Config(NetConfig):
         return WIDTHS
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Attention is at every level; on the way up it is at the size of the images."""
+        """Estimate the bytes of one row in a forward pass. The largest attention is at the size of the images."""
         pixels = [size_px[0] * size_px[1] >> 2 * level for level in range(len(WIDTHS))]
         maps = sum(4 * 6 * width * each for width, each in zip(WIDTHS, pixels, strict=True))
         return maps + 4 * HEADS * pixels[0] ** 2
@@ -68,14 +68,14 @@ class _DoubleConv(nn.Module):
 
 
 class _Resampling(nn.Module):
-    """A way down or up: convolutions, and the timestep added to each pixel."""
+    """A level down or up: convolutions, and the timestep's embedding added to each pixel."""
 
     def __init__(self, temb: int, cout: int) -> None:
         super().__init__()
         self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(temb, cout))
 
     def add_time(self, h: Tensor, act_temb: Tensor) -> Tensor:
-        emb: Tensor = self.emb_layer[1](act_temb)  # SiLU came before
+        emb: Tensor = self.emb_layer[1](act_temb)  # act_temb has gone through SiLU already
         return h + emb[:, :, None, None]
 
 
@@ -99,7 +99,7 @@ class _Up(_Resampling):
 
 
 class _Attention(nn.Module):
-    """The parameters of nn.MultiheadAttention, without its options."""
+    """Self-attention with the parameters of nn.MultiheadAttention and none of its options."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Attention(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """A transformer's block over the pixels of x [B, C, H, W]."""
+    """A transformer block over the pixels of x [B, C, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -134,7 +134,9 @@ class _SelfAttention(nn.Module):
 
 
 class Dome272UNet(Denoiser):
-    """The network, with the parameter names of its files, but for class_embedding: label_emb, and the null class."""
+    """The network, with the parameter names of its files, except class_embedding: label_emb with the null
+    class added.
+    """
 
     config: Dome272Config
 
@@ -184,7 +186,7 @@ class Dome272UNet(Denoiser):
 
 
 def _sines_and_cosines(width: int, t: Tensor) -> Tensor:
-    """t [B] -> [B, width]: sines, then cosines, of 10000^(-2 i / width) t (Vaswani et al. 2017, sec. 3.5)."""
+    """Return sines, then cosines, of 10000^(-2 i / width) t (Vaswani et al. 2017, sec. 3.5): t [B] -> [B, width]."""
     frequencies = 1 / 10_000 ** (torch.arange(0, width, 2, device=t.device, dtype=torch.float32) / width)
     angles = t.to(torch.float32)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)

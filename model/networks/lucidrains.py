@@ -16,7 +16,7 @@ from tminus.model.layers import sinusoidal_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LucidrainsConfig(NetConfig):
-    """The arguments of the network; each that belongs to a level is spelt out for all levels."""
+    """The arguments of the network. Each argument of a level is a list over all levels."""
 
     CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
     KIND: ClassVar[str] = "LucidrainsUnet config: "
@@ -27,7 +27,7 @@ class LucidrainsConfig(NetConfig):
     attn_heads: tuple[int, ...]
     attn_dim_head: tuple[int, ...]
     full_attn: tuple[bool, ...]
-    """Whether the attention of a level is full, not linear in the number of pixels."""
+    """Whether a level has full attention; else its attention is linear in the number of pixels."""
     num_mem_kv: int = 4
 
     def __post_init__(self) -> None:
@@ -91,13 +91,13 @@ class _Resnet(nn.Module):
         self.res_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # SiLU came before
+        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # act_temb has gone through SiLU already
         out: Tensor = self.block2(self.block1(x, scale, shift)) + self.res_conv(x)
         return out
 
 
 class _LinearAttention(nn.Module):
-    """Attention by a softmax over the channels of q and one over the pixels of k (Shen et al. 2021)."""
+    """Attention by a softmax over the channels of q and a softmax over the pixels of k (Shen et al. 2021)."""
 
     def __init__(self, channels: int, heads: int, width: int, mem: int) -> None:
         super().__init__()
@@ -108,7 +108,8 @@ class _LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _RMSNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # below x.shape and not len(x), which tracing fixes
+        # x.shape, not len(x), which tracing would make a constant
+        qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         q, k, v = (each.reshape(x.shape[0], self.heads, -1, each.shape[2]) for each in qkv)  # [B, heads, width, HW]
         mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
         k, v = torch.cat([mem_k, k], dim=3), torch.cat([mem_v, v], dim=3)
@@ -152,7 +153,7 @@ class LucidrainsUnet(Denoiser):
         self.init_conv = nn.Conv2d(config.in_channels, start, 7, padding=3)
         self.time_mlp = nn.Sequential(
             nn.Identity(), nn.Linear(config.dim, temb), nn.GELU(), nn.Linear(temb, temb)
-        )  # of which the first has no parameters
+        )  # the first has no parameters
 
         def attention(level: int, channels: int) -> nn.Module:
             kind = _Attention if config.full_attn[level] else _LinearAttention
@@ -211,7 +212,7 @@ class LucidrainsUnet(Denoiser):
 
 
 def _embed_time(dim: int, mlp: nn.Sequential, t: Tensor) -> Tensor:
-    """t [B] -> [B, 4 dim]: sines, then cosines, and the two layers."""
+    """Embed t [B] as [B, 4 dim]: sines, then cosines, and the two layers."""
     embedding = sinusoidal_embedding(t, dim, flip_sin_to_cos=False, freq_shift=1)
     out: Tensor = mlp(embedding.to(next(mlp.parameters()).dtype))
     return out
