@@ -1,1 +1,1 @@
-"""The figures of a model card, and whether another way of running the network is no worse."""
+"""The figures of a model card, and checks that another executor or precision is no worse."""

@@ -27,10 +27,10 @@ from tminus.model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
-GRID = 4  # the last feature map is pooled to GRID x GRID, the size it has for 32x32 images
+GRID = 4  # the last feature map is pooled to GRID x GRID, its size for 32x32 images
 READ_BATCH = 500
-MAX_SIZE = 2**16  # of a layer, of images, and of their classes
-MIN_SIDE = 8  # in pixels, of which three poolings by two leave one
+MAX_SIZE = 2**16  # bound for layers, images and classes
+MIN_SIDE = 8  # pixels; three poolings by two leave one
 
 
 class ClassifierError(ValueError):
@@ -95,7 +95,7 @@ class ClassifierNet(nn.Module):
         self.head = nn.Linear(config.feature_dim, config.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] in [-1, 1] -> the penultimate layer's activations [B, feature_dim]."""
+        """Return the penultimate layer's activations [B, feature_dim] for x [B, C, H, W] in [-1, 1]."""
         h = F.adaptive_avg_pool2d(self.stages(x), GRID)
         return F.relu(self.penultimate(h.flatten(1)))
 
@@ -117,7 +117,7 @@ class Classifier:
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Reading:
-        """Read uint8 images [N, C, H, W]; raises ValueError for another size than it was trained on."""
+        """Classify uint8 images [N, C, H, W]. Raises ValueError unless they have the size of its training images."""
         if tuple(images.shape[1:]) != (self.config.channels, *self.config.size_px):
             expected = (self.config.channels, *self.config.size_px)
             raise ValueError(f"the classifier reads images of {expected}, got {tuple(images.shape[1:])}")
@@ -135,11 +135,11 @@ def train_classifier(
 ) -> Classifier:
     """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
 
-    Raises ClassifierError for data of no class or one, or splits that differ in classes or image size.
+    Raises ClassifierError for data with less than two classes, or splits that differ in classes or image size.
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
-    if len(train.class_names) < 2:  # its loss would be zero from the first step on, so it would learn nothing
+    if len(train.class_names) < 2:  # with one class the loss is zero from the first step on
         raise ClassifierError(f"{train.name}: a classifier needs two classes or more, and these images have one")
     if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
         raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")
@@ -150,7 +150,7 @@ def train_classifier(
         raise ClassifierError(f"{train.name}: {error}") from error
 
     images, labels = train.images.to(device), train.labels.to(device)
-    batches = max(1, len(images) // training.batch_size)  # whole batches, unless there is less than one
+    batches = max(1, len(images) // training.batch_size)  # drops the last, incomplete batch, unless it is the only one
     # Dropout and initial weights draw from the global generator: fork it, so that the caller's is unchanged.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(training.seed)
@@ -175,7 +175,7 @@ def train_classifier(
                     cycle.step()
                     progress.update()
     state = _state(net)
-    net = _assemble(config, state).to(device)  # in the memory layout of a loaded one; another layout rounds differently
+    net = _assemble(config, state).to(device)  # a loaded net has this memory layout; another layout rounds differently
     trained_on = {"data": train.name, **{k: str(v) for k, v in dataclasses.asdict(training).items()}}
     classifier = Classifier(net, config, train.class_names, 0.0, hash_weights(state), trained_on)
     accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
@@ -183,7 +183,7 @@ def train_classifier(
 
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:
-    """Write config.json and classifier.safetensors into `folder`, each whole or not at all."""
+    """Write config.json and classifier.safetensors into `folder`, each atomically."""
     metadata = {
         "format": "pt",
         "class_names": json.dumps(classifier.class_names),
@@ -225,7 +225,7 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
 
 
 def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, device: torch.device) -> Classifier:
-    """Load the classifier in `folder`; where there is none, train one on these images and save it there."""
+    """Load the classifier in `folder`. If there is none, train one on these images and save it there."""
     if (folder / WEIGHTS_FILE).is_file():
         loaded = load_classifier(folder, device=device)
         if loaded.trained_on.get("data") != train.name:
@@ -244,6 +244,6 @@ def _assemble(config: ClassifierConfig, state: Mapping[str, Tensor]) -> Classifi
 
 
 def _state(net: ClassifierNet) -> dict[str, Tensor]:
-    # clone: contiguous() keeps channels_last strides where there is one channel, and those round differently.
+    # clone: contiguous() keeps channels_last strides for a single channel, and those round differently.
     plain = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}

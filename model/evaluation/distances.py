@@ -1,8 +1,8 @@
-"""Distances between sets of images: Fréchet's between Gaussians, of pixels, and from each image to its nearest.
+"""Distances between sets of images: Fréchet distances between Gaussians, pixel distances, and nearest neighbours.
 
-The classifier's features were learned by this project, and may favour what its samplers make. So sets are compared by
-the principal components of the real images' pixels too. These need no training, and neither `tune` nor `train` sees
-them.
+This project trained the classifier, so its features may favour what its samplers make. Sets are therefore also
+compared by the principal components of the real images' pixels. These need no training, and neither `tune` nor `train`
+uses them.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # at most: 32 MiB of distances
-VALUES_AT_ONCE = 2**24  # of either, at most: 64 MiB in float32, so that large images come few at a time
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # upper bounds; 32 MiB of distances
+VALUES_AT_ONCE = 2**24  # upper bound for either side: 64 MiB in float32, so large images come few at a time
 COMPONENTS = 48
-FITTED_VALUES = 2**25  # of the images that components are fitted to, at most: 256 MiB in float64
-NEIGHBOURS = 3  # as Kynkäänniemi et al. 2019 have it
-LEAST_SHARE = 1e-12  # of the largest component's variance: below it is rounding
+FITTED_VALUES = 2**25  # upper bound of the values that components are fitted to: 256 MiB in float64
+NEIGHBOURS = 3  # as in Kynkäänniemi et al. 2019
+LEAST_SHARE = 1e-12  # relative to the largest component's variance; below it is rounding
 
 
 class Gaussian(NamedTuple):
@@ -26,7 +26,7 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
-    """Fit a Gaussian to features [N, D], N >= 2, in float64. weights: how much each counts, float64 [N]."""
+    """Fit a Gaussian to features [N, D], N >= 2, in float64. weights: the weight of each image, float64 [N]."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
     features = features.to(torch.float64)
@@ -35,10 +35,10 @@ def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
-    """The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
+    """Return the squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so eigenvalues give its root; those
-    that rounding made negative count as zero. Singular covariances (fewer images than features) are allowed.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so its eigenvalues give its root.
+    Eigenvalues that rounding made negative count as zero. Singular covariances (fewer images than features) are allowed.
     """
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -50,9 +50,9 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 
 @torch.inference_mode()
 def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
-    """Measure each query's distance to its nearest reference, float64 [N]; both uint8 [N, C, H, W] on one device.
+    """Return each query's distance to its nearest reference, float64 [N]. Both are uint8 [N, C, H, W] on one device.
 
-    It is the root mean square over pixels in the model's range: 0 for a copy, 2 for black against white.
+    The distance is the root mean square over pixels in the model's range: 0 for a copy, 2 for black against white.
     """
     flat_queries, flat_references = queries.flatten(1), references.flatten(1)
     values = flat_queries.shape[1]
@@ -62,15 +62,15 @@ def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
     index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(references), many):
         b = flat_references[start : start + many].to(torch.float32)
-        length = torch.linalg.vecdot(b, b)  # which needs no second b for its squares
+        length = torch.linalg.vecdot(b, b)  # makes no second copy of b for its squares
         for part in parts:
             a = flat_queries[part].to(torch.float32)
-            # |a - b|^2 without |a|^2, which changes nothing about which b is nearest.
+            # |a - b|^2 without |a|^2, which does not change the nearest b.
             distance, nearest = (length - 2 * (a @ b.T)).min(1)
             closer = distance < best[part]
             best[part] = torch.where(closer, distance, best[part])
             index[part] = torch.where(closer, nearest + start, index[part])
-    # That expansion rounds; the distance itself is computed exactly, so that a copy is at 0.
+    # The expansion rounds. The distance to the nearest is computed exactly, so that a copy has distance 0.
     square = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
     for part in parts:
         difference = flat_queries[part].to(torch.float64).sub_(flat_references[index[part]])
@@ -85,18 +85,18 @@ class Components(NamedTuple):
     directions: Tensor
 
     def project(self, images: Tensor) -> Tensor:
-        """Say where images uint8 [N, C, H, W] lie along the directions: float64 [N, K]; pixels count from -1 to 1."""
+        """Project images onto the directions, with pixels in [-1, 1]: uint8 [N, C, H, W] -> float64 [N, K]."""
         at_once = max(1, VALUES_AT_ONCE // len(self.mean))
         parts = [(_flat(part) - self.mean) @ self.directions for part in torch.split(images, at_once)]
         return torch.cat(parts)
 
 
 def fit_components(images: Tensor) -> Components:
-    """Fit the first components to images uint8 [N, C, H, W], N >= 2. There are fewer where the images span fewer."""
+    """Fit the first components to images uint8 [N, C, H, W], N >= 2. There are fewer if the images span fewer."""
     flat = _flat(images)
     mean = flat.mean(0)
     flat -= mean
-    by_image = len(flat) < flat.shape[1]  # the matrix of images is then the smaller, and has the same eigenvalues
+    by_image = len(flat) < flat.shape[1]  # the matrix over images is smaller then, and has the same eigenvalues
     values, vectors = torch.linalg.eigh(flat @ flat.T if by_image else flat.T @ flat)
     kept = int((values[-COMPONENTS:] > LEAST_SHARE * values[-1]).sum())
     values, vectors = values[len(values) - kept :].flip(0), vectors[:, len(vectors) - kept :].flip(1)
@@ -104,9 +104,9 @@ def fit_components(images: Tensor) -> Components:
 
 
 def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
-    """Compute the variance within each class, summed over pixels, of images uint8 [N, C, H, W] of classes int64 [N].
+    """Return the variance within each class, summed over pixels: images uint8 [N, C, H, W], classes int64 [N].
 
-    Each is unbiased (N - 1), so that sets of different sizes compare. A class of one image has none.
+    Each is unbiased (N - 1), so that sets of different sizes can be compared. A class with one image has no variance.
     """
     found: dict[int, float] = {}
     for each in sorted(set(classes.tolist())):
@@ -118,9 +118,9 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 
 
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
-    """Divide the sum of the variances within classes by that of real images, over the classes that have both.
+    """Divide the variances within classes by those of real images, each summed over the classes that both have.
 
-    1 is right. Below it images of a class are too much alike. None where no class has both, or real ones do not vary.
+    1 is ideal; below it the images of a class are too much alike. None if no class has both, or real ones do not vary.
     """
     both = variances.keys() & real.keys()
     real_sum = sum(real[each] for each in both)
@@ -128,20 +128,21 @@ def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float
 
 
 def share_within(queries: Tensor, references: Tensor) -> float:
-    """Compute the share of queries [N, K] that lie as near to a reference [M, K] as that one's third neighbour.
+    """Return the share of queries [N, K] within the third-neighbour radius of a reference [M, K].
 
-    Kynkäänniemi et al. 2019, eq. 1 and 2: the precision of queries that were made, of real references; the recall, of
-    real queries and references that were made.
+    Kynkäänniemi et al. 2019, eq. 1 and 2. With samples as queries and real references it is the precision; with real
+    queries and samples as references, the recall.
     """
     k = min(NEIGHBOURS, len(references) - 1)
     of_references = (_distances(part, references) for part in torch.split(references, QUERIES_AT_ONCE))
-    radii = torch.cat([each.kthvalue(k + 1, dim=1).values for each in of_references])  # each is its own nearest
+    # k + 1, because each point is its own nearest neighbour
+    radii = torch.cat([each.kthvalue(k + 1, dim=1).values for each in of_references])
     within = [(_distances(part, references) <= radii).any(1) for part in torch.split(queries, QUERIES_AT_ONCE)]
     return float(torch.cat(within).double().mean())
 
 
 def _distances(queries: Tensor, references: Tensor) -> Tensor:
-    return torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")  # which would round
+    return torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")  # the other mode rounds
 
 
 def _flat(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measure a checkpoint on held-out images: the bound, and the figures of samples made in one or several ways."""
+"""Measures a checkpoint on held-out images: the bound, and the figures of samples made in one or several ways."""
 
 import copy
 import dataclasses
@@ -43,15 +43,15 @@ from tminus.model.training.data import ImageSet
 
 log = logging.getLogger(__name__)
 
-BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # read them from JSON
+BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # read these from JSON
 OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
 
 
 def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
-    """Measure the bound on options.bound_images of the test split, each with timesteps and noise of its own.
+    """Measure the bound on options.bound_images of the test split. Each image has its own timesteps and noise.
 
-    `net` lies on the device that measures. LeftOut where the bound is not defined, with the reason.
+    `net` must be on the measuring device. Returns LeftOut, with the reason, if the bound is not defined.
     """
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
     if checkpoint.autoencoder is not None:
@@ -80,7 +80,7 @@ def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options
 
         for start in starts:
             batch = picked[start : start + options.batch_size]
-            # Numbered by position in the split, so that an image's terms do not depend on which others are picked.
+            # Numbered by position in the split, so an image's terms do not depend on the choice of the others.
             part = variational_bound(
                 counted,
                 noise,
@@ -108,9 +108,9 @@ class _Drawn(NamedTuple):
 
 
 class Measure:
-    """Measures one checkpoint on one device; `forward` is another way of running its network (see `draw_samples`).
+    """Measures one checkpoint on one device. `forward` runs its network in another way (see `draw_samples`).
 
-    `draw_threads` are torch's while samples are drawn; None leaves them.
+    `draw_threads`: the number of torch's threads while samples are drawn; None leaves it unchanged.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Measure:
         }
 
     def bound(self, options: EvaluateOptions) -> Bound | LeftOut:
-        """The bound on the test split, or why there is none."""
+        """Return the bound on the test split, or why there is none."""
         key = self._key | {"bound": {name: getattr(options, name) for name in OF_BOUND}}
         try:
             if (values := self._cache.read(key)) is not None:
@@ -156,9 +156,9 @@ class Measure:
     def points(
         self, points: Sequence[Point], seeds: Sequence[int], options: EvaluateOptions
     ) -> tuple[dict[Point, PointFigures], dict[Point, Exception]]:
-        """The figures of the points that can be made, and the errors of the others: ValueError or EvaluateError.
+        """Return the figures of the points that can be made, and the errors of the others: ValueError or EvaluateError.
 
-        All points come by the first seed, then by the next.
+        All points are made with the first seed, then with the next.
         """
         errors: dict[Point, Exception] = {}
         plans: dict[Point, Plan] = {}
@@ -242,17 +242,17 @@ def evaluate(
 ) -> Report:
     """Make samples and compare them with the two splits. classifier=None leaves out the figures that need one.
 
-    Each point is sampled by each seed; without points or seeds they are those of the options. `references` are points
-    that the others are compared with. What `cache` has is not made again.
+    Each point is sampled with each seed; without points or seeds the options' own are used. `references`: points to
+    compare the others with. Results in `cache` are not made again.
 
-    `forward` is another way of running the checkpoint's network, to be judged by the samples it makes (see
-    `draw_samples`); the bound stays that of the network itself. options.executor and options.precision should name it.
-    `draw_threads` are torch's while samples are drawn, where it wants the cores to itself.
+    `forward` runs the checkpoint's network in another way, which is judged by its samples (see `draw_samples`); the
+    bound is always measured on the network itself. options.executor and options.precision should name it.
+    `draw_threads`: torch's threads while samples are drawn, if `forward` needs the cores.
 
     A figure that this checkpoint or this data does not allow is None in the report, with the reason in `left_out`. So
-    is a point that cannot be made; where no point can, the first one's error is raised: ValueError for a sampler or
-    number of steps that is not possible, EvaluateError for samples that are not finite. Raises EvaluateError where
-    checkpoint, data and classifier do not fit together, and OSError where a result cannot be kept.
+    is a point that cannot be made. If no point can be made, the first one's error is raised: ValueError for an
+    impossible sampler or number of steps, EvaluateError for samples that are not finite. Raises EvaluateError if
+    checkpoint, data and classifier do not fit together, and OSError if a result cannot be written.
     """
     points = points or (Point(options.sampler, options.steps, options.guidance),)
     seeds = seeds or (options.seed,)

@@ -1,4 +1,6 @@
-"""The figures of an evaluation, as frozen values: of a checkpoint, of the samples of one seed, of several seeds."""
+"""The figures of an evaluation, as frozen values: for a checkpoint, for the samples of one seed, and over several
+seeds.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A figure, or a way of sampling, that this checkpoint or this data does not allow, and why."""
+    """A figure or a point that this checkpoint or this data does not allow, and the reason."""
 
     what: str
     why: str
@@ -28,20 +30,20 @@ class Bound:
     """The variational bound on held-out images, means in bits per dimension (Ho et al. 2020, eq. 5).
 
     L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` of them (0: T is 1 and there are none).
-    `terms` are those of L_steps: the means, each times its number of timesteps, add up to it.
+    `terms` are the means that add up to L_steps when each is multiplied by its number of timesteps.
     """
 
     L_T: float
     L_steps: float
     L_0: float
     total: float
-    standard_error: float  # of the total, over images
+    standard_error: float  # of the total, over the images
     num_images: int
     timesteps_per_image: int
     terms: tuple[Term, ...] = ()
 
     def reaches(self, share: float) -> int:
-        """The timestep up to which this share of L_0 + L_1 + … + L_{T-1} lies."""
+        """Return the timestep up to which the terms make up this share of L_0 + L_1 + … + L_{T-1}."""
         reached, last = self.L_0, 0
         for term in self.terms:
             if reached >= share * (self.L_0 + self.L_steps):
@@ -53,11 +55,11 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """The loss of real images in the autoencoder of a latent model: a bound on the quality of samples."""
+    """What real images lose in a latent model's autoencoder, which bounds the quality of samples."""
 
-    rms: float  # of pixels in [-1, 1], of held-out images
+    rms: float  # over the pixels of held-out images in [-1, 1]
     psnr_db: float
-    frechet: float | None  # of training images decoded again, beside `FrechetDistance.real` of the images themselves
+    frechet: float | None  # for decoded training images; compare `FrechetDistance.real`, for the images themselves
     num_images: int
 
 
@@ -76,7 +78,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """Share of samples, and of real images, that the classifier assigns to their own class."""
+    """The share of samples, and of real images, that the classifier assigns to their own class."""
 
     samples: float
     real: float
@@ -86,9 +88,10 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features; `real` is that of as many training images, a floor.
+    """Distance to the test split in the classifier's features. `real` is the distance of as many training images, a
+    floor.
 
-    Where samples are of classes in turn, test and training images count as if there were as many of each class.
+    If samples take the classes in turn, test and training images are weighted as if each class had equally many.
     """
 
     samples: float
@@ -109,9 +112,9 @@ class Compared:
 class PixelFigures:
     """Figures of the pixels alone, without a network (see distances.py).
 
-    frechet_distance: of the Gaussians in the first principal components of the training images' pixels (Heusel et al.
-    2017 for the distance of Gaussians). variance_ratio: the pixels' variance within a class, by that of the test split;
-    None where no class has two images. precision and recall: Kynkäänniemi et al. 2019, in the same components.
+    frechet_distance: between Gaussians in the first principal components of the training images' pixels (Heusel et al.
+    2017). variance_ratio: the pixels' variance within a class, divided by the test split's; None if no class has two
+    images. precision and recall: Kynkäänniemi et al. 2019, in the same components.
     """
 
     frechet_distance: Compared
@@ -133,7 +136,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Distances of samples and of real test images to training images: copies would be nearer than test images are."""
+    """Distances of samples and of real test images to training images. Copies are nearer than test images."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -163,7 +166,7 @@ class SampleFigures:
 
 
 class Spread(NamedTuple):
-    """A figure over seeds."""
+    """The spread of a figure over seeds."""
 
     mean: float
     minimum: float
@@ -190,14 +193,14 @@ VARIANCE_RATIO = Metric("variance_ratio", "variance ratio", lambda each: each.pi
 ACCURACY = Metric("class_accuracy", "class accuracy", lambda each: each.class_accuracy)
 PRECISION = Metric("precision", "precision, of the pixels' components", lambda each: each.pixels.precision)
 RECALL = Metric("recall", "recall, of the pixels' components", lambda each: each.pixels.recall)
-METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # by which ways of sampling are compared
+METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # the metrics that compare points
 
 
 @dataclass(frozen=True, slots=True)
 class PointFigures:
-    """One way of sampling: its figures by seed, and a sheet, the PNG of the first images of the first seed.
+    """One point: its figures by seed, and a sheet, the PNG of the first images of the first seed.
 
-    `passes` are those of the network for one image; a guided one takes two places in a batch.
+    `passes` are the network's passes for one image; a guided pass takes two places in a batch.
     """
 
     sampler: str
@@ -208,7 +211,7 @@ class PointFigures:
     sheet: bytes = dataclasses.field(default=b"", repr=False)
 
     def spread(self, metric: Metric, side: Literal["samples", "real"] = "samples") -> Spread | None:
-        """A figure of the samples, or of real images, over seeds. None where it is not known for each seed."""
+        """Return the spread over seeds of a figure, for samples or for real images. None if a seed lacks it."""
         figures = [metric.of(each) for each in self.seeds]
         values = [getattr(figure, side) for figure in figures if figure is not None]
         if len(values) < len(figures):
@@ -221,7 +224,7 @@ class PointFigures:
         return sum(each.seconds_per_image for each in self.seeds) / len(self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the spreads, without the sheet."""
+        """Return plain values for JSON, with the spreads, without the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
         for metric in METRICS:

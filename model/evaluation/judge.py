@@ -1,4 +1,4 @@
-"""The figures of samples, beside those of real images: class accuracy, Fréchet distances, variance, memorisation."""
+"""The figures of samples beside those of real images: class accuracy, Fréchet distances, variance, memorisation."""
 
 import math
 from functools import cached_property
@@ -48,12 +48,12 @@ from tminus.model.training.data import ImageSet
 
 
 class _Real(NamedTuple):
-    """The figures of as many real images, picked by the same seed."""
+    """The figures of as many real images, chosen with the same seed."""
 
     frechet: float | None
     num_frechet: int
     nearest: NearestSummary
-    projected: Tensor  # of the test images [N, K], in the pixels' components
+    projected: Tensor  # the test images in the pixels' components [N, K]
     pixel_frechet: float
     variance: dict[int, float]
     precision: float
@@ -71,11 +71,13 @@ class Judge:
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
-        """Raise EvaluateError unless they all fit together. classifier=None leaves out the figures that need one."""
+        """Raise EvaluateError unless checkpoint, data and classifier fit. classifier=None leaves out figures that need
+        one.
+        """
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
         self._device = device
-        # Samples are then of classes in turn, and real images must be of that mix too, whatever their own is.
+        # Samples take the classes in turn then. Real images must have the same mix of classes.
         self._in_turn = checkpoint.net.class_embedding is not None
         self._real: dict[tuple[int, int], _Real] = {}
 
@@ -93,7 +95,7 @@ class Judge:
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """The figures that this checkpoint or this data does not allow."""
+        """Return the figures that this checkpoint or this data does not allow."""
         if self._classifier is None:
             why = "no classifier was given"
             if self._train.labels is None or self._test.labels is None:
@@ -121,7 +123,7 @@ class Judge:
         return SampleFigures(seed, accuracy, frechet, self._pixels(samples, real), memorisation, seconds_per_image)
 
     def reconstruction(self, num_images: int, seed: int) -> Reconstruction | None:
-        """Compare images with themselves after the autoencoder; None for a pixel model."""
+        """Compare images with their reconstructions by the autoencoder; None for a pixel model."""
         if (autoencoder := self._checkpoint.autoencoder) is None:
             return None
         picked = self._picks(self._train, num_images, seed)
@@ -171,17 +173,17 @@ class Judge:
         )
 
     def _target_classes(self, num_samples: int) -> Tensor:
-        """The data's class that each sample was made for; zeros where classes do not compare."""
+        """Return the data's class for each sample; zeros if classes are not compared."""
         asked, to_data = sample_classes(self._checkpoint, num_samples), self._to_data
         return to_data[asked] if asked is not None and to_data is not None else torch.zeros(num_samples).long()
 
     def _classes_of(self, data: ImageSet) -> Tensor:
-        """The class of each real image; zeros where classes do not compare."""
+        """Return the class of each real image; zeros if classes are not compared."""
         return data.labels if self._to_data is not None and data.labels is not None else torch.zeros(len(data)).long()
 
     @cached_property
     def _to_data(self) -> Tensor | None:
-        """The data's number of each class of the checkpoint; None where classes do not compare."""
+        """Return the data's number for each class of the checkpoint; None if classes are not compared."""
         split = self._train.class_names, self._test.class_names
         return class_map(self._checkpoint, split[1]) if self._in_turn and split[0] == split[1] else None
 
@@ -199,16 +201,16 @@ class Judge:
         return class_variance(self._test.images, self._classes_of(self._test))
 
     def _picks(self, data: ImageSet, num_images: int, seed: int) -> Tensor:
-        """Real images to stand beside samples, of their mix as far as there are enough of each class."""
+        """Choose real images with the samples' mix of classes, as far as each class has enough."""
         return (balanced_picks if self._in_turn else random_picks)(data, num_images, seed)
 
     def _real_gaussian(self, features: Tensor, labels: Tensor | None) -> Gaussian:
-        """Fit a Gaussian to real images of these classes, in the mix of the samples."""
+        """Fit a Gaussian to real images of these classes, weighted to the samples' mix."""
         weights = class_weights(labels, len(self._test.class_names)) if self._in_turn and labels is not None else None
         return fit_gaussian(features, weights)
 
     def _real_frechet(self, images: Tensor, picked: Tensor) -> float:
-        """The distance of the picked training images, or of their reconstructions."""
+        """Return the distance of the chosen training images, or of their reconstructions."""
         assert self._classifier is not None
         labels = self._train.labels[picked] if self._train.labels is not None else None
         gaussian = self._real_gaussian(self._classifier.read(images).features, labels)
@@ -251,7 +253,7 @@ class Judge:
 
 
 def _decoded_again(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Images uint8 [N, C, H, W], encoded and decoded, as they would be served."""
+    """Encode and decode images uint8 [N, C, H, W], as for serving."""
     return to_uint8(images_of(autoencoder, latents_of(autoencoder, images, device))).cpu()
 
 

@@ -1,7 +1,7 @@
-"""The report as one HTML file that needs no other: plots and samples are inlined, so that it can be sent and archived.
+"""The report as one HTML file. Plots and samples are inlined, so that it can be sent and archived.
 
-HTML rather than Markdown, since Markdown would be a folder of pictures that a mail or a browser does not show. (The
-tables of a model card are Markdown: the command prints them.)
+Markdown would be a folder of pictures, which a mail or a browser does not show. The command prints the tables of a
+model card as Markdown.
 """
 
 import html
@@ -21,9 +21,9 @@ MARKERS = "osD^v<>PX*"
 GREY = "#555555"
 PANEL_INCHES = (6.0, 4.4)
 LEGEND_INCHES = 1.8
-NEXT_TICK = 1.15  # a tick nearer to the one before has no room for its number
-MAX_STRIPS = 4  # step counts that are shown of each sampler
-SMALL_PX = 64  # images below it are shown twice as large
+NEXT_TICK = 1.15  # a tick that is closer to the last one has no room for its number
+MAX_STRIPS = 4  # the number of step counts shown for each sampler
+SMALL_PX = 64  # smaller images are shown twice as large
 HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -50,15 +50,15 @@ section, details { overflow-x: auto; }
 
 
 def check_installed() -> None:
-    """Raise EvaluateError where matplotlib is not installed."""
+    """Raise EvaluateError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise EvaluateError("a report has plots, which need matplotlib: pip install '.[evaluate]' in a checkout")
 
 
 def plot_distances(report: Report) -> bytes | None:
-    """Plot Fréchet distance over passes: a line per sampler, a panel per guidance scale; None below two points.
+    """Plot Fréchet distance over passes: a line per sampler, a panel per guidance scale. None for less than two points.
 
-    Bars span the seeds' distances; horizontal lines mark real images and the references.
+    Bars show the range over seeds; horizontal lines mark real images and the references.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -92,7 +92,7 @@ def plot_distances(report: Report) -> bytes | None:
 
 
 def plot_terms(bound: Bound) -> bytes:
-    """Plot L_t over t on held-out images: one stair per run of timesteps whose mean was measured."""
+    """Plot L_t over t on held-out images: one stair for each measured run of timesteps."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(PANEL_INCHES[0] + LEGEND_INCHES, 3.6), layout="constrained")
     values = [bound.L_0, *(term.bits_per_dim for term in bound.terms)]
@@ -110,7 +110,7 @@ def plot_terms(bound: Bound) -> bytes:
 
 
 def _line(axis: Any, name: str, points: Sequence[PointFigures]) -> None:
-    """A sampler's line: its colour and marker are its own, whichever others are drawn."""
+    """Return a sampler's colour and marker, which do not depend on the other samplers in the plot."""
     number = [*SAMPLER_FACTS, name].index(name)
     spreads = [spread for point in points if (spread := point.spread(FRECHET)) is not None]
     means = [one.mean for one in spreads]
@@ -127,11 +127,11 @@ def _colour(number: int) -> str:
 
 
 def _log(axis: Any, passes: Sequence[int]) -> None:
-    """Make both axes logarithmic in plain numbers: passes have ticks where points are, distances at 1, 2 and 5."""
+    """Make both axes logarithmic with plain numbers: ticks of passes at the points, of distances at 1, 2 and 5."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []
-    for count, _ in Counter(sorted(passes)).most_common():  # those of most points first
+    for count, _ in Counter(sorted(passes)).most_common():  # the most common first
         if all(max(count, tick) >= NEXT_TICK * min(count, tick) for tick in ticks):
             ticks.append(count)
     axis.set_xscale("log")
@@ -167,10 +167,10 @@ def _svg(figure: Any, plt: Any) -> bytes:
 
 
 def report_files(report: Report, command: str) -> dict[str, bytes]:
-    """The files of a report by name: report.html, its plots as files too, and the figures as JSON.
+    """Return the files of a report by name: report.html, its plots, and the figures as JSON.
 
-    `command` is what makes the report again. The same report gives the same bytes. Raises EvaluateError without
-    matplotlib.
+    `command`: the command that makes the report again. The same report gives the same bytes. Raises EvaluateError
+    without matplotlib.
     """
     plots = {"distances.svg": plot_distances(report)}
     if report.bound is not None:
@@ -218,7 +218,7 @@ def _facts(report: Report) -> Table:
 
 
 def _quality(report: Report, plot: bytes | None) -> str:
-    """The figures of the samples: all of them for one way of sampling, a comparison for several."""
+    """Render the figures of the samples: all figures for one point, a comparison for several."""
     text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
@@ -235,7 +235,7 @@ def _quality(report: Report, plot: bytes | None) -> str:
 
 
 def _samples(report: Report) -> str:
-    """Strips of the first images of the first seed. Images in one column start from the same noise."""
+    """Render strips of the first seed's first images. Images in one column start from the same noise."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
         guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""
@@ -258,7 +258,7 @@ def _effort(point: PointFigures) -> str:
 
 
 def _few(points: Sequence[PointFigures]) -> list[PointFigures]:
-    """At most MAX_STRIPS of them, from the fewest steps to the most."""
+    """Choose at most MAX_STRIPS points, from the fewest steps to the most."""
     ordered = sorted(points, key=lambda point: point.steps)
     if len(ordered) <= MAX_STRIPS:
         return ordered

@@ -1,8 +1,8 @@
-"""Judge a lower precision without data, by comparing its images with those of float32 from the same noise.
+"""Judges a lower precision without data, by comparing its images with those of float32 from the same noise.
 
-The yardstick is the truncation of a sampler: the error that it makes because its steps are few. It is the distance of
-its images from the solution in twice as many steps, from the same noise. A user of that sampler accepts this error, so
-a much smaller one does no harm.
+The measure is the truncation of a sampler: the error that comes from its few steps. It is the distance of its images
+from those of twice as many steps, from the same noise. A user of the sampler accepts this error, so a much smaller one
+does no harm.
 """
 
 from collections.abc import Generator, Iterator
@@ -18,15 +18,15 @@ from tminus.model.guidance import Forward
 from tminus.model.rng import image_noise
 from tminus.model.samplers import sample_passes
 
-REFERENCE = Point("dpmpp_2m", 40)  # whose images are taken for the solution
+REFERENCE = Point("dpmpp_2m", 40)  # stands for the exact solution
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
-WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # other draws would hide the truncation of these
-# Steps of the recommended sampler: more take long, and differ no more. Other samplers take PRECISE.steps: with more
-# they come as near to the solution as the reference does.
+WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # the noise of these samplers would hide their truncation
+# Steps of the recommended sampler: more would take long and differ no more. Other samplers take PRECISE.steps; with
+# more they come as near to the solution as the reference does.
 MAX_STEPS = {"ddim": 50, "euler": 50}
-SHARE = 0.5  # of the truncation, the most that all images together may differ by
-DRIFT, SPREADS = 1.0, 3.0  # levels, and standard errors: a mean shift above both goes one way in every image
-LEVELS = 127.5  # of a unit of x: 255 from -1 to 1
+SHARE = 0.5  # the largest difference over all images, as a share of the truncation
+DRIFT, SPREADS = 1.0, 3.0  # in levels, and in standard errors: a mean shift above both is systematic
+LEVELS = 127.5  # levels per unit of x: 255 from -1 to 1
 MIN_IMAGES, MAX_IMAGES = 4, 16
 SEED = 0
 
@@ -35,7 +35,7 @@ SEED = 0
 class Difference:
     """The difference between the images of one sampler, in levels of 255: root mean squares, and the worst image's.
 
-    drift: the mean shift over all images of the channel that is nearest to its bound, and its standard error.
+    drift: the mean shift over all images, for the channel nearest to its bound, and its standard error.
     """
 
     point: Point
@@ -60,7 +60,7 @@ class Difference:
 
 
 def measure_difference(point: Point, exact: Tensor, lower: Tensor, solution: Tensor) -> Difference:
-    """Compare images [N, C, H, W] of two precisions, and those of the first with the solution, all in levels."""
+    """Compare images [N, C, H, W] of two precisions with each other, and the first with the solution, in levels."""
     shifts = (lower - exact).flatten(2).mean(2)  # [N, C]
     mean, error = shifts.mean(0), shifts.std(0) / len(shifts) ** 0.5
     channel = int((mean.abs() - (SPREADS * error).clamp(min=DRIFT)).argmax())
@@ -79,9 +79,9 @@ def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
 
 
 def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
-    """The samplers to compare: 20 steps of dpmpp_2m, and the recommended settings, or else 50 steps of ddim.
+    """Return the samplers to compare: 20 steps of dpmpp_2m, and the recommended settings, or else 50 steps of ddim.
 
-    dpmpp_2m has little truncation, so it is the strictest. The recommended sampler is taken without its noise.
+    dpmpp_2m has little truncation, so it is the strictest. The recommended sampler is compared without its noise.
     """
     if recommended is None:
         return PRECISE, COMMON
@@ -104,13 +104,13 @@ def check_comparable(checkpoint: Checkpoint) -> None:
 
 
 class Comparison:
-    """A comparison of two precisions that goes on pass by pass. Raises ValueError where `check_comparable` does."""
+    """Compares two precisions pass by pass. Raises ValueError as `check_comparable` does."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         check_comparable(checkpoint)
         self.points = compared_points(checkpoint.recommended)
         self.differences: list[Difference] = []
-        self.places = 1 if self.points[0].guidance == 1.0 else 2  # that an image takes in each pass
+        self.places = 1 if self.points[0].guidance == 1.0 else 2  # places of an image in a batch
         self._reference = replace(REFERENCE, guidance=self.points[0].guidance)
         self._checkpoint = checkpoint
         self._plans = {
@@ -120,7 +120,7 @@ class Comparison:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """How many passes an image takes in float32 and in the lower precision."""
+        """Return the passes of an image in float32 and in the lower precision."""
         lower = sum(len(self._plans[point]) for point in self.points)
         return len(self._plans[self._reference]) + lower, lower
 
@@ -132,7 +132,7 @@ class Comparison:
     def run(
         self, exact: Forward, lower: Forward, device: torch.device, num_images: int, batch_size: int
     ) -> Iterator[None]:
-        """Make all images, and measure `differences`. Yields after each pass of a batch."""
+        """Make all images and compute `differences`. Yields after each pass of a batch."""
 
         def draw(point: Point, forward: Forward) -> Generator[None, None, Tensor]:
             images = []

@@ -1,6 +1,6 @@
 """The report on a checkpoint: frozen values, rendered as JSON or as the tables of a model card.
 
-Here too is the comparison of two: does another way of running a network make worse images?
+The comparison of two reports is here too: it decides whether an executor or a precision makes worse images.
 """
 
 import dataclasses
@@ -36,26 +36,26 @@ OF_PIXELS = (
     "training images' pixels. The variance ratio is the pixels' variance within a class, by that of the test split: 1 "
     "is right, and below it images of a class are too much alike."
 )
-OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # fields of the options that the points have instead
+OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that the points have instead
 MAX_FRECHET_RATIO = 1.02
-MAX_ACCURACY_LOSS = 0.01  # between samples drawn from the same noise, which share most of the luck
+MAX_ACCURACY_LOSS = 0.01  # for samples from the same noise, which share most of the chance
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A head and rows of as many cells."""
+    """A header, and rows with as many cells."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def to_markdown(self) -> str:
-        """Write a table as GitHub reads it."""
+        """Render a table in GitHub's Markdown."""
         rows = [tuple(map(_cell, row)) for row in self.rows]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, ("---",) * len(self.head), *rows)]
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """Write a table whose first column names its rows."""
+        """Render a table whose first column names its rows."""
         head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.head)
         rows = []
         for first, *others in self.rows:
@@ -75,7 +75,7 @@ class ModelFacts:
     parameters: int
     size_px: tuple[int, int]
     channels: int
-    latents: str | None  # of a latent model: what makes them, and their shape
+    latents: str | None  # the autoencoder's class and the shape of its latents, for a latent model
     class_names: tuple[str, ...]
     num_timesteps: int
     beta_schedule: str
@@ -86,10 +86,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one checkpoint, sampled in one way or in several, by the same seeds.
+    """The figures of one checkpoint, sampled in one way or several, with the same seeds.
 
-    `options` are those of the first way and seed. `references` are ways that the others are compared with: horizontal
-    lines of the plot. `left_out` says why a figure is None.
+    `options` belong to the first point and seed. `references` are points to compare with, drawn as horizontal lines in
+    the plot. `left_out` has the reason for each figure that is None.
     """
 
     checkpoint: str
@@ -110,12 +110,12 @@ class Report:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one way of sampling, and nothing to compare it with."""
+        """Whether there is one point, and nothing to compare it with."""
         return len(self.points) + len(self.references) == 1
 
     @property
     def first(self) -> SampleFigures:
-        """The figures of the first way by the first seed."""
+        """The figures of the first point and seed."""
         return self.points[0].seeds[0]
 
     @property
@@ -151,7 +151,7 @@ class Report:
         return "\n\n".join(blocks) + "\n"
 
     def bound_rows(self) -> list[tuple[str, str]]:
-        """The bound and its terms. It is measured on real images: there is no figure of samples beside it."""
+        """The bound and its terms. Real images are measured, so samples have no such figure."""
         if (bound := self.bound) is None:
             return []
         rows = [("variational bound (bits/dim)", f"{bound.total:.4f} ± {bound.standard_error:.4f}")]
@@ -160,7 +160,7 @@ class Report:
         return rows
 
     def reconstruction_rows(self) -> list[tuple[str, str]]:
-        """The loss in the autoencoder of a latent model, measured on real images."""
+        """The loss of a latent model's autoencoder, measured on real images."""
         if (lost := self.reconstruction) is None:
             return []
         what = "real images through the autoencoder"
@@ -170,7 +170,7 @@ class Report:
         return rows
 
     def figures(self) -> Table:
-        """The figures of the first way's samples beside those of real images."""
+        """The figures of the first point's samples beside those of real images."""
         rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
         metrics = (ACCURACY, FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, PRECISION, RECALL)
         found = [(metric.text, figure) for metric in metrics if (figure := metric.of(self.first)) is not None]
@@ -185,13 +185,13 @@ class Report:
         return Table(("figure", "samples", "real images"), tuple(rows))
 
     def by_class(self) -> Table:
-        """The class accuracy of each class, of the first way; no rows where there is none."""
+        """The accuracy of each class for the first point; no rows if there is none."""
         classes = accuracy.per_class if (accuracy := self.first.class_accuracy) is not None else ()
         rows = [(c.name, _number(c.samples), str(c.num_samples), _number(c.real)) for c in classes]
         return Table(("class accuracy", "samples", "n", "real test images"), tuple(rows))
 
     def over_seeds(self) -> Table:
-        """The figures of the first way by each seed, and their spread; no rows where there is one seed."""
+        """The figures of the first point by seed, and their spread; no rows for a single seed."""
         point, rows = self.points[0], list[tuple[str, ...]]()
         if len(point.seeds) > 1:
             rows += [(str(each.seed), *_samples(each)) for each in point.seeds]
@@ -200,7 +200,7 @@ class Report:
         return Table(("seed", *(metric.text for metric in METRICS)), tuple(rows))
 
     def by_point(self) -> Table:
-        """A row for each way of sampling, and one for real images."""
+        """A row for each point, and one for real images."""
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
             way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
@@ -212,7 +212,7 @@ class Report:
         return Table(head, tuple(rows))
 
     def by_seed(self) -> Table:
-        """The figures of each way of sampling by seed."""
+        """The figures of each point by seed."""
         head = ("sampler", "steps", "guidance", "figure", *(f"seed {seed}" for seed in self.seeds))
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
@@ -277,7 +277,7 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The verdict on a candidate, compared with its reference. A figure is None where a report lacks it."""
+    """The verdict on a candidate, compared with its reference. A figure is None if a report lacks it."""
 
     frechet_ratio: float | None  # candidate / reference: above 1 is worse
     accuracy_difference: float | None  # candidate - reference: below 0 is worse
@@ -286,10 +286,10 @@ class Comparison:
 
 
 def compare_reports(reference: Report, candidate: Report) -> Comparison:
-    """Call a candidate ok if its Fréchet distance is at most 2 % above and its class accuracy at most 0.01 below.
+    """Accept a candidate if its Fréchet distance is at most 2 % above and its class accuracy at most 0.01 below.
 
-    Both are of the same weights, samples, data and classifier, and compared by their first way and seed. An
-    unconditional model is judged by the distance alone; with neither figure nothing is ok.
+    Both reports must have the same weights, samples, data and classifier. Their first point and seed are compared. An
+    unconditional model is judged by the distance alone. Without either figure nothing is accepted.
     """
     assert reference.weights_hash == candidate.weights_hash
     ratio = difference = None
@@ -302,7 +302,7 @@ def compare_reports(reference: Report, candidate: Report) -> Comparison:
     if ratio is None and difference is None:
         return Comparison(None, None, ok=False, reason="no classifier judged the samples")
     faults = []
-    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >, so that NaN is a fault
+    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >, so that NaN is refused
         faults.append(f"the Fréchet distance is {ratio:.3f} times the reference's, over {MAX_FRECHET_RATIO}")
     if difference is not None and not difference >= -MAX_ACCURACY_LOSS:
         faults.append(f"class accuracy moves by {difference:+.3f}, more than {-MAX_ACCURACY_LOSS}")

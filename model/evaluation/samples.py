@@ -1,7 +1,7 @@
-"""Samples as they are served, and how an evaluation makes them: its options, and the ways that it compares.
+"""The samples of an evaluation, made as they are served: its options, and its points.
 
-They are rounded to uint8, and sample i is image i of a request with this seed. The classes of a checkpoint and of data
-are matched by name, not by number.
+Samples are rounded to uint8. Sample i is image i of a request with this seed. Classes of a checkpoint and of data are
+matched by name, not by number.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from tminus.model.timesteps import SPACINGS
 from tminus.model.training.data import ImageSet
 
 ALL = "all"
-MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
+MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # the images of a strip and its width in pixels
 
 
 class EvaluateError(ValueError):
-    """Checkpoint, data and classifier do not fit together, or samples are not finite; the message says why."""
+    """Checkpoint, data and classifier do not fit together, or samples are not finite. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """How samples are made and how much is measured. The class of sample i is i % K."""
+    """How samples are made, and how much is measured. The class of sample i is i % K."""
 
     num_samples: int = 1000
     sampler: str = "ddim"
@@ -46,10 +46,11 @@ class EvaluateOptions:
     batch_size: int = 100
     precision: str = "float32"  # float32, tf32 or bfloat16; the update is always float32
     bound_images: int = 200
-    bound_timesteps: int = 100  # drawn for each image; the first ones, where most of the bound lies, are all drawn
-    spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
-    guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
-    guidance_rescale: float = 0.0  # how far guidance is brought back to the spread of the conditional output
+    # timesteps drawn for each image; the first ones, which make up most of the bound, are always drawn
+    bound_timesteps: int = 100
+    spacing: str | None = None  # spacing of the timesteps; None is the checkpoint's own for this sampler
+    guidance_interval: tuple[int, int] | None = None  # guided timesteps lo <= t <= hi; None is all
+    guidance_rescale: float = 0.0  # as `rescale` in guidance.py takes it
     executor: str = "eager"  # the name of the executor that made the samples
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way of sampling."""
+    """One way of sampling: a sampler, its steps and guidance."""
 
     sampler: str
     steps: int
@@ -83,7 +84,7 @@ class Point:
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
-    """Every combination, once; `all` stands for every sampler. Raises ValueError for an unknown sampler."""
+    """Return every combination once; `all` stands for every sampler. Raises ValueError for an unknown sampler."""
     known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
@@ -94,7 +95,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """The points of a checkpoint without a null class, and the guidance scales that are left out."""
+    """Return the points of a checkpoint without a null class, and the guidance scales that are left out."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -102,7 +103,7 @@ def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
-    """Map each class of the checkpoint to its number in `class_names`, int64 [K]; None where the names differ."""
+    """Map each class of the checkpoint to its number in `class_names`, int64 [K]; None if the names differ."""
     names = checkpoint.labels.class_names
     if not names or sorted(names) != sorted(class_names):
         return None
