@@ -64,17 +64,6 @@ def test_frames_come_as_pictures_when_they_are_asked_for(held: Site) -> None:
     assert {data["media_type"] for data, _ in first} == {"image/webp"}
 
 
-@pytest.mark.parametrize(
-    ("query", "field"),
-    [("every=0", "every"), ("show=x", "show"), ("keep_open=1", "keep_open")],
-)
-def test_bad_ways_to_show_a_job_are_refused(held: Site, query: str, field: str) -> None:
-    job_id = post(held).json()["id"]
-    response = held.client.get(f"/jobs/{job_id}/events?{query}")
-    assert response.status_code == 422
-    assert response.json()["field"] == field
-
-
 def test_too_many_viewers_are_refused(make_site: MakeSite) -> None:
     site = make_site(max_streams_per_address=1)
     site.engine.gate.shut()

@@ -245,14 +245,3 @@ def test_sixteen_bits_are_of_one_channel(make_site: MakeSite) -> None:
         assert found["bound"] == f"8 or 32 for {channels} channels; 16 is for one"
         found = problem(site.post(json=SPEC | {"bit_depth": 32}), 422, "invalid_field")
         assert found["bound"].startswith("8 with Accept: image/png")
-
-
-def test_floats_of_previews_are_refused_with_the_place_where_they_are(one_site: Site) -> None:
-    found = problem(one_site.post(json=SPEC | {"every": 1}, headers=NPY), 406, "not_acceptable")
-    assert "application/vnd.tminus.trajectory the latents of each step" in found["detail"]
-    with connect(one_site) as client:
-        client.send(**SPEC, frame_format="npy")
-        assert "a trajectory has the floats" in client.refused("invalid_field", 1008)["bound"]
-    with connect(one_site) as client:
-        client.send(**SPEC, bit_depth=32)
-        assert client.refused("invalid_field", 1008)["field"] == "bit_depth"

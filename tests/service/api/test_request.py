@@ -384,15 +384,6 @@ def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
 # --- pictures in JSON ---
 
 
-def test_what_is_no_image_is_refused_by_name(one_site: Site) -> None:
-    for name in ("image", "mask"):
-        for text in ("", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")):
-            fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
-            document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
-            assert document["field"] == name
-            assert len(document["detail"]) < 500
-
-
 def test_an_image_is_one_file_of_a_form_and_a_field_is_the_same_in_form_and_query(site: Site) -> None:
     document = problem(site.post(params=EDIT | {"image": b64(CAT)}), 422, "invalid_field")
     assert (document["field"], "-F image=@file" in document["detail"]) == ("image", True)

@@ -391,14 +391,6 @@ def test_parts_of_a_trajectory_are_other_answers_that_are_kept_apart(site: Site)
     assert read_trajectory(alone.content).arrays["x_t_at"].tolist() == [3, 4]
 
 
-def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
-    for given, name in (({"keep": [1]}, "keep"), ({"dtype": "float16"}, "dtype")):
-        for headers in ({}, {"Accept": "application/zip"}):
-            document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
-            assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
-        problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")
-
-
 def test_more_images_and_steps_fit_where_less_is_kept(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=64, width_px=64))
     body = {"n": 16, "steps": 1000, "sampler": "ddpm"}

@@ -204,28 +204,6 @@ def test_probes_say_how_the_server_does_without_a_key(make_site: MakeSite) -> No
     assert site.client.get("/v2/health/live").json() == {"live": True}
 
 
-@pytest.mark.parametrize(
-    ("content", "headers", "code", "field"),
-    [
-        (*body([], header=10**6), "invalid_field", "Inference-Header-Content-Length"),
-        (*body([], behind=b"x"), "invalid_field", "Inference-Header-Content-Length"),
-        (*body([as_bytes("steps", "INT32", bytes(4), [1], size=400)]), "invalid_field", "steps.binary_data_size"),
-        (*body([as_bytes("class_label", "BYTES", texts(b"\xff"), [1])]), "invalid_field", "class_label.data"),
-        (b'{"inputs": []}' + bytes(100), {}, "malformed_body", None),
-        (b'{"inputs": [], "parameters": {"n": 1000000000}}', {}, "invalid_field", "n"),
-        (b'{"inputs": []}', {"Content-Encoding": "gzip"}, "unsupported_encoding", "Content-Encoding"),
-        (b"{}", {}, "invalid_field", "inputs"),
-    ],
-)
-def test_a_hostile_body_is_refused_in_the_form_of_the_protocol(
-    site: Site, content: bytes, headers: dict[str, str], code: str, field: str | None
-) -> None:
-    before = len(site.engine.batches)
-    answer = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
-    refused(answer, 415 if code == "unsupported_encoding" else 400, code, field)
-    assert len(site.engine.batches) == before
-
-
 def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> None:
     refused(site.client.get("/v2/models/fake/weights"), 404, "not_found")
     refused(site.client.delete("/v2"), 405, "method_not_allowed")
