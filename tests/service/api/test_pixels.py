@@ -2,7 +2,6 @@
 
 import base64
 import io
-import itertools
 import json
 import zipfile
 from dataclasses import replace
@@ -165,26 +164,6 @@ def test_floats_are_not_clipped_where_that_is_asked_for(site: Site) -> None:
     found = np.load(io.BytesIO(answer.content))
     assert found.max() > 1
     np.testing.assert_array_equal(found, floats_of(site, spec))
-
-
-def test_each_form_has_an_etag_and_a_place_in_the_cache_of_its_own(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=2**20)
-    forms: list[tuple[dict[str, str], dict[str, Any]]] = [
-        ({}, {}),
-        ({}, {"bit_depth": 16}),
-        (NPY, {}),
-        (NPY, {"clip_output": False}),
-    ]
-    first = [site.client.get("/sample", params=SPEC | more, headers=headers) for headers, more in forms]
-    again = [site.client.get("/sample", params=SPEC | more, headers=headers) for headers, more in forms]
-    for one, other in itertools.combinations(first, 2):
-        assert one.headers["etag"] != other.headers["etag"]
-    for one, other in zip(first, again, strict=True):
-        assert one.content == other.content
-        assert other.headers["cache-status"] == "tminus; hit"
-        assert one.headers.get("x-value-range") == other.headers.get("x-value-range")
-    eight = site.client.get("/sample", params=SPEC | {"bit_depth": 8})
-    assert eight.headers["etag"] == first[0].headers["etag"], "8 bits are what there is without"
 
 
 def test_a_durable_job_that_was_asked_for_floats_has_them_after_a_restart(restarts: Restarts) -> None:

@@ -11,17 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.service.api.kserve.requests import as_bytes, numbers, plain, tensor
-from tests.service.fakes import INFO, LIMITS, fake_pixels, make_spec
+from tests.service.fakes import INFO, LIMITS
 from tminus.service.api.kserve.infer import (
     AS_JSON,
     InferCall,
     InferRequest,
-    Tensors,
     inputs_of,
     outputs_of,
     outputs_wanted,
     read_request,
-    version_of,
 )
 from tminus.service.api.request.schemas import bounds_of
 from tminus.service.errors import (
@@ -94,34 +92,6 @@ def test_outputs_are_all_or_those_that_are_named() -> None:
     assert outputs_of_request(outputs=[{"name": "seed"}]) == {"seed": False}
     both = [{"name": "seed", "parameters": {"binary_data": False}}, {"name": "images"}]
     assert outputs_of_request(outputs=both, parameters={"binary_data_output": True}) == {"seed": False, "images": True}
-
-
-@pytest.mark.parametrize(
-    "outputs", [{"images": False, "seed": False}, {"seed": True, "images": False}, {"images": True}]
-)
-def test_an_answer_has_the_very_pixels_and_the_seed(outputs: dict[str, bool]) -> None:
-    spec = make_spec(n=3, seed=2**64 - 1)
-    images = fake_pixels(spec, 3) + np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
-    made = Tensors(spec, INFO, outputs)
-    body = b"{" + made.body(images)
-    head_bytes = len(body) - made.binary_bytes
-    document, behind = json.loads(body[:head_bytes]), body[head_bytes:]
-    assert document["model_name"] == "fake"
-    assert document["model_version"] == version_of(INFO) == INFO.weights_hash[:16]
-    settings = {"sampler": spec.sampler, "steps": spec.steps, "guidance": spec.guidance}
-    assert document["parameters"] == {"fingerprint": INFO.fingerprint, **settings}
-    assert [each["name"] for each in document["outputs"]] == list(outputs)
-    for each in document["outputs"]:
-        kind = {"UINT8": "<u1", "UINT64": "<u8"}[each["datatype"]]
-        if outputs[each["name"]]:
-            size = each["parameters"]["binary_data_size"]
-            values, behind = np.frombuffer(behind[:size], kind), behind[size:]
-        else:
-            values = np.array(each["data"], kind)
-        wanted = images if each["name"] == "images" else np.array([2**64 - 1], np.uint64)
-        np.testing.assert_array_equal(values.reshape(each["shape"]), wanted)
-    assert behind == b""
-    assert made.media_type == ("application/octet-stream" if any(outputs.values()) else "application/json")
 
 
 def test_every_byte_is_written_as_the_number_it_is() -> None:
