@@ -113,11 +113,11 @@ async def receive() -> Message:
     return {"type": "http.disconnect"}
 
 
-@pytest.mark.parametrize(("piece_s", "arrives"), [(0.25, 6 * PIECE_BYTES), (60.0, 0)])
+@pytest.mark.parametrize(("piece_s", "arrives"), [(0.05, 6 * PIECE_BYTES), (60.0, 0)])
 def test_a_large_event_may_take_a_reader_as_long_as_its_pieces_may_and_who_reads_nothing_is_disconnected(
     monkeypatch: pytest.MonkeyPatch, piece_s: float, arrives: int
 ) -> None:
-    monkeypatch.setattr(progress, "SEND_S", 1.0)
+    monkeypatch.setattr(progress, "SEND_S", 0.2)
     closed, arrived = [], []
 
     async def events() -> AsyncGenerator[bytes]:

@@ -114,21 +114,6 @@ def test_guidance_takes_its_second_place_inside_the_interval_only(site: Site) ->
 # --- load and the end ---
 
 
-def test_an_overloaded_server_answers_429_with_a_time(make_site: MakeSite) -> None:
-    site = make_site(max_jobs=1)
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(site.post, json=QUICK)
-        site.engine.next_begun()
-        response = site.post(json=QUICK)
-        document = problem(response, 429, "overloaded")
-        assert int(response.headers["retry-after"]) >= 1
-        assert (document["field"], document["value"], document["bound"]) == ("jobs", 2, "at most 1")
-        site.engine.gate.open()
-        assert running.result(PATIENCE_S).status_code == 200
-    assert site.post(json=QUICK).status_code == 200
-
-
 def test_a_draining_server_refuses_new_work_and_answers_the_old(site: Site) -> None:
     site.engine.gate.shut()
     with ThreadPoolExecutor(1) as pool:
@@ -265,15 +250,12 @@ def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
 
 def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
-    most = MAX_FRAME_BYTES // (4 * 256 * 256)
-    document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")
-    assert document["bound"] == f"at least {-(-1000 // most)} for this number of images and steps"
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(32) as pool:
-        body = {"n": 1, "steps": 250, "every": 1}
-        asked = [pool.submit(site.post, json=body | {"seed": k}, headers=WEBP) for k in range(16)]
-        site.engine.gate.open()
-        assert {each.result(60).status_code for each in asked} == {200}
+    most = MAX_FRAME_BYTES // (8 * 256 * 256)
+    body = {"n": 8, "steps": 100}
+    document = problem(site.post(json=body | {"every": 1}, headers=WEBP), 422, "invalid_field")
+    least = -(-100 // most)
+    assert document["bound"] == f"at least {least} for this number of images and steps"
+    assert site.post(json=body | {"every": least}, headers=WEBP).status_code == 200
 
 
 # --- trajectories ---

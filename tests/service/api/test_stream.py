@@ -317,17 +317,6 @@ def test_silence_is_not_waited_for_and_between_two_jobs_not_for_ever(
         client.refused("silence", 1008)
 
 
-def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
-    site = held(make_site, max_jobs=1)
-    with connect(site) as first, connect(site) as second:
-        first.send(**SPEC, every=1000)
-        first.get("accepted")
-        second.send(**SPEC)
-        assert second.refused("overloaded", 1013)["retry_after_s"] >= 1
-        site.engine.gate.open()
-        first.get("done")
-
-
 def test_parameters_in_the_address_are_refused(site: Site) -> None:
     """They belong in the first message, and would be without effect."""
     with pytest.raises(WebSocketDenialResponse) as caught, connect(site, "/sample/stream?bogus=1"):

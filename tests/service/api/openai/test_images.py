@@ -211,20 +211,6 @@ def test_a_body_that_is_no_object_is_refused(site: Site) -> None:
     error_of(site.client.post(f"{path}?n=2", json=CAT), 400, "unknown_field")
 
 
-def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
-    site = make_site(max_jobs=1)
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(generate, site, **CAT)
-        site.engine.next_begun()
-        for members in ({}, {"stream": True}, {"response_format": "url"}):
-            refused = generate(site, **CAT, **members)
-            assert error_of(refused, 429, "overloaded")["type"] == "rate_limit_error"
-            assert int(refused.headers["retry-after"]) >= 1
-        site.engine.gate.open()
-        assert first.result(PATIENCE_S).status_code == 200
-
-
 # --- addresses in place of images ---
 
 
@@ -512,37 +498,31 @@ RGBA = replace(INFO, channels=4, alpha=True)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize(
-    ("background", "output_format", "mode"),
-    [
+def test_the_background_is_transparent_or_white_and_the_answer_says_which(make_site: MakeSite, streamed: bool) -> None:
+    site = make_site(info=RGBA)
+    value = int(fake_pixels(make_spec(n=1, steps=4, seed=5), 4, RGBA)[0, 0, 0, 0])
+    for background, output_format, mode in (
         ("transparent", "png", "RGBA"),
         ("transparent", "webp", "RGBA"),
         ("auto", "png", "RGBA"),
         ("auto", "jpeg", "RGB"),
         ("opaque", "png", "RGB"),
         ("opaque", "webp", "RGB"),
-    ],
-)
-def test_the_background_is_transparent_or_white_and_the_answer_says_which(
-    make_site: MakeSite, background: str, output_format: str, mode: str, streamed: bool
-) -> None:
-    site = make_site(info=RGBA)
-    members = CAT | {"background": background, "output_format": output_format}
-    if streamed:
-        told = [data for _, data, _ in events(generate(site, **members, stream=True, partial_images=1).text)]
-        assert len(told) == 2
-    else:
-        answer = generate(site, **members).json()
-        told = [answer | answer["data"][0]]
-    value = int(fake_pixels(make_spec(n=1, steps=4, seed=5), 4, RGBA)[0, 0, 0, 0])
-    for each in told:
-        assert each["background"] == ("transparent" if mode == "RGBA" else "opaque")
-        with Image.open(io.BytesIO(image(each))) as opened:
-            assert opened.mode == mode
-            last = np.asarray(opened)
-    wanted = [value] * 4 if mode == "RGBA" else [value * value / 255 + 255 - value] * 3
-    lossy = output_format != "png"
-    np.testing.assert_allclose(last, np.broadcast_to(wanted, last.shape), atol=3 if lossy else 0.5)
+    ):
+        members = CAT | {"background": background, "output_format": output_format}
+        if streamed:
+            told = [data for _, data, _ in events(generate(site, **members, stream=True, partial_images=1).text)]
+            assert len(told) == 2
+        else:
+            answer = generate(site, **members).json()
+            told = [answer | answer["data"][0]]
+        for each in told:
+            assert each["background"] == ("transparent" if mode == "RGBA" else "opaque")
+            with Image.open(io.BytesIO(image(each))) as opened:
+                assert opened.mode == mode
+                last = np.asarray(opened)
+        wanted = [value] * 4 if mode == "RGBA" else [value * value / 255 + 255 - value] * 3
+        np.testing.assert_allclose(last, np.broadcast_to(wanted, last.shape), atol=0.5 if output_format == "png" else 3)
 
 
 def test_a_background_that_cannot_be_had_is_refused_with_the_reason(make_site: MakeSite) -> None:
