@@ -277,6 +277,9 @@ REFUSED: dict[tuple[str, Ask], list[Row]] = {
         ({"image": ("cat.png", b"hello", "image/png")}, "image", "b'hello'", NO_IMAGE),
         ({"seed": (None, "5")}, "image", "a file in the form", NO_IMAGE),
         ({"image": (None, "cat.png")}, "image", "a file: curl -F image=@file", NO_IMAGE),
+        ([("image", CAT), ("image", CAT)], "image", "image", TWICE),
+        ({"image": CAT, "mask": CAT}, "mask", "image", UNKNOWN),
+        ({"image": CAT, "t": (None, "6")}, "t", "5", TWICE),
     ],
     ("OpenAI", openai): [
         ({"prompt": "a red cat"}, "prompt", "0..2 or cat, dog, 3d-print"),
