@@ -56,13 +56,21 @@ def sample(site: Site, change: dict[str, Any], *, accept: str = "", right: dict[
     return site.post(json=right | change, headers={"Accept": accept})
 
 
+def by_query(site: Site, change: dict[str, Any]) -> Any:
+    return site.post(params=change)
+
+
+def by_form(site: Site, change: dict[str, Any]) -> Any:
+    return site.post(files={"image": CAT}, data={"strength": "1"} | change)
+
+
 def submit(site: Site, change: dict[str, Any], right: dict[str, Any] = RIGHT) -> Any:
     return site.client.post("/jobs", json=right | change)
 
 
-def stream(site: Site, change: dict[str, Any], right: dict[str, Any] = RIGHT) -> Any:
+def stream(site: Site, change: dict[str, Any]) -> Any:
     with site.client.websocket_connect("/sample/stream") as ws:
-        ws.send_json(right | change)
+        ws.send_json(RIGHT | change)
         return ws.receive_json()
 
 
@@ -139,15 +147,23 @@ EDITS: list[Row] = [
     ({"image": b64(CAT), "strength": 0.5, "mask_sha256": "0" * 64}, "mask", "given together with mask_sha256"),
     ({"image": b64(CAT), "mask": b64(MASK), "mask_sha256": "0" * 64}, "mask_sha256", f"{INPUTS.mask_sha256}"),
 ]
-NO_IMAGES = ("", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>"))
+SPELLINGS: list[Row] = [  # numbers and truth values are written as in JSON
+    *[({"seed": text}, "seed", SEED) for text in ("5_0", " 5", "+5", "5.0", "0x5", "٥", "", "-5")],
+    *[
+        ({"deadline_s": text}, "deadline_s", "a number above 0")
+        for text in ("1_0", " 1", "+1", ".5", "1.", "nan", "inf", "1e400", "٥", "0x1", "")
+    ],
+    *[({"clip": text}, "clip", "true or false") for text in ("True", "1", "yes", " true", "")],
+]
+NOT_PICTURES = ("", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>"))
 
 REFUSED: dict[tuple[str, Ask], list[Row]] = {
     ("POST /sample", sample): [
         *[({"steps": steps}, "steps", "an integer in 1..1000") for steps in (0, 1001, "ten", 2.5, [5], True)],
         ({"n": 65}, "n", "an integer in 1..64"),
         ({"n": None}, "n", "an integer in 1..64"),
-        ({"seed": -1}, "seed", SEED),
-        ({"seed": 2**64}, "seed", SEED),
+        *SPELLINGS,
+        *[({"seed": seed}, "seed", SEED) for seed in (-1, 2**64, 5.5, 1e17, 9007199254740994.0, True, [5], {})],
         ({"sampler": "rk45"}, "sampler", f"one of {', '.join(SAMPLERS)}"),
         ({"eta": 1.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
         ({"eta": "nan", "sampler": "ddim"}, "eta", "a number in 0..1"),
@@ -162,7 +178,7 @@ REFUSED: dict[tuple[str, Ask], list[Row]] = {
         ({"guidance": 2, "guidance_rescale": "much"}, "guidance_rescale", "a number in 0..1"),
         ({"index": -1}, "index", INDEX),
         ({"index": 2**32 - 1}, "index", INDEX),
-        ({"clip": "perhaps"}, "clip", "true or false"),
+        ({"clip": 1}, "clip", "true or false"),
         ({"timestep_spacing": ""}, "timestep_spacing", f"one of {', '.join(SPACINGS)}"),
         *[({"class_label": label}, "class_label", CLASSES) for label in ("bird", 3, "-1", "9" * 150, 1.5, {"a": 1})],
         ({"class_label": [0, "bird"]}, "class_label", CLASSES),
@@ -185,7 +201,7 @@ REFUSED: dict[tuple[str, Ask], list[Row]] = {
         ({"clip_output": "no"}, "clip_output", "true or false"),
     ],
     ("an animation", partial(sample, accept=WEBP)): [
-        ({"every": 0}, "every", "an integer of at least 1"),
+        *[({"every": every}, "every", "an integer of at least 1") for every in (0, "5_0", "5.0", "٥")],
         ({"every": 1, "show": ["x_t", "x_t"]}, "show", "one of x_t, x_0, or with application/json a list of both"),
         ({"every": 1, "show": []}, "show", "one of x_t, x_0"),
         ({"every": 1, "show": ["x_t", "x_0"]}, "show", "one of x_t, x_0 in an animation"),
@@ -221,10 +237,12 @@ REFUSED: dict[tuple[str, Ask], list[Row]] = {
         ({"steps": 8, "table": "x"}, "table", "16 hexadecimal digits, in small letters"),
         ({"sampler": "ddim", "nearest": True}, "nearest", "absent for sampler ddim, which has no tables"),
     ],
+    ("the query", by_query): SPELLINGS,
+    ("a form", by_form): SPELLINGS,
     ("an edit", partial(sample, right=EDIT)): EDITS,
     ("an edit as a job", partial(submit, right=EDIT)): EDITS,
     ("pictures of an edit", partial(sample, right=EDIT | {"image": b64(CAT), "mask": b64(MASK)})): [
-        *[({name: text}, name, "", NO_IMAGE) for name in ("image", "mask") for text in NO_IMAGES],
+        *[({name: text}, name, "", NO_IMAGE) for name in ("image", "mask") for text in NOT_PICTURES],
     ],
     ("webhooks", submit): [
         ({"webhook": "https://169.254.169.254/latest"}, "webhook", "public host"),
@@ -248,6 +266,8 @@ REFUSED: dict[tuple[str, Ask], list[Row]] = {
         ({"frame_format": "gif"}, "frame_format", "png"),
         ({"frame_format": "npy"}, "frame_format", "a trajectory has the floats"),
         ({"bit_depth": 32}, "bit_depth", "8"),
+        ({"seed": "5.0"}, "seed", SEED),
+        ({"keep_open": "True"}, "keep_open", "true or false"),
         ({"strength": 0.5}, "image", "given together with strength"),
         ({"image": "%", "strength": 0.5}, "image", "base64", NO_IMAGE),
     ],
