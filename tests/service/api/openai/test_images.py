@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
 from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same
 from tests.service.conftest import INSTANT, TABLES_OF_50, MakeSite, Site, pixels, prepare
@@ -462,21 +461,6 @@ def test_what_is_refused_is_refused_before_the_stream_begins(make_site: MakeSite
         assert reading.result(PATIENCE_S).status_code == 200
     assert site.streams.open == 0
     assert generate(site, **STREAM).status_code == 200
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_leaves_frees_its_rows_at_the_next_tick(site: Site, streamed: bool) -> None:
-    site.engine.gate.shut()
-    body = json.dumps(CAT | {"n": 4, "steps": 1000} | (STREAM | {"partial_images": 3} if streamed else {})).encode()
-    request = iter([{"type": "http.request", "body": body, "more_body": False}])
-    status, _, _ = call(site.app, request, scope_of("/v1/images/generations"), before_last=site.engine.next_begun)
-    assert status in ((200,) if streamed else (0, 499))
-    site.engine.gate.let()
-    wait_until(lambda: not site.engine.jobs)
-    assert len(site.engine.batches) - 1 == 1
-    assert site.streams.open == 0
-    site.engine.gate.open()
-    assert site.metrics()['tminus_jobs_aborted_total{"reason": "client_gone"}'] == 1
 
 
 def test_a_job_that_is_deleted_ends_its_stream_by_an_error(held: Site) -> None:
