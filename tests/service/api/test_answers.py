@@ -142,15 +142,6 @@ def test_models_of_other_kinds_fit_the_schema_too(make_site: MakeSite) -> None:
     assert (document["class_names"], document["null_class"]) == ([], None)
 
 
-def test_the_schedule_and_the_probes_fit_their_schemas(site: Site) -> None:
-    described = Described(site)
-    schedule = described.answer("GET", "/model/schedule")
-    assert list(schedule) == SCHEDULE
-    assert len(schedule["alpha_bar"]) == len(schedule["beta"]) == INFO.num_timesteps
-    assert described.answer("GET", "/healthz") == {"status": "alive"}
-    assert described.answer("GET", "/readyz") == {"status": "ready"}
-
-
 def test_a_job_is_told_by_the_same_document_everywhere(site: Site) -> None:
     described = Described(site)
     accepted = described.answer("POST", "/jobs", status=202, json={"steps": 2, "seed": 5, "class_label": "cat"})

@@ -210,13 +210,9 @@ def test_a_bad_login_is_refused_and_the_cookie_of_https_never_goes_over_http(key
     assert "secure" in response.headers["set-cookie"].lower()
 
 
-def test_wrong_keys_at_the_login_are_bounded_and_lock_nobody_elses_out(keyed: Site) -> None:
-    for _ in range(MOST_WRONG_LOGINS):
-        problem(keyed.client.post("/login", json={"key": "tm_wrong"}), 401, "unauthorized")
-    refused = keyed.client.post("/login", json={"key": ANN})
-    problem(refused, 429, "too_many_logins")
-    assert int(refused.headers["retry-after"]) > 0
-    assert keyed.client.get("/key", **as_(ANN)).status_code == 200
+def test_wrong_keys_at_the_login_of_one_address_lock_no_other_out(keyed: Site) -> None:
+    answers = [keyed.client.post("/login", json={"key": "tm_wrong"}) for _ in range(MOST_WRONG_LOGINS + 1)]
+    assert [answer.status_code for answer in answers] == [401] * MOST_WRONG_LOGINS + [429]
     elsewhere = TestClient(keyed.app, base_url="http://localhost", client=("2001:db8::1", 1))
     assert elsewhere.post("/login", json={"key": ANN}).status_code == 200
 
@@ -294,8 +290,8 @@ def test_each_sees_its_own_jobs_and_an_admin_all(keyed: Site) -> None:
     assert listed(keyed, ANN) == set()
 
 
-def test_so_it_is_while_they_run(make_site: MakeSite) -> None:
-    site = make_site(app={"access": access_of(*LINES)})
+def test_so_it_is_while_they_run(keyed: Site) -> None:
+    site = keyed
     site.engine.gate.shut()
     of_ann = submit(site, ANN)
     site.engine.next_begun()
@@ -388,6 +384,7 @@ def test_a_guided_step_counts_twice_and_a_known_answer_or_a_refusal_nothing(make
 
     for more in ({}, {"guidance": 2}, {"guidance": 2}, {"n": 1, "seed": 6}):
         assert site.post(json=SPEC | more, headers=bearer(ANN)).status_code == 200
+        wait_until(lambda: listed(site, ANN) == set())  # a job has its place until the worker drops it
         look()
     site.engine.gate.shut()
     submit(site, ANN, seed=7)

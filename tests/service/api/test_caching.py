@@ -6,6 +6,8 @@ from typing import Any
 
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO
+from tminus.service.images.encoder import NPY, WEBP
+from tminus.service.images.trajectory import TRAJECTORY
 
 ASKED: dict[str, Any] = {"steps": 3, "seed": 5, "class_label": "cat", "n": 2}
 A_MEGABYTE = 2**20
@@ -48,19 +50,34 @@ def test_a_server_that_is_not_exact_names_no_answer(make_site: MakeSite) -> None
     assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers={"If-None-Match": "*"})) == 3
 
 
-def test_each_media_type_has_an_etag_of_its_own(make_site: MakeSite) -> None:
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in ("image/png", "application/zip", "application/json", NPY, WEBP, TRAJECTORY)),
+    ("image/png", {"bit_depth": 16}),
+    (NPY, {"clip_output": False}),
+    *((WEBP, {"every": every} | more) for every, more in ((2, {}), (1, {"show": "x_0"}))),
+    *((TRAJECTORY, part) for part in ({"keep": [0, 1]}, {"keep": [1]}, {"dtype": "float16"})),
+]
+
+
+def test_each_form_has_an_etag_and_a_place_in_the_cache_of_its_own(make_site: MakeSite) -> None:
     site = make_site(result_cache_bytes=A_MEGABYTE)
-    types = ("image/png", "application/zip", "application/json")
-    answers = [site.post(json=ASKED, headers={"Accept": media_type}) for media_type in types]
-    assert len({answer.headers["etag"] for answer in answers}) == 3
-    again = [site.post(json=ASKED, headers={"Accept": media_type}) for media_type in types]
-    for first, second, media_type in zip(answers, again, types, strict=True):
-        assert first.content == second.content
-        assert second.headers["content-type"] == media_type
-        assert second.headers["cache-status"] == "tminus; hit"
-    # What one type's ETag says of another type's answer: nothing.
-    crossed = site.post(json=ASKED, headers={"Accept": types[1], "If-None-Match": answers[0].headers["etag"]})
-    assert crossed.status_code == 200
+
+    def ask(accept: str, more: dict[str, Any], **headers: str) -> Any:
+        every = {"every": 1} if accept == WEBP else {}
+        asked = ASKED | every | more
+        return site.client.get("/sample", params=asked, headers={"Accept": accept} | headers)
+
+    answers = [ask(*form) for form in FORMS]
+    assert len({answer.headers["etag"] for answer in answers}) == len(FORMS)
+    for form, first in zip(FORMS, answers, strict=True):
+        again = ask(*form)
+        assert (again.headers["cache-status"], again.content) == ("tminus; hit", first.content)
+        assert again.headers["content-type"] == form[0]
+        assert again.headers.get("x-value-range") == first.headers.get("x-value-range")
+        assert ask(*form, **{"If-None-Match": first.headers["etag"]}).status_code == 304
+    assert ask("image/png", {"bit_depth": 8}).headers["etag"] == answers[0].headers["etag"], "what there is without"
+    crossed = ask("application/zip", {}, **{"If-None-Match": answers[0].headers["etag"]})
+    assert crossed.status_code == 200, "the ETag of one form says nothing of another"
 
 
 def test_a_client_that_has_it_gets_304_of_a_get_and_412_of_a_post_without_a_step(site: Site) -> None:

@@ -64,17 +64,6 @@ def test_frames_come_as_pictures_when_they_are_asked_for(held: Site) -> None:
     assert {data["media_type"] for data, _ in first} == {"image/webp"}
 
 
-@pytest.mark.parametrize(
-    ("query", "field"),
-    [("every=0", "every"), ("show=x", "show"), ("keep_open=1", "keep_open")],
-)
-def test_bad_ways_to_show_a_job_are_refused(held: Site, query: str, field: str) -> None:
-    job_id = post(held).json()["id"]
-    response = held.client.get(f"/jobs/{job_id}/events?{query}")
-    assert response.status_code == 422
-    assert response.json()["field"] == field
-
-
 def test_too_many_viewers_are_refused(make_site: MakeSite) -> None:
     site = make_site(max_streams_per_address=1)
     site.engine.gate.shut()
@@ -124,11 +113,11 @@ async def receive() -> Message:
     return {"type": "http.disconnect"}
 
 
-@pytest.mark.parametrize(("piece_s", "arrives"), [(0.25, 6 * PIECE_BYTES), (60.0, 0)])
+@pytest.mark.parametrize(("piece_s", "arrives"), [(0.05, 6 * PIECE_BYTES), (60.0, 0)])
 def test_a_large_event_may_take_a_reader_as_long_as_its_pieces_may_and_who_reads_nothing_is_disconnected(
     monkeypatch: pytest.MonkeyPatch, piece_s: float, arrives: int
 ) -> None:
-    monkeypatch.setattr(progress, "SEND_S", 1.0)
+    monkeypatch.setattr(progress, "SEND_S", 0.2)
     closed, arrived = [], []
 
     async def events() -> AsyncGenerator[bytes]:

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.service.api.asgi import call, scope_of
-from tests.service.conftest import MakeSite, Site, problem
+from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tminus.service.api.edge.middleware import PIECE_BYTES, RequestContext
 
@@ -32,12 +32,6 @@ def test_a_sane_request_id_is_echoed_and_one_that_could_do_harm_is_replaced(site
 
 
 # --- the size of a body ---
-
-
-def test_a_body_over_the_limit_is_refused_by_its_content_length(site: Site) -> None:
-    document = problem(site.post(content=b" " * 4097), 413, "body_too_large")
-    assert document["field"] == "body"
-    assert "4096" in document["bound"]
 
 
 @pytest.mark.parametrize(

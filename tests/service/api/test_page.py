@@ -16,6 +16,10 @@ def test_the_page_and_its_files_are_served(site: Site) -> None:
     page = site.client.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
     for name in ("page.js", "page.css", "icon.svg"):
         assert f"page/{name}" in page.text
         file = site.client.get(f"/page/{name}")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import itertools
 import json
 import zipfile
 from dataclasses import replace
@@ -167,26 +166,6 @@ def test_floats_are_not_clipped_where_that_is_asked_for(site: Site) -> None:
     np.testing.assert_array_equal(found, floats_of(site, spec))
 
 
-def test_each_form_has_an_etag_and_a_place_in_the_cache_of_its_own(make_site: MakeSite) -> None:
-    site = make_site(result_cache_bytes=2**20)
-    forms: list[tuple[dict[str, str], dict[str, Any]]] = [
-        ({}, {}),
-        ({}, {"bit_depth": 16}),
-        (NPY, {}),
-        (NPY, {"clip_output": False}),
-    ]
-    first = [site.client.get("/sample", params=SPEC | more, headers=headers) for headers, more in forms]
-    again = [site.client.get("/sample", params=SPEC | more, headers=headers) for headers, more in forms]
-    for one, other in itertools.combinations(first, 2):
-        assert one.headers["etag"] != other.headers["etag"]
-    for one, other in zip(first, again, strict=True):
-        assert one.content == other.content
-        assert other.headers["cache-status"] == "tminus; hit"
-        assert one.headers.get("x-value-range") == other.headers.get("x-value-range")
-    eight = site.client.get("/sample", params=SPEC | {"bit_depth": 8})
-    assert eight.headers["etag"] == first[0].headers["etag"], "8 bits are what there is without"
-
-
 def test_a_durable_job_that_was_asked_for_floats_has_them_after_a_restart(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
     job = site.client.post("/jobs", json=SPEC | {"bit_depth": 32}).json()
@@ -245,14 +224,3 @@ def test_sixteen_bits_are_of_one_channel(make_site: MakeSite) -> None:
         assert found["bound"] == f"8 or 32 for {channels} channels; 16 is for one"
         found = problem(site.post(json=SPEC | {"bit_depth": 32}), 422, "invalid_field")
         assert found["bound"].startswith("8 with Accept: image/png")
-
-
-def test_floats_of_previews_are_refused_with_the_place_where_they_are(one_site: Site) -> None:
-    found = problem(one_site.post(json=SPEC | {"every": 1}, headers=NPY), 406, "not_acceptable")
-    assert "application/vnd.tminus.trajectory the latents of each step" in found["detail"]
-    with connect(one_site) as client:
-        client.send(**SPEC, frame_format="npy")
-        assert "a trajectory has the floats" in client.refused("invalid_field", 1008)["bound"]
-    with connect(one_site) as client:
-        client.send(**SPEC, bit_depth=32)
-        assert client.refused("invalid_field", 1008)["field"] == "bit_depth"

@@ -1,13 +1,17 @@
 """Errors as problem documents, through the app: what they say, and what they keep to themselves."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 from starlette.routing import Route
 
+from tests.service.api.test_classes import WAYS
 from tests.service.conftest import MakeSite, Site, problem
-from tests.service.fakes import INFO, wait_until
+from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.errors import MOST_FAULTS
 from tminus.service.work import Batch
@@ -67,6 +71,25 @@ def test_what_an_answer_takes_beside_the_images_is_told_together_with_the_rest(o
     assert [each["field"] for each in document["errors"]] == ["t", "x", "seed"]
     document = problem(one_site.client.get("/model?a=1&b=2"), 422, "unknown_field")
     assert [each["field"] for each in document["errors"]] == ["a", "b"]
+
+
+def test_an_overloaded_server_tells_every_caller_when_to_come_back(make_site: MakeSite) -> None:
+    site = make_site(max_jobs=1)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(site.post, json=QUICK)
+        site.engine.next_begun()
+        for way, ask in WAYS.items():
+            answer = ask(site, "cat")
+            if way == "WebSocket":
+                assert json.loads(answer)["retry_after_s"] >= 1
+            else:
+                assert (answer.status_code, '"overloaded"' in answer.text) == (429, True), way
+                assert int(answer.headers["retry-after"]) >= 1
+        document = problem(site.post(json=QUICK), 429, "overloaded")
+        assert (document["field"], document["value"], document["bound"]) == ("jobs", 2, "at most 1")
+        site.engine.gate.open()
+        assert running.result(PATIENCE_S).status_code == 200
 
 
 def test_no_more_than_some_errors_are_told(one_site: Site) -> None:
@@ -201,13 +224,11 @@ def test_no_problem_echoes_a_large_query(one_site: Site, method: str, path: str,
         check_echo(response)
 
 
-@pytest.mark.parametrize("name", ["Accept", "Content-Encoding"])
-@pytest.mark.parametrize("value", [BIG, "image/webp;" * 2000, "multipart/form-data; boundary=" + BIG])
-def test_no_problem_echoes_a_large_header(one_site: Site, name: str, value: str) -> None:
-    for path in ("/sample", "/jobs", "/noise?t=5", f"/jobs/{BIG}/cancel", f"/{BIG}"):
-        response = one_site.client.post(path, headers={name: value}, content=b'{"n": 0}')
-        assert 400 <= response.status_code < 500
-        check_echo(response)
+def test_no_problem_echoes_a_large_header(one_site: Site) -> None:
+    values = (BIG, "image/webp;" * 2000, "multipart/form-data; boundary=" + BIG)
+    paths = ("/sample", "/jobs", "/noise?t=5", f"/jobs/{BIG}/cancel", f"/{BIG}")
+    for name, value, path in product(("Accept", "Content-Encoding"), values, paths):
+        check_echo(one_site.client.post(path, headers={name: value}, content=b'{"n": 0}'))
 
 
 @pytest.mark.parametrize("value", [BIG, {BIG: BIG}, "\0" * 30_000, 10**4000], ids=lambda value: repr(value)[:9])

@@ -169,47 +169,9 @@ def test_only_pictures_may_make_a_body_large(make_site: MakeSite) -> None:
 # --- one spelling ---
 
 
-def in_stream(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The first message that answers a WebSocket's spec."""
-    with site.client.websocket_connect("/sample/stream") as ws:
-        ws.send_text(json.dumps(parameters))
-        message: dict[str, Any] = ws.receive_json()
-        return message
-
-
-@pytest.mark.parametrize("name", ["seed", "every"])
-def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, name: str) -> None:
-    webp = {"Accept": "image/webp"} if name == "every" else {}
-    for text in ("5_0", " 5", "+5", "5.0", "0x5", "٥", "", "-5"):
-        answers = [
-            one_site.post(params={name: text}, headers=webp),
-            one_site.post(json={name: text}, headers=webp),
-            one_site.post(files={"image": ("a.png", CAT)}, data={"strength": "1", name: text}, headers=webp),
-        ]
-        if name != "every":
-            answers.append(one_site.client.post("/jobs", params={name: text}))
-        for answer in answers:
-            document = problem(answer, 422, "invalid_field")
-            assert (document["field"], document["value"]) == (name, text)
-        message = in_stream(one_site, {name: text})
-        assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
-
-
-def test_an_integer_in_json_is_a_number_without_fraction(site: Site) -> None:
-    for value in ("5.5", "1e17", "9007199254740994.0", "true", '"5.0"', "[5]", "{}"):
-        answer = site.post(content=f'{{"seed": {value}}}'.encode())
-        assert problem(answer, 422, "invalid_field")["field"] == "seed"
+def test_an_integer_in_json_is_a_number_without_fraction_however_it_is_written(site: Site) -> None:
     bodies = [b'{"steps": 2, "seed": 50, "class_label": 1}', b'{"steps": 2.0, "seed": 5e1, "class_label": 1.0}']
     assert len({site.post(content=body).headers["etag"] for body in bodies}) == 1
-
-
-def test_numbers_and_truth_values_are_written_as_in_json_wherever_they_are_written(one_site: Site) -> None:
-    numbers = ("1_0", " 1", "+1", ".5", "1.", "nan", "inf", "1e400", "٥", "0x1", "")
-    truths = ("True", "1", "yes", " true", "", 1)
-    for name, value in [*(("deadline_s", each) for each in numbers), *(("clip", each) for each in truths)]:
-        for answer in (one_site.post(params={name: value}), one_site.post(json={name: value})):
-            assert problem(answer, 422, "invalid_field")["field"] == name
-    assert in_stream(one_site, {"keep_open": "True"})["field"] == "keep_open"
 
 
 def test_an_unknown_or_repeated_parameter_is_refused_by_name_in_every_call(one_site: Site) -> None:
@@ -382,15 +344,6 @@ def test_while_a_job_runs_its_upload_is_neither_held_nor_counted(
 
 
 # --- pictures in JSON ---
-
-
-def test_what_is_no_image_is_refused_by_name(one_site: Site) -> None:
-    for name in ("image", "mask"):
-        for text in ("", "%%%", "é", b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")):
-            fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
-            document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
-            assert document["field"] == name
-            assert len(document["detail"]) < 500
 
 
 def test_an_image_is_one_file_of_a_form_and_a_field_is_the_same_in_form_and_query(site: Site) -> None:

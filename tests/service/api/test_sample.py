@@ -114,21 +114,6 @@ def test_guidance_takes_its_second_place_inside_the_interval_only(site: Site) ->
 # --- load and the end ---
 
 
-def test_an_overloaded_server_answers_429_with_a_time(make_site: MakeSite) -> None:
-    site = make_site(max_jobs=1)
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(site.post, json=QUICK)
-        site.engine.next_begun()
-        response = site.post(json=QUICK)
-        document = problem(response, 429, "overloaded")
-        assert int(response.headers["retry-after"]) >= 1
-        assert (document["field"], document["value"], document["bound"]) == ("jobs", 2, "at most 1")
-        site.engine.gate.open()
-        assert running.result(PATIENCE_S).status_code == 200
-    assert site.post(json=QUICK).status_code == 200
-
-
 def test_a_draining_server_refuses_new_work_and_answers_the_old(site: Site) -> None:
     site.engine.gate.shut()
     with ThreadPoolExecutor(1) as pool:
@@ -199,29 +184,6 @@ def test_a_client_that_goes_away_within_its_body_is_no_error_of_ours(
 # --- animations ---
 
 
-@pytest.mark.parametrize(
-    ("more", "accept"),
-    [({"every": 3}, "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"), ({}, TRAJECTORY)],
-    ids=["animation, as <img> asks for it", "trajectory"],
-)
-def test_seeded_frames_have_an_etag_of_their_own_and_are_cached(
-    make_site: MakeSite, more: dict[str, Any], accept: str
-) -> None:
-    site = make_site(result_cache_bytes=2**20)
-    headers = {"Accept": accept}
-    first = site.client.get("/sample", params=SPEC | more, headers=headers)
-    assert first.headers["content-type"] == (WEBP["Accept"] if more else TRAJECTORY)
-    assert {"x-seed", "x-fingerprint", "x-job-id", "server-timing"} <= {name.lower() for name in first.headers}
-    again = site.post(json=SPEC | more, headers=headers)
-    assert (again.headers["cache-status"], again.content) == ("tminus; hit", first.content)
-    asked = SPEC | more
-    known = site.client.get("/sample", params=asked, headers=headers | {"If-None-Match": first.headers["etag"]})
-    assert known.status_code == 304
-    others = [(SPEC, {}), *([(SPEC | {"every": 2}, WEBP), (SPEC | more | {"show": "x_0"}, WEBP)] if more else [])]
-    tags = {site.post(json=body, headers=sent).headers["etag"] for body, sent in others}
-    assert len(tags | {first.headers["etag"]}) == len(others) + 1
-
-
 def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None:
     asked = SPEC | {"every": 2, "show": ["x_0", "x_t"]}
     answer = site.post(json=asked, headers=AS_JSON)
@@ -288,15 +250,12 @@ def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
 
 def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
-    most = MAX_FRAME_BYTES // (4 * 256 * 256)
-    document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")
-    assert document["bound"] == f"at least {-(-1000 // most)} for this number of images and steps"
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(32) as pool:
-        body = {"n": 1, "steps": 250, "every": 1}
-        asked = [pool.submit(site.post, json=body | {"seed": k}, headers=WEBP) for k in range(16)]
-        site.engine.gate.open()
-        assert {each.result(60).status_code for each in asked} == {200}
+    most = MAX_FRAME_BYTES // (8 * 256 * 256)
+    body = {"n": 8, "steps": 100}
+    document = problem(site.post(json=body | {"every": 1}, headers=WEBP), 422, "invalid_field")
+    least = -(-100 // most)
+    assert document["bound"] == f"at least {least} for this number of images and steps"
+    assert site.post(json=body | {"every": least}, headers=WEBP).status_code == 200
 
 
 # --- trajectories ---
@@ -347,56 +306,15 @@ def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(mak
     assert problem(large.post(json=asked, headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"sampler": "ddpm"}, {"sampler": "dpmpp_2m_sde"}, {"image": b64(CAT), "strength": 0.8, "sampler": "ddpm"}],
-    ids=["ddpm", "looks back", "an edit"],
-)
-def test_of_some_passes_a_trajectory_has_the_slices_of_the_whole(site: Site, given: dict[str, Any]) -> None:
-    whole, part = walked(site, **given), walked(site, **given, keep=[0, 4, 5])
-    assert part["x_t_at"].tolist() == [0, 1, 4, 5, 6]
-    assert part["x_0_at"].tolist() == ([0, 3, 4, 5] if given["sampler"] == "dpmpp_2m_sde" else [0, 4, 5])
-    assert part["passes"].tolist() == [0, 4, 5]
-    for name, array in part.items():
-        at = {"x_t": "x_t_at", "x_0": "x_0_at", "mean": "passes", "s": "passes", "log_p": "passes"}.get(name)
-        if name not in ("x_t_at", "x_0_at", "passes"):
-            np.testing.assert_array_equal(array, whole[name] if at is None else whole[name][part[at]], name)
-
-
-def test_a_trajectory_in_float16_is_the_other_rounded_and_its_log_p_is_of_that(site: Site) -> None:
-    whole = walked(site)
-    half = walked(site, dtype="float16", keep=[2, 7])
-    for name, at in (("x_t", [2, 3, 7, 8]), ("x_0", [2, 7])):
-        assert half[name].dtype == np.float16
-        np.testing.assert_array_equal(half[name], whole[name][at].astype(np.float16))
-    for name in ("lines", "timesteps", "inputs", "images"):
-        np.testing.assert_array_equal(half[name], whole[name], name)
-    assert half["mean"].dtype == np.float16
-    a, b, _, s = whole["lines"][[2, 7], 2:6].T[..., None, None, None, None]
-    x_t, x_0 = half["x_t"].astype(np.float64), half["x_0"].astype(np.float64)
-    z = (x_t[1::2] - a * x_t[::2] - b * x_0) / s
-    log_p = (-(z**2) / 2 - np.log(s) - np.log(2 * np.pi) / 2).sum((2, 3, 4))
-    np.testing.assert_allclose(half["log_p"], log_p, rtol=1e-9)
-
-
 def test_parts_of_a_trajectory_are_other_answers_that_are_kept_apart(site: Site) -> None:
     asked: tuple[dict[str, Any], ...] = ({}, {"keep": [1, 2]}, {"keep": [1, 3]}, {"dtype": "float16"})
     answers = [site.post(json=SPEC | given, headers=AS_TRAJECTORY) for given in asked]
-    assert len({each.headers["etag"] for each in answers}) == len({each.content for each in answers}) == len(asked)
-    again = [site.post(json=SPEC | given, headers=AS_TRAJECTORY) for given in asked]
-    assert [each.content for each in again] == [each.content for each in answers]
-    query = {**{name: value for name, value in SPEC.items() if name != "n"}, "n": 2, "keep": [1, 3]}
+    assert len({each.content for each in answers}) == len(asked)
+    assert [read_trajectory(each.content).arrays["x_t"].dtype for each in answers[2:]] == [np.float32, np.float16]
+    query = SPEC | {"keep": [1, 3]}
     assert site.client.get("/sample", params=query, headers=AS_TRAJECTORY).content == answers[2].content
     alone = site.client.get("/sample", params=query | {"keep": 3}, headers=AS_TRAJECTORY)
     assert read_trajectory(alone.content).arrays["x_t_at"].tolist() == [3, 4]
-
-
-def test_what_belongs_to_a_trajectory_is_refused_elsewhere(site: Site) -> None:
-    for given, name in (({"keep": [1]}, "keep"), ({"dtype": "float16"}, "dtype")):
-        for headers in ({}, {"Accept": "application/zip"}):
-            document = problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")
-            assert (document["field"], document["bound"]) == (name, f"absent without Accept: {TRAJECTORY}")
-        problem(site.client.post("/jobs", json=SPEC | given), 422, "unknown_field")
 
 
 def test_more_images_and_steps_fit_where_less_is_kept(make_site: MakeSite) -> None:

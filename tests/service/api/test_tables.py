@@ -69,28 +69,6 @@ def test_a_request_takes_the_table_of_its_steps_and_guidance() -> None:
         assert again == spec, "the parameters that a job is listed with, and that a PNG has, make it again"
 
 
-@pytest.mark.parametrize(
-    ("parameters", "field", "bound"),
-    [
-        ({"steps": 7}, "steps", NONE),
-        ({"steps": 6}, "guidance", NONE),
-        ({"steps": 8, "guidance": 2, "class_label": 0}, "guidance", NONE),
-        ({"steps": 1001, "nearest": True}, "steps", "an integer in 1..1000"),
-        ({"steps": 8, "timestep_spacing": "karras"}, "timestep_spacing", OWN),
-        ({"steps": 8, "table": "0" * 16}, "table", f"that of the chosen table, {table(8).hash}"),
-        ({"steps": 8, "table": "x"}, "table", "16 hexadecimal digits, in small letters"),
-        ({"sampler": "ddim", "nearest": True}, "nearest", "absent for sampler ddim, which has no tables"),
-    ],
-)  # fmt: skip
-def test_what_there_is_no_table_for_is_refused_with_the_list(
-    parameters: dict[str, Any], field: str, bound: str
-) -> None:
-    with pytest.raises(InvalidField) as refused:
-        spec_of(**parameters)
-    assert (refused.value.field, refused.value.bound) == (field, bound)
-    assert not refused.value.others, "nothing is told of what the client has not sent"
-
-
 def test_guided_tables_are_not_taken_for_unguided_requests_nor_the_other_way() -> None:
     only_guided = replace(TUNED, tables=(table(6, 1.5),))
     with pytest.raises(

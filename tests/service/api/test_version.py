@@ -3,8 +3,6 @@
 import json
 import re
 
-import pytest
-
 from tests.documents import ROOT
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.keys import access_of, key_line
@@ -22,22 +20,22 @@ NATIVE = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path"), NATIVE)
-def test_every_native_answer_names_the_version_errors_too(site: Site, method: str, path: str) -> None:
-    for headers in ({}, {"API-Version": API_VERSION}, OTHER):
-        answer = site.client.request(method, path, headers=headers)
-        assert answer.headers["api-version"] == API_VERSION
-    document = problem(answer, 400, "unsupported_api_version")
-    assert (document["field"], document["value"], document["bound"]) == ("API-Version", "2", API_VERSION)
+def test_every_native_answer_names_the_version_errors_too(site: Site) -> None:
+    for method, path in NATIVE:
+        for headers in ({}, {"API-Version": API_VERSION}, OTHER):
+            answer = site.client.request(method, path, headers=headers)
+            assert answer.headers["api-version"] == API_VERSION
+        document = problem(answer, 400, "unsupported_api_version")
+        assert (document["field"], document["value"], document["bound"]) == ("API-Version", "2", API_VERSION)
 
 
-@pytest.mark.parametrize("value", ["2", "0", "", "v1", "1.0", "1, 2", "x" * 5000])
-def test_another_version_is_refused_before_anything_is_done(site: Site, value: str) -> None:
-    answer = site.post(json={"steps": 3}, headers={"API-Version": value})
-    problem(answer, 400, "unsupported_api_version")
-    assert len(answer.content) < 2000
+def test_another_version_is_refused_before_anything_is_done(site: Site) -> None:
+    for count, value in enumerate(("2", "0", "", "v1", "1.0", "1, 2", "x" * 5000), 1):
+        answer = site.post(json={"steps": 3}, headers={"API-Version": value})
+        problem(answer, 400, "unsupported_api_version")
+        assert len(answer.content) < 2000
+        assert site.metrics()['tminus_rejected_total{"reason": "unsupported_api_version"}'] == count
     assert site.engine.batches[1:] == []
-    assert site.metrics()['tminus_rejected_total{"reason": "unsupported_api_version"}'] == 1
 
 
 def test_other_apis_probes_and_the_websocket_know_no_version(site: Site) -> None:

@@ -1,7 +1,6 @@
 """Errors in OpenAI's form."""
 
-import pytest
-
+from tests.service.api.openai.asking import error_of
 from tests.service.conftest import MakeSite, Site
 from tests.service.keys import access_of, key_line
 from tests.service.test_imports import service_errors
@@ -23,25 +22,17 @@ def test_every_error_has_the_form_and_no_status_that_clients_misread() -> None:
         assert body["error"]["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
+def test_every_error_below_v1_has_it(site: Site) -> None:
+    for method, path, status, code in (
         ("GET", "/v1", 404, "not_found"),
         ("POST", "/v1/chat/completions", 404, "not_found"),
         ("GET", "/v1/images/generations", 405, "method_not_allowed"),
         ("GET", "/v1/models?limit=1", 400, "unknown_field"),
         ("GET", "/v1/models/nobody", 404, "model_not_found"),
-        ("POST", "/v1/images/generations", 400, "invalid_field"),
-    ],
-)
-def test_every_error_below_v1_has_it(site: Site, method: str, path: str, status: int, code: str) -> None:
-    answer = site.client.request(method, path)
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
-    assert list(answer.json()) == ["error"]
-    assert answer.json()["error"]["code"] == code
-    assert answer.headers["x-request-id"]
-    if status == 405:
-        assert answer.headers["allow"]
+    ):
+        answer = site.client.request(method, path)
+        error_of(answer, status, code)
+        assert ("allow" in answer.headers) == (status == 405)
 
 
 def test_what_the_middleware_refuses_has_it_too(make_site: MakeSite) -> None:
