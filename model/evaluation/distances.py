@@ -38,7 +38,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """Return the squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so its eigenvalues give its root.
-    Eigenvalues that rounding made negative count as zero. Singular covariances (fewer images than features) are allowed.
+    Eigenvalues that rounding made negative count as zero. Singular covariances (fewer images than features) are fine.
     """
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
