@@ -42,7 +42,7 @@ EXEMPLAR_S = 60.0  # for so long the slowest observation of a bucket is its exem
 PLACES_BUCKETS = tuple(float(2**i) for i in range(11))
 ERRORS = ("500", "507")  # statuses that are the server's own fault
 LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
-OF_A_MODEL = {
+MODEL_LABELS = {
     "weights": "first 16 characters of the hash of its weights",
     "parameters": "number of its parameters",
     "fingerprint": "fingerprint of what makes its bytes",
@@ -53,7 +53,7 @@ OF_A_MODEL = {
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class MetricDoc:
     """A metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its buckets."""
 
     kind: Literal["counter", "gauge", "histogram"]
@@ -78,14 +78,14 @@ GROUPS = {
     "tminus_stalled_seconds": "The process",
 }
 METRICS = {
-    "tminus_tick_duration_seconds": Described(
+    "tminus_tick_duration_seconds": MetricDoc(
         "histogram",
         "How long a tick took: one forward pass and the update that follows. Observed after each tick.",
         MODEL,
         TICK_BUCKETS,
         more="rows-and-ticks.md",
     ),
-    "tminus_tick_places": Described(
+    "tminus_tick_places": MetricDoc(
         "histogram",
         "How many places of the forward pass a tick filled. A row takes one place, a row with guidance two. Observed "
         "after each tick.",
@@ -93,26 +93,26 @@ METRICS = {
         PLACES_BUCKETS,
         more="rows-and-ticks.md",
     ),
-    "tminus_row_steps_total": Described(
+    "tminus_row_steps_total": MetricDoc(
         "counter",
         "Steps taken, of one row each. A step with guidance counts once, although it takes two places. Counted after "
         "each tick.",
         MODEL | {"sampler": "sampler of the job"},
     ),
-    "tminus_rows_active": Described("gauge", "Rows in the last tick; 0 while there is no work."),
-    "tminus_rows_waiting": Described("gauge", "Rows of accepted jobs that were not in the last tick."),
-    "tminus_tick_time_ratio": Described(
+    "tminus_rows_active": MetricDoc("gauge", "Rows in the last tick; 0 while there is no work."),
+    "tminus_rows_waiting": MetricDoc("gauge", "Rows of accepted jobs that were not in the last tick."),
+    "tminus_tick_time_ratio": MetricDoc(
         "gauge",
         "How long ticks take now, as a slow average, divided by what was measured at the start. With several models, "
         "it is that of the model where it is highest. A value far from 1 means that the machine is busy now, or was "
         "busy at the start.",
     ),
-    "tminus_backlog_seconds": Described(
+    "tminus_backlog_seconds": MetricDoc(
         "gauge",
         "Predicted seconds until all accepted work is done. --max-backlog-s limits this value.",
         more="scheduling.md",
     ),
-    "tminus_request_duration_seconds": Described(
+    "tminus_request_duration_seconds": MetricDoc(
         "histogram",
         "From the head of a request to the end of its response. A WebSocket counts when it closes.",
         {
@@ -122,7 +122,7 @@ METRICS = {
         },
         REQUEST_BUCKETS,
     ),
-    "tminus_sample_requests_total": Described(
+    "tminus_sample_requests_total": MetricDoc(
         "counter",
         "Requests for images with valid parameters. Those that are then refused for lack of room, or answered from the "
         "cache, count too.",
@@ -133,34 +133,34 @@ METRICS = {
         },
         more="api.md",
     ),
-    "tminus_rejected_total": Described(
+    "tminus_rejected_total": MetricDoc(
         "counter",
         "Refused requests.",
         {"reason": "code of the error"},
         more="reference/errors.md",
     ),
-    "tminus_errors_total": Described(
+    "tminus_errors_total": MetricDoc(
         "counter",
         "Requests that failed by the server's own fault. Both series exist from the start.",
         {"status": "500 or 507"},
     ),
-    "tminus_answered_without_work_total": Described(
+    "tminus_answered_without_work_total": MetricDoc(
         "counter",
         "Repeated requests that needed no step.",
         {"how": "`not_modified` (the answer was 304, or 412 to a POST) or `cache_hit` (the answer was in memory)"},
     ),
-    "tminus_queue_wait_seconds": Described(
+    "tminus_queue_wait_seconds": MetricDoc(
         "histogram",
         "From the acceptance of a job to the start of its first step. Observed once for each job, after that step.",
         buckets=REQUEST_BUCKETS,
     ),
-    "tminus_time_to_first_step_seconds": Described(
+    "tminus_time_to_first_step_seconds": MetricDoc(
         "histogram",
         "From the acceptance of a job to the end of its first step. Observed once for each job, after that step.",
         buckets=REQUEST_BUCKETS,
     ),
-    "tminus_images_total": Described("counter", "Finished images. Counted when a job has all of its images.", MODEL),
-    "tminus_jobs_aborted_total": Described(
+    "tminus_images_total": MetricDoc("counter", "Finished images. Counted when a job has all of its images.", MODEL),
+    "tminus_jobs_aborted_total": MetricDoc(
         "counter",
         "Accepted jobs that ended without images. The series of engine_failed and not_finite exist from the start.",
         {
@@ -169,12 +169,12 @@ METRICS = {
             "`deadline`, `draining`, `model_unloaded`, `engine_failed` or `not_finite`"
         },
     ),
-    "tminus_row_steps_saved_total": Described(
+    "tminus_row_steps_saved_total": MetricDoc(
         "counter",
         "Row-steps that were not computed because their job was aborted. A step with guidance counts once.",
     ),
-    "tminus_store_up": Described("gauge", "1 while the store of durable jobs can be written to, else 0."),
-    "tminus_durable_jobs_ended_total": Described(
+    "tminus_store_up": MetricDoc("gauge", "1 while the store of durable jobs can be written to, else 0."),
+    "tminus_durable_jobs_ended_total": MetricDoc(
         "counter",
         "Durable jobs that ended on this server. A waiting job counts on the server where it was cancelled.",
         {
@@ -183,54 +183,54 @@ METRICS = {
         },
         more="jobs.md",
     ),
-    "tminus_jobs_resumed_total": Described(
+    "tminus_jobs_resumed_total": MetricDoc(
         "counter",
         "Durable jobs that this server took over from the store: at its start those of an earlier run, later those of "
         "other servers.",
         more="jobs.md",
     ),
-    "tminus_snapshots_total": Described(
+    "tminus_snapshots_total": MetricDoc(
         "counter", "Snapshots written to the store. Each is of one durable job.", more="jobs.md"
     ),
-    "tminus_last_snapshot_timestamp_seconds": Described(
+    "tminus_last_snapshot_timestamp_seconds": MetricDoc(
         "gauge", "Unix time at which snapshots were last written; 0 if never."
     ),
-    "tminus_store_jobs_waiting": Described(
+    "tminus_store_jobs_waiting": MetricDoc(
         "gauge",
         "Jobs in a shared store that no server holds. Every server that shares the store reports the same number, "
         "which it reads when it renews its leases. There is no series without a shared store, or while the store does "
         "not answer.",
         more="operations.md#several-machines",
     ),
-    "tminus_store_backlog_seconds": Described(
+    "tminus_store_backlog_seconds": MetricDoc(
         "gauge",
         "Predicted seconds that one server of average speed would need for tminus_store_jobs_waiting. It has a series "
         "when that has one.",
         more="operations.md#several-machines",
     ),
-    "tminus_webhook_events_total": Described(
+    "tminus_webhook_events_total": MetricDoc(
         "counter",
         "Events for webhooks that were delivered or given up.",
         {"outcome": "`delivered` or `given_up`"},
         more="webhooks.md",
     ),
-    "tminus_webhook_attempt_duration_seconds": Described(
+    "tminus_webhook_attempt_duration_seconds": MetricDoc(
         "histogram",
         "How long one attempt to deliver an event took, at most ten seconds.",
         {"outcome": "`delivered` or `failed`"},
         WEBHOOK_BUCKETS,
         more="webhooks.md",
     ),
-    "tminus_model_info": Described(
+    "tminus_model_info": MetricDoc(
         "gauge",
         "Always 1. There is one series for each model in memory, and its labels describe the model.",
-        {"name": "name of the model", **OF_A_MODEL},
+        {"name": "name of the model", **MODEL_LABELS},
         more="models.md",
     ),
-    "tminus_models": Described(
+    "tminus_models": MetricDoc(
         "gauge", "Models that are served.", {"state": "`loaded` (in memory) or `unloaded`"}, more="models.md"
     ),
-    "tminus_model_loads_total": Described(
+    "tminus_model_loads_total": MetricDoc(
         "counter",
         "Models that were loaded or reloaded while the server ran.",
         {
@@ -239,24 +239,24 @@ METRICS = {
         },
         more="models.md",
     ),
-    "tminus_model_unloads_total": Described(
+    "tminus_model_unloads_total": MetricDoc(
         "counter",
         "Models that left memory and are still served.",
         {"reason": "`idle`, `room` (for another model) or `admin`"},
         more="models.md",
     ),
-    "tminus_key_places_total": Described(
+    "tminus_key_places_total": MetricDoc(
         "counter",
         "Cost of accepted jobs, in places: a row-step counts once, with guidance twice, as in the quota of a key. "
         "Counted when a job is accepted.",
         {"key": "name of the key; empty for requests without one"},
         more="security.md",
     ),
-    "tminus_keys_up": Described(
+    "tminus_keys_up": MetricDoc(
         "gauge",
         "1 while the keys in force are those in the file of keys; 0 while that file cannot be read or is wrong.",
     ),
-    "tminus_encode_duration_seconds": Described(
+    "tminus_encode_duration_seconds": MetricDoc(
         "histogram",
         "How long it took to encode pixels, outside the thread of the ticks.",
         {
@@ -265,32 +265,32 @@ METRICS = {
         },
         ENCODE_BUCKETS,
     ),
-    "tminus_autoencoder_duration_seconds": Described(
+    "tminus_autoencoder_duration_seconds": MetricDoc(
         "histogram",
         "How long one image took in the autoencoder of a latent model, in a thread beside that of the ticks.",
         {"direction": "`encode`, `decode`, or `noise` (both, for `POST /noise`)"},
         AUTOENCODER_BUCKETS,
         more="latent-models.md",
     ),
-    "tminus_frames_sent_total": Described(
+    "tminus_frames_sent_total": MetricDoc(
         "counter", "Previews sent to viewers. Each shows one step of one job.", more="streaming.md"
     ),
-    "tminus_frames_dropped_total": Described(
+    "tminus_frames_dropped_total": MetricDoc(
         "counter",
         "Previews that were not sent because the viewer reads too slowly: a newer preview replaced them, or their job "
         "ended.",
         more="streaming.md#slow-readers",
     ),
-    "tminus_streams_open": Described("gauge", "Open WebSockets and event streams."),
-    "tminus_stalled_seconds": Described(
+    "tminus_streams_open": MetricDoc("gauge", "Open WebSockets and event streams."),
+    "tminus_stalled_seconds": MetricDoc(
         "gauge",
         "How long a thread has been busy with one thing that should have ended long ago; 0 while nothing hangs. A "
         "tick or a command hangs when it takes over a minute and over twenty times the longest tick; an animation "
         "after seven minutes; an image in an autoencoder, anything else that is encoded, an upload and the event loop "
         "after one minute.",
     ),
-    "tminus_device_memory_bytes": Described("gauge", "Memory of tensors on the GPU; 0 on a CPU."),
-    "tminus_asyncio_tasks": Described("gauge", "Asyncio tasks of the server."),
+    "tminus_device_memory_bytes": MetricDoc("gauge", "Memory of tensors on the GPU; 0 on a CPU."),
+    "tminus_asyncio_tasks": MetricDoc("gauge", "Asyncio tasks of the server."),
 }
 
 
@@ -335,7 +335,8 @@ class Metrics:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
 
-    def _observe(self, name: str, value: float, *labels: str) -> None:
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Add to a histogram of METRICS. labels: its values, in the order of METRICS."""
         self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
@@ -359,46 +360,27 @@ class Metrics:
 
     def watch(
         self,
-        *,
-        tasks: Callable[[], int],
-        rows_active: Callable[[], int],
-        rows_waiting: Callable[[], int],
-        backlog_s: Callable[[], float],
-        device_memory_bytes: Callable[[], int | None],
-        keys_up: Callable[[], bool],
-        store_up: Callable[[], bool],
-        streams_open: Callable[[], int],
-        stalled_s: Callable[[], float],
-        tick_time_ratio: Callable[[], float],
+        gauges: Mapping[str, Callable[[], float]],
+        models: Mapping[str, Callable[[], float]],
         waiting_in_store: Callable[[], tuple[int, float] | None],
-        models: Callable[[], Mapping[str, int]],
     ) -> None:
         """Add the gauges whose values are read when /metrics is.
 
-        waiting_in_store: the jobs of a shared store that nobody holds, and the seconds that one server would take for
-        them; None without such a store, or while it does not answer. models: how many are in each state.
+        gauges: by name. models: the number of models in each state. waiting_in_store: the jobs of a shared store that
+        no server holds, and the seconds that one server would take for them; None while that is not known.
         """
-        gauges: dict[str, Callable[[], float]] = {
-            "tminus_asyncio_tasks": tasks,
-            "tminus_rows_active": rows_active,
-            "tminus_rows_waiting": rows_waiting,
-            "tminus_backlog_seconds": backlog_s,
-            "tminus_keys_up": keys_up,
-            "tminus_store_up": store_up,
-            "tminus_streams_open": streams_open,
-            "tminus_tick_time_ratio": tick_time_ratio,
-            "tminus_stalled_seconds": stalled_s,
-            "tminus_device_memory_bytes": lambda: device_memory_bytes() or 0,
-        }
         for name, read in gauges.items():
             Gauge(name, METRICS[name].text, registry=self.registry).set_function(read)
+        name = "tminus_models"
+        of_state = Gauge(name, METRICS[name].text, tuple(METRICS[name].labels), registry=self.registry)
+        for state, read in models.items():
+            of_state.labels(state).set_function(read)
         self.registry.register(_WaitingInStore(waiting_in_store))
-        self.registry.register(_States(models))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
         """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
-        self._observe("tminus_tick_duration_seconds", seconds, model)
-        self._observe("tminus_tick_places", places, model)
+        self.observe("tminus_tick_duration_seconds", seconds, model)
+        self.observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
             self.count("tminus_row_steps_total", model, sampler, by=count)
 
@@ -407,67 +389,10 @@ class Metrics:
         self._queue.observe(queue_s, exemplar)
         self._first_step.observe(first_step_s, exemplar)
 
-    def job_done(self, model: str, images: int) -> None:
-        """Record that a job of a model has all its images."""
-        self.count("tminus_images_total", model, by=images)
-
-    def job_given_up(self, reason: str, row_steps_saved: int) -> None:
-        """Record that an accepted job ended without images."""
-        self.count("tminus_jobs_aborted_total", reason)
-        self.count("tminus_row_steps_saved_total", by=row_steps_saved)
-
     def snapshotted(self, jobs: int) -> None:
         """Record that snapshots of some jobs were written to the store."""
         self.count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
-
-    def jobs_resumed(self, jobs: int) -> None:
-        """Record how many jobs of an earlier run of the server are continued."""
-        self.count("tminus_jobs_resumed_total", by=jobs)
-
-    def durable_job_ended(self, outcome: str) -> None:
-        """Record that a durable job ended, and its outcome is in the store."""
-        self.count("tminus_durable_jobs_ended_total", outcome)
-
-    def webhook_attempted(self, outcome: str, seconds: float) -> None:
-        """Record an attempt to tell a webhook of an event: delivered or failed."""
-        self._observe("tminus_webhook_attempt_duration_seconds", seconds, outcome)
-
-    def webhook_ended(self, outcome: str) -> None:
-        """Record that a webhook was told of an event, delivered, or that this was given up, given_up."""
-        self.count("tminus_webhook_events_total", outcome)
-
-    def frame_sent(self) -> None:
-        """Record that a frame was sent to a viewer."""
-        self.count("tminus_frames_sent_total")
-
-    def frame_dropped(self) -> None:
-        """Record that a frame was not sent: a newer one replaced it, or its job ended."""
-        self.count("tminus_frames_dropped_total")
-
-    def rejected(self, reason: str) -> None:
-        """Record that a request was refused with this problem code."""
-        self.count("tminus_rejected_total", reason)
-
-    def asked_for(self, model: str, sampler: str, named: str) -> None:
-        """Record a request for images of a model that passed the checks; named: see `named_by` in specs.py."""
-        self.count("tminus_sample_requests_total", model, sampler, named)
-
-    def charged(self, key: str, places: int) -> None:
-        """Record the places that a key was charged for a job. `key` is empty for callers without one."""
-        self.count("tminus_key_places_total", key, by=places)
-
-    def answered_without_work(self, how: str) -> None:
-        """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""
-        self.count("tminus_answered_without_work_total", how)
-
-    def encoded(self, kind: str, seconds: float) -> None:
-        """Record that images were encoded."""
-        self._observe("tminus_encode_duration_seconds", seconds, kind)
-
-    def task_done(self, direction: str, seconds: float) -> None:
-        """Record that an image was encoded to latents (encode) or made of them (decode)."""
-        self._observe("tminus_autoencoder_duration_seconds", seconds, direction)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
         """Record that a request was answered, in the task that answered it."""
@@ -519,17 +444,3 @@ class _WaitingInStore(Collector):
         known = self._read() or (None, None)
         for name, value in zip(("tminus_store_jobs_waiting", "tminus_store_backlog_seconds"), known, strict=True):
             yield GaugeMetricFamily(name, METRICS[name].text, value)
-
-
-class _States(Collector):
-    """How many models are in each state."""
-
-    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Count them."""
-        gauge = GaugeMetricFamily("tminus_models", METRICS["tminus_models"].text, labels=["state"])
-        for state, count in self._read().items():
-            gauge.add_metric([state], count)
-        yield gauge

@@ -33,8 +33,8 @@ def document() -> dict[str, Any]:
 
     settings = Settings.model_construct(executor="eager")  # otherwise the defaults, whatever the environment says
     loaded = load_engine(settings.load_options(BUNDLED), places_of=lambda _: 1)  # which measures nothing
-    limits = settings.limits(loaded.max_rows, loaded.max_batch)
-    model = Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows))
+    limits = settings.limits(loaded.speed.max_rows, loaded.speed.policy.max_batch)
+    model = Prepared(loaded.engine, limits, loaded.speed)
     served = ServedModels([model], Stores(lambda _: SqliteStore(None)), settings.allowed_sites(), Access())
     loader = ModelLoader(served, Library(), Preparer(settings).load)
     return asyncio.run(_document_of(create_app(served, loader)))

@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -137,7 +138,9 @@ class _Follower:
 
     def _watch(self) -> "_Viewer | None":
         """Have the worker show the job; None if it is not held here."""
-        mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
+        mailbox = Mailbox(
+            asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
+        )
         shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # without it no pictures
         # A job that went on from a snapshot may be behind what the client has seen: steps done again are shown again.
         known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
@@ -228,7 +231,7 @@ class _Viewer:
         if not shown:
             return []
         self.last_id = step
-        self.services.metrics.frame_sent()
+        self.services.metrics.count("tminus_frames_sent_total")
         media_type = f"image/{self.progress.preview.frame_format}"
         # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
         ids = [None] * (len(shown) - 1) + [step]

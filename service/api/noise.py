@@ -85,7 +85,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     headers = {"X-Seed": str(seed), "X-Alpha-Bar": repr(alpha_bar), "X-Fingerprint": model.fingerprint}
     headers |= cache_headers(tag)
     if tag is not None and has_answer(request, tag):
-        services.metrics.answered_without_work("not_modified")
+        services.metrics.count("tminus_answered_without_work_total", "not_modified")
         raise PreconditionFailed(tag)
     content = await while_connected(request, _made(services, caller.name, image, asked.t, seed, recipe))
     return Response(content, headers=headers, media_type=PNG)

@@ -140,12 +140,12 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     directives = cache_directives(request)
     if tag is not None:
         if has_answer(request, tag):
-            metrics.answered_without_work("not_modified")
+            metrics.count("tminus_answered_without_work_total", "not_modified")
             if request.method == "POST":
                 raise PreconditionFailed(tag)
             return Response(status_code=304, headers=headers)
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
-            metrics.answered_without_work("cache_hit")
+            metrics.count("tminus_answered_without_work_total", "cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
     if request.method == "HEAD":  # the request is right: what it would cost to run it is not spent
         return head_answer(headers, answer.media_type)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -174,7 +175,9 @@ class _Stream:
     async def _job(self, preview: StreamCall, new: NewJob, caller: Caller) -> None:
         """Run one job, and send what comes of it."""
         model = self._services.model
-        mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
+        mailbox = Mailbox(
+            asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
+        )
         watch = Watch(preview.pace, preview.shows, mailbox.put)
         ticket = await submit(self._services, caller, replace(new, watch=watch))
         if caller.name:
@@ -247,7 +250,7 @@ class _Stream:
                 for members, picture in shown:
                     await self._send({"type": "frame", **members})
                     await self._send(picture)
-            self._services.metrics.frame_sent()
+            self._services.metrics.count("tminus_frames_sent_total")
 
     async def _deliver(self, preview: StreamCall, spec: SampleSpec, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""

@@ -65,7 +65,8 @@ async def prepare_job(
     request, transparent: see `ensure_loaded` and decode_inputs. Raises what spec_of and Decoder.inputs do.
     """
     spec, inputs = spec_of(parameters, services.model, services.limits), None
-    services.metrics.asked_for(services.model.name, spec.sampler, named_by(parameters.decisive()))
+    named = named_by(parameters.decisive())
+    services.metrics.count("tminus_sample_requests_total", services.model.name, spec.sampler, named)
     if parameters.image is not None:
         decoding = services.decoder.inputs(
             parameters.image, parameters.mask, services.model, caller, transparent=transparent
@@ -95,7 +96,7 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
     row_steps = new.work.places
     with caller.charged(row_steps, await _open_jobs(services, caller)):
         yield
-    services.metrics.charged(caller.name, row_steps)
+    services.metrics.count("tminus_key_places_total", caller.name, by=row_steps)
 
 
 async def _open_jobs(services: Services, caller: Caller) -> int:

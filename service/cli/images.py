@@ -116,7 +116,7 @@ class LocalJob:
 
         from tminus.service.engine.protocol import sample_locally
 
-        engine, spec, batch = self.loaded.engine, self.spec, self.loaded.max_batch
+        engine, spec, batch = self.loaded.engine, self.spec, self.loaded.speed.policy.max_batch
         with (
             failing_in_one_line(),
             tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress,

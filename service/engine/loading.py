@@ -32,6 +32,7 @@ from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.protocol import LoadOptions, RowEngine
 from tminus.service.engine.selftest import SPARE_JOBS, SPARE_ROWS, Proof, probe_rows
 from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.forecast import Speed
 from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
@@ -70,28 +71,20 @@ LONG_TICK_S = 0.01  # ticks of one row that take this long are not measured agai
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found out about running a network here: it holds for other weights too."""
+    """The measurements of a network on this machine. They hold for other weights too."""
 
     way: Mapping[str, Any]  # the network, and how it is run
-    max_batch: int
-    short_batch: int
-    tick_times: tuple[tuple[int, float], ...]
-    overlapped: float | None  # see TickTimes
+    policy: BatchPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine that is ready to serve, and what was measured on it."""
+    """An engine that is ready to serve, and its speed."""
 
     engine: Engine
-    max_rows: int
-    max_batch: int
-    short_batch: int
-    tick_times: tuple[tuple[int, float], ...]
-    overlapped: float | None = None  # see TickTimes
-    coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
+    speed: Speed
     measured: Measured | None = None
-    spare_work: Iterator[None] | None = None  # what is left to do while no job runs
+    spare_work: Iterator[None] | None = None  # done while no job runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +101,11 @@ class ReadModel:
         return self.checkpoint.weights_hash
 
 
-@dataclass(frozen=True, slots=True)
-class Unmeasured:
-    """What is known of a checkpoint before an engine is made of it, with the same names as in Loaded."""
+def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, Speed]:
+    """Describe a checkpoint before it is measured. The info has no executor, precision and fingerprint.
 
-    info: ModelInfo  # without executor, precision and fingerprint, which are empty
-    max_rows: int
-    max_batch: int
-    short_batch: int
-    tick_times: tuple[tuple[int, float], ...] = ((1, GUESSED_TICK_S),)  # by which replicas share out its first jobs
-    overlapped: float | None = None
-    coding_s: tuple[float, float] = (0.0, 0.0)
-
-
-def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
-    """Say what is known of a checkpoint before it is measured."""
+    Replicas share out the model's first jobs by this speed.
+    """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
 
@@ -130,9 +113,9 @@ def describe(checkpoint: Checkpoint, options: LoadOptions) -> Unmeasured:
         executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # not logged
         return make_model_info(checkpoint, device, executor, exact=wish.exact)
 
-    info = _in_thread(make)
-    info = replace(info, fingerprint="", executor="", precision="", executor_details="")
-    return Unmeasured(info, max_rows, wish.max_batch, wish.max_batch)
+    info = replace(_in_thread(make), fingerprint="", executor="", precision="", executor_details="")
+    policy = BatchPolicy.of(wish.max_batch, times=TickTimes(((1, GUESSED_TICK_S),)))
+    return info, Speed(policy, max_rows)
 
 
 def load_engine(
@@ -259,29 +242,27 @@ def prepare_engine(
     if again is None:
         progress("measuring how long ticks take", None)
         again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
-    tick_times = again.tick_times
-    max_batch = options.max_batch or again.max_batch
-    short_batch = min(again.short_batch, max_batch)
+    times = again.policy.times
+    policy = BatchPolicy.of(options.max_batch or again.policy.max_batch, again.policy.short_batch, times)
     spare_work: Iterator[None] = iter(())
     if proof is not None:
         if not proof.begun:
             progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
-        full_batch = BatchPolicy.of(max_batch, times=TickTimes(tick_times, again.overlapped)).full_batch
-        spare_work = proof.test(engine, full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
-    for places, seconds in tick_times:
+        spare_work = proof.test(engine, policy.full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
+    for places, seconds in times.points:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
-    if again.overlapped is not None:
-        log.info("a full tick takes %.2f times as long while another one is in flight", again.overlapped)
+    if times.overlapped is not None:
+        log.info("a full tick takes %.2f times as long while another one is in flight", times.overlapped)
     log.info(
         "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
-        executor.name, executor.precision, executor.details, max_batch, short_batch,
+        executor.name, executor.precision, executor.details, policy.max_batch, policy.short_batch,
     )  # fmt: skip
     coding_s = engine.coding_seconds()
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
     spare_work = chain(spare_work, approve_later(checkpoint, executor, device, wish, options, cache))
-    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, again.overlapped, coding_s, again, spare_work)
+    return Loaded(engine, Speed(policy, max_rows, *coding_s), again, spare_work)
 
 
 def _load_unmeasured(
@@ -303,7 +284,7 @@ def _load_unmeasured(
         elif not plain_will_do:
             return None
     if fingerprint in (None, engine.info.fingerprint):
-        return Loaded(engine, max_rows, wish.max_batch, wish.max_batch, ())
+        return Loaded(engine, Speed(BatchPolicy.of(wish.max_batch), max_rows))
     return None
 
 
@@ -362,13 +343,12 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
-    if sizes is not None and tick_times is not None:
-        return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
-    # Where the sizes are known one round is enough.
-    tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
-    if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
-        # A tick that was slow, by chance or not, has ended the round before the size that will be used.
-        tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
+    if sizes is None or tick_times is None:
+        # Where the sizes are known one round is enough.
+        tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
+        if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
+            # A tick that was slow, by chance or not, has ended the round before the size that will be used.
+            tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times, queues=engine.queues)
         full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
@@ -376,7 +356,8 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         if sizes["overlapped"] is None:
             sizes |= _batch_sizes(tick_times, queues=False)
         cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
-    return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times, sizes["overlapped"])
+    times = TickTimes(tick_times, sizes["overlapped"])
+    return Measured(way, BatchPolicy.of(sizes["max_batch"], sizes["short_batch"], times))
 
 
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:

@@ -102,8 +102,8 @@ class JobRunner:
 
     def take_on(self, claimed: Claimed) -> list[HeldJob]:
         """Run jobs that were claimed, from their last snapshots on. Returns the jobs that were not held before."""
-        for _ in range(claimed.damaged):
-            self._metrics.durable_job_ended("failed")
+        if claimed.damaged:
+            self._metrics.count("tminus_durable_jobs_ended_total", "failed", by=claimed.damaged)
         found = [self._hold(record) for record in claimed.jobs if self._held.find(record.id) is None]
         for job in found:
             with traced("resume", {"tminus.job.id": job.record.id}):  # the spans of the job's task are parts of this
@@ -113,7 +113,7 @@ class JobRunner:
                     self._tasks.spawn(self._run(job, None))
         if found:
             log.info("%d durable jobs that nobody works on are taken on", len(found))
-            self._metrics.jobs_resumed(len(found))
+            self._metrics.count("tminus_jobs_resumed_total", by=len(found))
         return found
 
     def cancel(self, job: HeldJob) -> None:
@@ -132,7 +132,7 @@ class JobRunner:
         self._held.move(job, HeldState.LOST)
         if was_in_worker:
             self._worker.cancel(job.record.id, LOST)
-        self._metrics.durable_job_ended(LOST)
+        self._metrics.count("tminus_durable_jobs_ended_total", LOST)
 
     def _hold(self, record: JobRecord) -> HeldJob:
         job = self._held.hold(record)
@@ -286,4 +286,4 @@ class JobRunner:
         except Draining:  # a restart runs it again
             pass
         else:
-            self._metrics.durable_job_ended(outcome)
+            self._metrics.count("tminus_durable_jobs_ended_total", outcome)

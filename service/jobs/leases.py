@@ -172,7 +172,7 @@ class Leases:
         if (job := self._held.find(record.id)) is not None:
             self._runner.lose(job)
         elif not record.held:  # else its holder counts it as lost
-            self._metrics.durable_job_ended("cancelled")
+            self._metrics.count("tminus_durable_jobs_ended_total", "cancelled")
         return True
 
     # --- new jobs ---

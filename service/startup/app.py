@@ -97,16 +97,17 @@ def create_app(
                 if isinstance(route, Route) and route.methods:
                     allowed.setdefault(prefix + route.path, set()).update(route.methods)
     problems.install(app, metrics, allowed)
+    refused = partial(metrics.count, "tminus_rejected_total")
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request/reading.py.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
-    app.add_middleware(AccessControl, allowed_sites=served.allowed_sites, access=access, refused=metrics.rejected)
+    app.add_middleware(AccessControl, allowed_sites=served.allowed_sites, access=access, refused=refused)
     app.add_middleware(
         MemoryLimit,
         max_bytes=limits.max_body_bytes,
         max_bytes_by_path=larger,
         answers=served.answers,
-        refused=metrics.rejected,
+        refused=refused,
     )
     if served.allowed_sites.origins:
         app.add_middleware(

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -111,7 +111,9 @@ class ServedModels:
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.answers = ByteBudget()  # frames, and bodies until they are sent
-        self._decoder, self._encoder, self._other_replicas = Decoder(), Encoder(self.metrics.encoded), OtherReplicas()
+        encode_times = "tminus_encode_duration_seconds"
+        self._encoder = Encoder(lambda kind, seconds: self.metrics.observe(encode_times, seconds, kind))
+        self._decoder, self._other_replicas = Decoder(), OtherReplicas()
         taken = [stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._make(next(self._numbers), each, store) for each, store in zip(first, taken, strict=True)]
         report = crash_file.work_on if crash_file is not None else report_nothing
@@ -187,25 +189,23 @@ class ServedModels:
 
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
-        self.metrics.watch(
-            tasks=lambda: len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0,
-            rows_active=lambda: worker.rows_active,
-            rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
-            backlog_s=lambda: admission.backlog_s,
-            device_memory_bytes=self._device_memory_bytes,
-            keys_up=lambda: self.access.keys_up,
-            store_up=lambda: self.jobs.store_failure() is None,
-            streams_open=lambda: self.streams.open,
-            stalled_s=lambda: stall.seconds if (stall := worker.state.stall) else 0.0,
-            tick_time_ratio=lambda: admission.tick_time_ratio,
-            waiting_in_store=self.waiting_in_store,
-            models=self._count_models,
-        )
-
-    def _count_models(self) -> Mapping[str, int]:
-        """The number of models by state: in memory or not."""
-        loaded = len(self.models.in_memory)
-        return {"loaded": loaded, "unloaded": len(self.models.served) - loaded}
+        gauges: dict[str, Callable[[], float]] = {
+            "tminus_asyncio_tasks": lambda: len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0,
+            "tminus_rows_active": lambda: worker.rows_active,
+            "tminus_rows_waiting": lambda: max(0, admission.rows - worker.rows_active),
+            "tminus_backlog_seconds": lambda: admission.backlog_s,
+            "tminus_device_memory_bytes": self._device_memory_bytes,
+            "tminus_keys_up": lambda: self.access.keys_up,
+            "tminus_store_up": lambda: self.jobs.store_failure() is None,
+            "tminus_streams_open": lambda: self.streams.open,
+            "tminus_stalled_seconds": lambda: stall.seconds if (stall := worker.state.stall) else 0.0,
+            "tminus_tick_time_ratio": lambda: admission.tick_time_ratio,
+        }
+        states: dict[str, Callable[[], float]] = {
+            "loaded": lambda: len(self.models.in_memory),
+            "unloaded": lambda: len(self.models.served) - len(self.models.in_memory),
+        }
+        self.metrics.watch(gauges, states, self.waiting_in_store)
 
     def _device_memory_bytes(self) -> int:
         loaded = [one.loaded for one in self.models.all]

@@ -264,11 +264,10 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
                 raise ValueError(f"{name} has the weights of {other}; serve one of them")
         hashes[name] = weights_hash
         if on_demand and models:
-            unmeasured = describe(checkpoint, settings.load_options(folder))
+            info, speed = describe(checkpoint, settings.load_options(folder))
             del checkpoint  # its weights
-            limits = settings.limits(unmeasured.max_rows, unmeasured.max_batch)
-            speed = settings.speed(unmeasured, limits.max_rows)
-            unloaded.append(UnloadedModel(folder, replace(unmeasured.info, name=name), limits, speed))
+            limits = settings.limits(speed.max_rows, speed.policy.max_batch)
+            unloaded.append(UnloadedModel(folder, replace(info, name=name), limits, speed))
         else:
             models.append(ReadModel(name, folder, checkpoint))
     if not models:
@@ -409,10 +408,10 @@ class Preparer:
             "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
             info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
         )  # fmt: skip
-        limits = self._settings.limits(loaded.max_rows, loaded.max_batch)
+        speed = loaded.speed
+        limits = self._settings.limits(speed.max_rows, speed.policy.max_batch)
         del model
         release_memory()  # of the network, if the executor has a copy
-        speed = self._settings.speed(loaded, limits.max_rows)
         return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
 
 

@@ -26,11 +26,9 @@ from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.model_info import MAX_JOBS, USUAL_MAX_N, Limits
-from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import BatchPolicy, TickTimes
 
 if TYPE_CHECKING:
-    from tminus.service.engine.loading import Loaded, Unmeasured
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -502,12 +500,6 @@ class Settings(BaseSettings):
             keep_jobs_s=self.keep_jobs_s,
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
         )
-
-    def speed(self, loaded: "Loaded | Unmeasured", max_rows: int) -> Speed:
-        """A model's speed, and how the scheduler shares out the places of its ticks."""
-        times = TickTimes(loaded.tick_times, loaded.overlapped)
-        policy = BatchPolicy.of(loaded.max_batch, loaded.short_batch, times)
-        return Speed(policy, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:
         """The keys of a server that listens on this address, and whether it is open to all.

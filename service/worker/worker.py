@@ -82,13 +82,15 @@ class Outcomes:
             log.info("job %s of request %s is %s", job.id, job.request_id, reason, extra=job.log_fields)
         elif reason is not None:
             saved = job.spec.n * job.spec.end - job.steps_taken
-            self._metrics.job_given_up(reason, saved)
+            self._metrics.count("tminus_jobs_aborted_total", reason)
+            self._metrics.count("tminus_row_steps_saved_total", by=saved)
             what = "job %s of request %s given up (%s), %d row-steps saved"
             log.info(what, job.id, job.request_id, reason, saved, extra=job.log_fields)
         job.fail(error)
 
     def _finish(self, job: RunningJob, result: JobResult) -> None:
-        self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
+        images = job.spec.n if job.work.steps == job.spec.end else 0
+        self._metrics.count("tminus_images_total", job.model.info.name, by=images)
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
         log.info(what, job.id, job.request_id, result.queue_s, result.denoise_s, extra=job.log_fields)
         job.finish(replace(result, read=partial(self._read, result.read, job)))
@@ -439,7 +441,7 @@ class Worker:
 
     def _on_task_done(self, done: TaskDone) -> None:
         """Note that an autoencoder task is done. Called in the autoencoder's thread."""
-        self._metrics.task_done(done.kind, done.seconds)
+        self._metrics.observe("tminus_autoencoder_duration_seconds", done.seconds, done.kind)
         if done.job is not None:
             self._commands.put(lambda: self._loop.on_task_done(done))
 

@@ -15,6 +15,7 @@ AT_0 = {  # with labels, and there from the start
     "tminus_errors_total": [{"status": "500"}, {"status": "507"}],
     "tminus_jobs_aborted_total": [{"reason": "engine_failed"}, {"reason": "not_finite"}],
 }
+OF_A_STORE = ("tminus_store_jobs_waiting", "tminus_store_backlog_seconds")
 
 
 def exposed(text: str) -> dict[str, Metric]:
@@ -32,39 +33,18 @@ def moved() -> dict[str, Metric]:
     """Each metric after something has happened to it, so that its labels can be seen."""
     metrics = Metrics()
     metrics.model_loaded(INFO)
-    metrics.count("tminus_model_loads_total", "done", "demand")
-    metrics.count("tminus_model_unloads_total", "idle")
-    metrics.watch(
-        tasks=lambda: 1,
-        rows_active=lambda: 1,
-        rows_waiting=lambda: 1,
-        backlog_s=lambda: 1.0,
-        device_memory_bytes=lambda: 1,
-        keys_up=lambda: True,
-        store_up=lambda: True,
-        streams_open=lambda: 1,
-        stalled_s=lambda: 1.0,
-        tick_time_ratio=lambda: 1.0,
-        waiting_in_store=lambda: (1, 1.0),
-        models=lambda: {"loaded": 1},
-    )
+    watched = {*METRICS} - {"tminus_models", "tminus_model_info", "tminus_last_snapshot_timestamp_seconds", *OF_A_STORE}
+    gauges = {name: lambda: 1.0 for name in watched if METRICS[name].kind == "gauge"}
+    metrics.watch(gauges, {"loaded": lambda: 1.0}, lambda: (1, 1.0))
     metrics.ticked("fake", 1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0, exemplar={})
-    metrics.job_done("fake", 1)
-    metrics.job_given_up("deadline", 1)
     metrics.snapshotted(1)
-    metrics.jobs_resumed(1)
-    metrics.durable_job_ended("done")
-    metrics.webhook_attempted("delivered", 1.0)
-    metrics.webhook_ended("delivered")
-    metrics.frame_sent()
-    metrics.frame_dropped()
-    metrics.rejected("overloaded")
-    metrics.charged("studio", 1)
-    metrics.asked_for("fake", "ddpm", "steps")
-    metrics.answered_without_work("cache_hit")
-    metrics.encoded("png", 1.0)
-    metrics.task_done("decode", 1.0)
+    for name, told in METRICS.items():
+        if told.kind == "counter":
+            metrics.count(name, *told.labels)
+    metrics.observe("tminus_webhook_attempt_duration_seconds", 1.0, "delivered")
+    metrics.observe("tminus_encode_duration_seconds", 1.0, "png")
+    metrics.observe("tminus_autoencoder_duration_seconds", 1.0, "decode")
     metrics.requested("/sample", 200, 1.0)
     metrics.requested("/sample", 500, 1.0)
     return exposed(metrics.render()[0].decode())

@@ -74,7 +74,7 @@ def note_error(error: ServiceError, metrics: Metrics) -> None:
     """Note in trace, metrics and log that a request ends by an error."""
     note({PROBLEM: error.code})
     if error.refusal:
-        metrics.rejected(error.code)
+        metrics.count("tminus_rejected_total", error.code)
     log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
 
 

@@ -301,7 +301,7 @@ async def _events(
             except Exception:  # a lost frame does not end the job
                 log.exception("a frame of job %s could not be encoded", wanted.new.id)
                 continue
-            services.metrics.frame_sent()
+            services.metrics.count("tminus_frames_sent_total")
             for _, image, picture in pictures:
                 more = {"partial_image_index": shown, "image_index": image or 0}
                 yield _event(PartialImage, f"{wanted.name}.partial_image", picture, **members.about(model), **more)

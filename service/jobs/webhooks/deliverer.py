@@ -180,7 +180,7 @@ class Deliverer:
             if not await self._store.call(JobStore.settle, ended, again_in_s, counts=counts):
                 log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
             elif ended.state != "pending":
-                self._metrics.webhook_ended(ended.state)
+                self._metrics.count("tminus_webhook_events_total", ended.state)
         except StorageFailed:  # its claim ends, and then it is sent once more
             pass
         finally:
@@ -212,7 +212,7 @@ class Deliverer:
             log.exception("webhook %s of job %s could not be sent", delivery.id, delivery.job_id)
             return self._failed(delivery, "something went wrong on the server; its log has the details", 0.0)
         took_s = time.perf_counter() - began_s
-        self._metrics.webhook_attempted("delivered", took_s)
+        self._metrics.observe("tminus_webhook_attempt_duration_seconds", took_s, "delivered")
         log.info(
             "webhook %s of job %s: delivered to %s in %.3f s, attempt %d",
             delivery.id, delivery.job_id, delivery.receiver, took_s, delivery.attempts,
@@ -228,7 +228,7 @@ class Deliverer:
         counts: whether it was an attempt. Else its receiver has not failed, and its waits do not grow.
         """
         if counts:
-            self._metrics.webhook_attempted("failed", took_s)
+            self._metrics.observe("tminus_webhook_attempt_duration_seconds", took_s, "failed")
         again_in_s, age_s = wait_s(delivery.attempts), (self._store.now_us() - delivery.since_us) / 1e6
         if not counts:
             again_in_s = NOT_THERE_S

@@ -31,6 +31,7 @@ from tminus.service.engine.loading import load_engine, read_checkpoint, smallest
 from tminus.service.engine.protocol import LoadOptions, sample_locally
 from tminus.service.images.encoder import PNG, etag
 from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.scheduler import BatchPolicy
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -82,10 +83,10 @@ def test_what_is_loaded_serves(options: LoadOptions) -> None:
     info = loaded.engine.info
     assert (info.name, info.exact, info.executor, info.precision) == ("tiny", True, "eager", "float32")
     assert info.class_names == ("cat", "dog", "3d-print")
-    assert [places for places, _ in loaded.tick_times] == [1, 2, 4]
-    assert all(seconds > 0 for _, seconds in loaded.tick_times)
-    assert loaded.max_batch == 4
-    images = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.max_batch, lambda rows: None)
+    assert [places for places, _ in loaded.speed.policy.times.points] == [1, 2, 4]
+    assert all(seconds > 0 for _, seconds in loaded.speed.policy.times.points)
+    assert loaded.speed.policy.max_batch == 4
+    images = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.speed.policy.max_batch, lambda rows: None)
     assert images.shape == (3, 8, 8, 1)
 
 
@@ -126,7 +127,7 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
 
     def batches() -> tuple[int, int]:
         loaded = load_engine(options)
-        return loaded.max_batch, loaded.short_batch
+        return loaded.speed.policy.max_batch, loaded.speed.policy.short_batch
 
     assert [batches() for _ in range(2)] == [(8, 4)] * 2
     for file in (tmp_path / "cache").iterdir():
@@ -148,10 +149,10 @@ def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
 
     monkeypatch.setattr(loading, "measure_ticks", measure)
     options = replace(unmeasured, max_batch=None)
-    assert load_engine(options).max_batch == 16
+    assert load_engine(options).speed.policy.max_batch == 16
     for _ in range(3):
         loaded = load_engine(options)
-        assert (loaded.max_batch, loaded.tick_times) == (16, whole)
+        assert (loaded.speed.policy.max_batch, loaded.speed.policy.times.points) == (16, whole)
     most = loading.ROUNDS
     assert rounds_measured == [most, 1, most, 1, most, 1], "the last start had no slow tick"
 
@@ -171,16 +172,16 @@ def test_a_short_tick_is_as_measured_but_never_longer_than_any(
 ) -> None:
     monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch, rounds: ((4, 0.55), (8, 1.0)))
     loaded = load_engine(replace(unmeasured, max_batch=max_batch))
-    assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
+    assert (loaded.speed.policy.max_batch, loaded.speed.policy.short_batch) == (max_batch, short_batch)
 
 
 @pytest.mark.usefixtures("real_selftest")
 def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:
     loaded = load_engine(replace(options, max_rows=100, max_jobs=20))
-    assert loaded.max_rows == 100
+    assert loaded.speed.max_rows == 100
     for _ in range(20):
         loaded.engine.add(trial_spec(loaded.engine.info, 5, 50))
-    assert load_engine(replace(options, max_rows=4)).max_rows == 4, "few are no hindrance to measuring"
+    assert load_engine(replace(options, max_rows=4)).speed.max_rows == 4, "few are no hindrance to measuring"
 
 
 class Mixing(Around):
@@ -272,10 +273,8 @@ def test_batches_that_are_larger_than_what_was_tested_are_tested_while_no_job_ru
     unmeasured: LoadOptions, tested: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batch sizes are measured again where they are not kept, and may come out otherwise."""
-    sizes = iter([2, 4, 3])
-    monkeypatch.setattr(
-        loading, "_measure", lambda *_: loading.Measured({}, size := next(sizes), size, ((1, 0.001), (4, 0.004)), None)
-    )
+    policies = iter([BatchPolicy.of(size) for size in (2, 4, 3)])
+    monkeypatch.setattr(loading, "_measure", lambda *_: loading.Measured({}, next(policies)))
     options = replace(unmeasured, max_batch=None)
     load_engine(options)
     tested.clear()
@@ -331,7 +330,7 @@ def test_long_ticks_are_not_measured_again_at_a_later_start(
     monkeypatch.setattr(loading, "measure_ticks", lambda *_, rounds: measured.append(rounds) or times)
     first, second = load_engine(unmeasured), load_engine(unmeasured)
     assert measured == [loading.ROUNDS]
-    assert first.tick_times == second.tick_times == times
+    assert first.speed.policy.times.points == second.speed.policy.times.points == times
 
 
 def test_damaged_sizes_and_times_of_ticks_are_measured_again(
@@ -491,8 +490,7 @@ def test_other_weights_of_a_network_that_is_known_are_not_measured(
     options = replace(options, checkpoint=tmp_path / "other")
     again = loading.prepare_engine(read_checkpoint(options), options, [first.measured])
     assert again.engine.info.weights_hash != first.engine.info.weights_hash
-    assert again.tick_times == first.tick_times
-    assert (again.max_batch, again.short_batch) == (first.max_batch, first.short_batch)
+    assert again.speed == first.speed
 
 
 def test_another_network_or_way_is_measured(
@@ -562,8 +560,10 @@ def test_for_little_work_eager_is_taken_and_nothing_is_measured(
     info = loaded.engine.info
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert len(probed) == 1, "the engine that the work was measured on is the one that does it"
-    several = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.max_batch, lambda rows: None)
-    alone = sample_locally(loaded.engine, replace(trial_spec(info, 1, 5), index=2), loaded.max_batch, lambda rows: None)
+    several = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.speed.policy.max_batch, lambda rows: None)
+    alone = sample_locally(
+        loaded.engine, replace(trial_spec(info, 1, 5), index=2), loaded.speed.policy.max_batch, lambda rows: None
+    )
     np.testing.assert_array_equal(several[2:], alone)
     assert torch.get_num_threads() == 1, "so that the bits are the same on any number of cores"
     assert unmeasured.cache_dir is not None
