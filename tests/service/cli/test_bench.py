@@ -29,6 +29,7 @@ from tminus.service.cli.bench import (
     percentile,
     poisson,
     read_mix,
+    text_of_slo,
 )
 from tminus.service.client import Problem, Unreachable
 from tminus.service.images.encoder import encode_png
@@ -250,7 +251,7 @@ def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
             at_rate["all"]["requests"] == at_rate["1x4"]["requests"] + at_rate["2x5"]["requests"] == at_rate["answered"]
         )
     assert figures["goodput"]["1000"] == {"value": 8 * 5.5, "at_least": True}
-    lines = run("bench", *load).stdout.splitlines()
+    lines = text_of_slo(figures).splitlines()
     assert lines[0] == "       mix  3 of 1x4, 1 of 2x5; sampler ddpm"
     assert lines[2].split() == [
         "requests/s",
@@ -270,7 +271,9 @@ def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
 
 def test_rates_that_are_not_given_are_shares_of_what_one_request_makes_alone(
     make_served: MakeServed,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bench, "LADDER", (0.5, 1.0))
     served: Served = make_served()
     load = (served.url, "--slo", "1000", "--mix", "1:4x1000", "--seconds", "1", "--no-warm-up")
     figures = json.loads(run("bench", *load, "--json").stdout)
