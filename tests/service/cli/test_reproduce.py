@@ -26,7 +26,7 @@ from tminus.service.cli import images
 from tminus.service.cli.images import LocalJob, opaque_png
 from tminus.service.cli.reproduce import first_difference, read_recipe
 from tminus.service.client import Client
-from tminus.service.engine import autotune, loading
+from tminus.service.engine import autotune, loading, openvino_executor
 from tminus.service.engine.protocol import LoadOptions
 from tminus.service.images.encoder import encode_png, recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
@@ -494,8 +494,9 @@ def test_another_build_is_a_reason_for_a_difference_and_none_where_all_is_identi
 
 
 def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is_given(
-    check: Check, files: dict[str, bytes], folder: Path
+    check: Check, files: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(openvino_executor, "available", lambda: False)  # which takes long to be measured
     assert check(files["ddpm"], executor=None).exit_code == 0
     lower = made(folder, precision="bfloat16", **SPECS["ddpm"])
     assert check(lower, executor=None).exit_code == 0
