@@ -12,11 +12,10 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
@@ -24,9 +23,7 @@ from tminus.service.cli.images import key_of_server, one_line_of_server
 from tminus.service.cli.options import JSON, SAMPLER_NAMES, comma_separated
 from tminus.service.cli.output import aligned, fail, say, say_json
 
-if TYPE_CHECKING:
-    from tminus.service.client import Sampled
-
+Kind = TypeVar("Kind")  # requests of one kind have the same parameters
 MOST_REQUESTS = 20_000
 SETTINGS = ("sampler", "steps", "guidance")  # that an answer names
 MOST_OUTSTANDING = 500  # connections at once: half of the 1024 open files that a process usually has
@@ -74,17 +71,25 @@ def mean_row_steps(mix: Mix) -> float:
     return sum(size.row_steps * weight for size, weight in mix.items()) / sum(mix.values())
 
 
+def poisson(count: int, seconds: float, chance: random.Random) -> list[float]:
+    """Draw a Poisson process with a fixed number of arrivals, so that the load does not depend on the seed.
+
+    Given their number, the arrivals are independent and uniform.
+    """
+    return sorted(chance.uniform(0, seconds) for _ in range(count))
+
+
 def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[tuple[float, Size]]:
     """Draw a Poisson process of requests of a mix, for about so many seconds.
 
-    The number of each size, at least one, and the rate are fixed, so that the load does not depend on the seed.
+    The number of each size, at least one, and the rate are fixed.
     """
     chance = random.Random(seed)  # noqa: S311 (no secret)
     blocks = row_steps_per_s * seconds / mean_row_steps(mix) / sum(mix.values())
     sizes = [size for size, weight in mix.items() for _ in range(max(1, round(blocks * weight)))]
     chance.shuffle(sizes)
     end_s = sum(size.row_steps for size in sizes) / row_steps_per_s
-    return list(zip(sorted(chance.uniform(0, end_s) for _ in sizes), sizes, strict=True))
+    return list(zip(poisson(len(sizes), end_s, chance), sizes, strict=True))
 
 
 def share_within(times_alone: Sequence[float], factor: float) -> float:
@@ -109,60 +114,57 @@ def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
     return {"value": low + part * (high - low)}
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Requests with the same parameters, and when each is sent: seconds after the start, rising."""
-
-    at_s: tuple[float, ...]
-    parameters: Mapping[str, Any]
-    give_up_s: float  # after the last request
-
-    @classmethod
-    def poisson(cls, rate: float, seconds: float, seed: int, parameters: Mapping[str, Any], give_up_s: float) -> "Load":
-        """Draw a Poisson process with a fixed number of arrivals, so that the load does not depend on the seed.
-
-        Given their number, the arrivals are independent and uniform.
-        """
-        chance = random.Random(seed)  # noqa: S311 (no secret)
-        count = max(1, round(rate * seconds))
-        return cls(tuple(sorted(chance.uniform(0, seconds) for _ in range(count))), parameters, give_up_s)
-
-
 @dataclass(slots=True)
 class Outcome:
-    """Counts how the requests of a load end."""
+    """Counts how the requests of a kind end."""
 
+    requests: int = 0
     latencies_s: list[float] = field(default_factory=list)  # of requests that were answered with images
     late_s: float = 0.0  # how late these requests were sent, in all
     refused: Counter[str] = field(default_factory=Counter)  # by code
-    unanswered: int = 0  # given up at the end
     unsent: int = 0  # because MOST_OUTSTANDING others waited
     last_s: float = 0.0  # when the last answer came, after the start
+    answer: Any = None  # the last one
 
     @property
     def missed(self) -> int:
         """The number of requests without images."""
-        return self.refused.total() + self.unanswered + self.unsent
+        return self.requests - len(self.latencies_s)
 
-    def report(self, load: Load) -> dict[str, Any]:
-        """Return the figures of --json. A percentile is None if the request at that place was given up."""
-        answered, total = len(self.latencies_s), sum(self.latencies_s)
-        # Without the given up ones, the percentiles would leave out the longest waits.
-        ordered = sorted([*self.latencies_s, *[math.inf] * self.unanswered])
-        found = {f"p{q}": percentile(ordered, q) if ordered else math.inf for q in PERCENTILES}
-        images = answered * load.parameters.get("n", 1)
-        late = self.late_s / total if total else 0.0
-        return {
-            "requests": len(load.at_s),
-            "answered": answered,
-            "refused": dict(sorted(self.refused.items())),
-            "unanswered": self.unanswered,
-            "unsent": self.unsent,
-            "latency_s": {name: finite(value) for name, value in found.items()},
-            "images_per_s": round(images / self.last_s, 3) if self.last_s else 0.0,
-            "late_share": round(late, 4),
-            "kept_up": self.unsent == 0 and late <= MOST_LATE,
-        }
+    @property
+    def unanswered(self) -> int:
+        """The number of requests that were given up at the end."""
+        return self.missed - self.refused.total() - self.unsent
+
+
+def figures_of(outcomes: Collection[Outcome]) -> dict[str, Any]:
+    """Return the figures of --json that every load has."""
+    latency_s = sum(sum(each.latencies_s) for each in outcomes)
+    return {
+        "answered": sum(len(each.latencies_s) for each in outcomes),
+        "refused": dict(sorted(sum((each.refused for each in outcomes), Counter[str]()).items())),
+        "unanswered": sum(each.unanswered for each in outcomes),
+        "unsent": sum(each.unsent for each in outcomes),
+        "late_share": round(sum(each.late_s for each in outcomes) / latency_s, 4) if latency_s else 0.0,
+    }
+
+
+def kept_up(unsent: int, late_share: float) -> bool:
+    """Return whether the client was fast enough to measure the server."""
+    return unsent == 0 and late_share <= MOST_LATE
+
+
+def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
+    """Return the figures of requests of n images. A percentile is None if the request at that place was given up."""
+    # Without the given up ones, the percentiles would leave out the longest waits.
+    ordered = sorted([*outcome.latencies_s, *[math.inf] * outcome.unanswered])
+    figures = figures_of([outcome])
+    return figures | {
+        "requests": outcome.requests,
+        "latency_s": {f"p{q}": finite(percentile(ordered, q)) if ordered else None for q in PERCENTILES},
+        "images_per_s": round(n * figures["answered"] / outcome.last_s, 3) if outcome.last_s else 0.0,
+        "kept_up": kept_up(figures["unsent"], figures["late_share"]),
+    }
 
 
 def percentile(ordered: Sequence[float], q: int) -> float:
@@ -177,9 +179,6 @@ class Goal:
     mix: Mix
     alone_s: Mapping[Size, float]
     factors: tuple[float, ...]
-    seconds: float
-    seed: int
-    give_up_s: float
 
     def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
         """Return the figures of a rate. A request without an answer is not in time."""
@@ -187,16 +186,10 @@ class Goal:
             str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
             for size, outcome in outcomes.items()
         }
-        ended = outcomes.values()
-        latency_s = sum(sum(each.latencies_s) for each in ended)
         return {
             "rate": round(rate, 4),
             "row_steps_per_s": round(rate * mean_row_steps(self.mix), 2),
-            "answered": sum(len(each.latencies_s) for each in ended),
-            "refused": dict(sorted(sum((each.refused for each in ended), Counter[str]()).items())),
-            "unanswered": sum(each.unanswered for each in ended),
-            "unsent": sum(each.unsent for each in ended),
-            "late_share": round(sum(each.late_s for each in ended) / latency_s, 4) if latency_s else 0.0,
+            **figures_of(outcomes.values()),
             "all": self._figures([each for own in times.values() for each in own]),
             **{size: self._figures(own) for size, own in times.items()},
         }
@@ -205,22 +198,19 @@ class Goal:
         """Return the figures of all rates for --json."""
         late_share = max(each["late_share"] for each in at_rates)
         unsent = sum(each["unsent"] for each in at_rates)
+        names = [f"{factor:g}" for factor in self.factors]
         return {
             "mix": {str(size): weight for size, weight in self.mix.items()},
             "alone_s": {str(size): round(alone_s, 4) for size, alone_s in self.alone_s.items()},
-            "seconds": self.seconds,
-            "seed": self.seed,
             "rates": at_rates,
             "goodput": {
-                f"{factor:g}": goodput(
-                    {each["row_steps_per_s"]: each["all"]["within"][f"{factor:g}"] for each in at_rates}
-                )
-                for factor in self.factors
+                name: goodput({each["row_steps_per_s"]: each["all"]["within"][name] for each in at_rates})
+                for name in names
             },
             "answered": sum(each["answered"] for each in at_rates),
             "unsent": unsent,
             "late_share": late_share,
-            "kept_up": unsent == 0 and late_share <= MOST_LATE,
+            "kept_up": kept_up(unsent, late_share),
         }
 
     def _figures(self, times_alone: Sequence[float]) -> dict[str, Any]:
@@ -347,29 +337,35 @@ def bench(
                   mark a bound: the highest and the lowest of the rates
     """
     parameters = {name: value for name, value in flags.items() if value is not None}
-    report: dict[str, Any] = {"url": url, "model": model}
+    report: dict[str, Any] = {"url": url, "model": model, "seconds": seconds, "seed": seed}
     if factors is None:
         if mix is not None or (rates is not None and len(rates) > 1):
             fail(f"{'--mix' if mix is not None else '--rate, more than one'}: needs --slo")
         (rate,) = rates or (1.0,)
         check_number(rate, seconds)
-        load = Load.poisson(rate, seconds, seed, parameters, give_up_s)
+        chance = random.Random(seed)  # noqa: S311 (no secret)
+        arrivals = [(at_s, "all") for at_s in poisson(max(1, round(rate * seconds)), seconds, chance)]
         with one_line_of_server(url):
-            outcome, example = asyncio.run(_bench(url, model, load, warm_up))
-        report |= flags | used_settings(example) | {"rate": rate, "seconds": seconds, "seed": seed}
-        report |= outcome.report(load)
+            _, example = asyncio.run(_send_alone(url, model, {"all": parameters}, int(warm_up)))
+            outcome = asyncio.run(_send(url, model, {"all": parameters}, arrivals, give_up_s))["all"]
+        report |= flags | used_settings(outcome.answer or example) | {"rate": rate}
+        report |= figures_of_one_rate(outcome, flags["n"])
     else:
         if parameters.pop("n") != 1 or parameters.pop("steps", None) is not None:
             fail("--n and --steps: the requests of --slo are those of --mix")
         check_number(max(rates or [0.0]), seconds)
         mix = mix or read_mix(MIX)
+        kinds = {size: {**parameters, "n": size.n, "steps": size.steps} for size in mix}
         with one_line_of_server(url):
-            alone_s, example = asyncio.run(_alone(url, model, mix, parameters, warm_up))
-            most = max(size.row_steps / alone_s[size] for size in mix)
+            took_s, example = asyncio.run(_send_alone(url, model, kinds, warm_up + ALONE))
+            goal = Goal(mix, {size: median(own[warm_up:]) for size, own in took_s.items()}, factors)
+            most = max(size.row_steps / goal.alone_s[size] for size in mix)
             rates = rates or tuple(share * most / mean_row_steps(mix) for share in LADDER)
             check_number(max(rates), seconds)
-            goal = Goal(mix, alone_s, factors, seconds, seed, give_up_s)
-            at_rates = [asyncio.run(_at_rate(url, model, goal, rate, parameters)) for rate in sorted(rates)]
+            at_rates = []
+            for rate in sorted(rates):
+                comers = mixed(mix, rate * mean_row_steps(mix), seconds, seed)
+                at_rates.append(goal.at_rate(rate, asyncio.run(_send(url, model, kinds, comers, give_up_s))))
         settings = flags | used_settings(example)
         report |= {"sampler": settings["sampler"], "class_label": settings["class_label"]} | goal.report(at_rates)
     if as_json:
@@ -390,7 +386,7 @@ def check_number(rate: float, seconds: float) -> None:
         fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")
 
 
-def used_settings(example: "Sampled | None") -> dict[str, Any]:
+def used_settings(example: Any) -> dict[str, Any]:
     """Return the settings that a server used, by one of its answers."""
     return {name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None}
 
@@ -434,77 +430,59 @@ def text_of_slo(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def _alone(
-    url: str, model: str | None, mix: Mix, parameters: Mapping[str, Any], warm_up: bool
-) -> "tuple[dict[Size, float], Sampled]":
-    """Return the time that a request of each size takes alone, and an answer. Raises ClientError."""
-    from tminus.service.client import AsyncClient
+async def _send_alone(
+    url: str, model: str | None, kinds: Mapping[Kind, Mapping[str, Any]], times: int
+) -> tuple[dict[Kind, list[float]], Any]:
+    """Send one request at a time, so many of each kind. Returns the seconds that each took, and the last answer.
 
-    clock = asyncio.get_running_loop().time
-    alone_s: dict[Size, float] = {}
-    async with AsyncClient(url, model=model, key=key_of_server()) as client:
-        for size in mix:
-            seconds = []
-            for _ in range(warm_up + ALONE):
-                sent_s = clock()
-                example = await client.sample(**parameters, n=size.n, steps=size.steps)
-                seconds.append(clock() - sent_s)
-            alone_s[size] = median(seconds[warm_up:])
-    return alone_s, example
-
-
-async def _at_rate(
-    url: str, model: str | None, goal: Goal, rate: float, parameters: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Send the mix at a rate, one load for each size, and return the figures."""
-    from tminus.service.client import AsyncClient
-
-    comers = mixed(goal.mix, rate * mean_row_steps(goal.mix), goal.seconds, goal.seed)
-    end_s = comers[-1][0] + goal.give_up_s
-    async with AsyncClient(url, model=model, key=key_of_server()) as client:
-
-        def drive_size(size: Size) -> Awaitable[Outcome]:
-            at_s = tuple(at_s for at_s, comer in comers if comer == size)
-            of_size = {**parameters, "n": size.n, "steps": size.steps}
-            load = Load(at_s, of_size, end_s - at_s[-1])
-            return drive(load, partial(client.sample, **of_size), other_loads=len(goal.mix) - 1)
-
-        outcomes = await asyncio.gather(*map(drive_size, goal.mix))
-    return goal.at_rate(rate, dict(zip(goal.mix, outcomes, strict=True)))
-
-
-async def _bench(url: str, model: str | None, load: Load, warm_up: bool) -> "tuple[Outcome, Sampled | None]":
-    """Send a load to a server. Returns the outcome and an answer, if there was one.
-
-    Raises ClientError if the request that warms up fails.
+    Raises ClientError.
     """
     from tminus.service.client import AsyncClient
 
+    clock = asyncio.get_running_loop().time
+    took_s: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    answer = None
     async with AsyncClient(url, model=model, key=key_of_server()) as client:
-        examples = [await client.sample(**load.parameters)] if warm_up else []
+        for kind, parameters in kinds.items():
+            for _ in range(times):
+                sent_s = clock()
+                answer = await client.sample(**parameters)
+                took_s[kind].append(clock() - sent_s)
+    return took_s, answer
 
-        async def ask() -> None:
-            examples[:] = [await client.sample(**load.parameters)]
 
-        outcome = await drive(load, ask)
-        return outcome, examples[0] if examples else None
+async def _send(
+    url: str,
+    model: str | None,
+    kinds: Mapping[Kind, Mapping[str, Any]],
+    arrivals: Sequence[tuple[float, Kind]],
+    give_up_s: float,
+) -> dict[Kind, Outcome]:
+    """Send requests to a server at their times."""
+    from tminus.service.client import AsyncClient
+
+    async with AsyncClient(url, model=model, key=key_of_server()) as client:
+        return await drive(arrivals, lambda kind: client.sample(**kinds[kind]), give_up_s)
 
 
-async def drive(load: Load, ask: Callable[[], Awaitable[object]], other_loads: int = 0) -> Outcome:
-    """Send each request of a load at its time, and count how it ends.
+async def drive(
+    arrivals: Sequence[tuple[float, Kind]], ask: Callable[[Kind], Awaitable[object]], give_up_s: float
+) -> dict[Kind, Outcome]:
+    """Send each request at its time, seconds after the start and rising, and count by kind how they end.
 
-    ask: sends one; may raise ClientError. other_loads: the number of loads that the client drives at the same time.
+    ask: sends one and returns its answer; may raise ClientError. give_up_s: after the last request.
     """
     from tminus.service.client import ClientError, Problem
 
     clock = asyncio.get_running_loop().time
-    outcome, start_s = Outcome(), clock()
+    outcomes = {kind: Outcome() for _, kind in arrivals}
+    start_s = clock()
     waiting: set[asyncio.Task[None]] = set()
 
-    async def one(due_s: float) -> None:
-        late_s = clock() - due_s
+    async def one(due_s: float, kind: Kind) -> None:
+        outcome, late_s = outcomes[kind], clock() - due_s
         try:
-            await ask()
+            outcome.answer = await ask(kind)
         except Problem as error:
             outcome.refused[f"{error.code or 'problem'} ({error.status})"] += 1
         except ClientError as error:
@@ -514,19 +492,19 @@ async def drive(load: Load, ask: Callable[[], Awaitable[object]], other_loads: i
             outcome.latencies_s.append(clock() - due_s)
             outcome.last_s = clock() - start_s
 
-    for at_s in load.at_s:
+    for at_s, kind in arrivals:
         await asyncio.sleep(start_s + at_s - clock())
-        if len(waiting) >= MOST_OUTSTANDING // (1 + other_loads):
-            outcome.unsent += 1
+        outcomes[kind].requests += 1
+        if len(waiting) >= MOST_OUTSTANDING:
+            outcomes[kind].unsent += 1
             continue
-        task = asyncio.create_task(one(start_s + at_s))
+        task = asyncio.create_task(one(start_s + at_s, kind))
         waiting.add(task)
         task.add_done_callback(waiting.discard)
     if waiting:
-        await asyncio.wait(set(waiting), timeout=load.give_up_s)
+        await asyncio.wait(set(waiting), timeout=give_up_s)
     left = list(waiting)
-    outcome.unanswered = len(left)
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-    return outcome
+    return outcomes

@@ -17,10 +17,9 @@ from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.key import key
 from tminus.service.cli.models import models
 from tminus.service.cli.pull import pull
-from tminus.service.cli.ray_serve import ray
 from tminus.service.cli.reproduce import reproduce, trajectory
 from tminus.service.cli.sample import sample
-from tminus.service.cli.serve import serve
+from tminus.service.cli.serve import ray, serve
 from tminus.service.cli.train import distill, train, train_autoencoder
 from tminus.service.cli.tune import tune
 

@@ -1,16 +1,40 @@
-"""`tminus serve`: load a checkpoint and serve it over HTTP, by settings from flags and TMINUS_ variables."""
+"""`tminus serve` and `tminus ray serve`: serve over HTTP, by settings from flags, TMINUS_ variables and a file."""
 
+import logging
 import os
+import re
 import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import SettingsCommand, read_settings, settings_options
+from tminus.service.cli.configuration import Kind, SettingsCommand, read_settings, settings_options
 from tminus.service.cli.output import fail
+from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
 from tminus.service.startup.settings import Settings
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 5.0  # between checks whether the replicas are there
+ENDING_INTERVAL_S = 0.2  # between checks while they end
+SLACK_S = 15.0  # for Serve to see that replicas have ended, and to kill the others
+# No usage statistics, and no deduplication of log lines.
+QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+
+
+def _begin(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> Kind:
+    """Read the settings, and set up the log as they say."""
+    settings, _ = read_settings(kind, config, flags)
+    set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
+    return settings
 
 
 @click.command(
@@ -30,11 +54,10 @@ def serve(config: Path | None, **flags: Any) -> None:
     The page is at http://localhost:8000, unless --port or --host says otherwise. The settings page of the docs
     describes the options in full. You can also give each as a variable, or as a line of the file that --config names.
     """
-    settings, _ = read_settings(Settings, config, flags)
+    settings = _begin(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An
     # exception is no way out: raised in the middle of a library's start, it can abort the process.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
-    set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
 
     from tminus.service.startup.serve import serve as run_server
 
@@ -44,3 +67,145 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail(str(error))
     if not stopped_well:
         fail("the worker crashed; the log says why")
+
+
+# --- on a Ray cluster ---
+
+
+@click.group()
+def ray() -> None:
+    """Serve from a Ray cluster: see tminus ray serve."""
+
+
+@ray.command(
+    "serve",
+    cls=SettingsCommand,
+    short_help="Serve from replicas on a Ray cluster.",
+    epilog="Exit codes: 0 stopped by SIGTERM or Ctrl-C; 1 it could not start, or the application has left the cluster; "
+    "2 wrong command line.",
+)
+@settings_options(RaySettings)
+def serve_on_ray(config: Path | None, **flags: Any) -> None:
+    """Serve from replicas on a Ray cluster. Ray routes requests to them, and adds and drains replicas by their work.
+
+    \b
+      tminus ray serve --checkpoint runs/digits --max-replicas 4 --job-store "$URL"
+
+    It needs the extra `ray`. It joins a running cluster, or else starts one on this machine. When the command ends, the
+    replicas drain, and a cluster that it started ends.
+    """
+    settings = _begin(RaySettings, config, flags)
+    _exit_on_signals()
+    for name, value in QUIET_AND_WHOLE.items():  # read as Ray is imported
+        os.environ.setdefault(name, value)
+    try:
+        import ray as library
+        from ray.util import list_named_actors
+    except ModuleNotFoundError as error:
+        fail(f"`tminus ray` needs the extra ray: {error}; pip install '.[ray]' in a checkout")
+    host = _check(settings)
+    try:
+        library.init(address=settings.ray_address, include_dashboard=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"no Ray cluster can be joined or started (--ray-address, TMINUS_RAY_ADDRESS): {error}")
+    _exit_on_signals()  # again: Ray has set a handler of its own
+    try:
+        port = settings.port
+        if all(actor["name"] != CONTROLLER for actor in list_named_actors(all_namespaces=True)):
+            _, port = _free_port(settings.host, settings.port)  # while nothing of Ray's listens
+        _run(settings, host, port)
+    finally:
+        with suppress(Exception):
+            library.shutdown()
+
+
+def _check(settings: RaySettings) -> str:
+    """Check the settings, and return the numeric address to listen on. A failure is one line and exit code 1."""
+    host, _ = _free_port(settings.host, 0)
+    try:
+        settings.access(host)
+        settings.checkpoints()
+    except ValueError as error:
+        fail(str(error))
+    return host
+
+
+def _free_port(host: str, port: int) -> tuple[str, int]:
+    """Return the numeric address and a free port. A failure is one line and exit code 1."""
+    from tminus.service.startup.server import listen
+
+    try:
+        with listen(host, port) as listener:
+            address = listener.getsockname()
+    except ValueError as error:
+        fail(str(error))
+    return str(address[0]), int(address[1])
+
+
+def _exit_on_signals() -> None:
+    """Raise SystemExit on a signal, until there are replicas to drain."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda _signum, _frame: sys.exit(0))
+
+
+def _run(settings: RaySettings, host: str, port: int) -> None:
+    """Start the replicas, wait for a signal, and let them drain."""
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+
+    from tminus.service.ray_serve.app import NAME, app
+    from tminus.service.ray_serve.replica import ending_s
+
+    stopped, deployed = threading.Event(), False
+    try:
+        ray_serve.start(http_options={"host": host, "port": port})
+        application, deployed = app(settings), True
+        ray_serve.run(application, name=NAME)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda _signum, _frame: stopped.set())
+    except BaseException as error:  # also SystemExit: Serve would go on to start them
+        messages = ""
+        if deployed:  # otherwise an application of this name is not ours
+            with suppress(Exception):
+                deployments = ray_serve.status().applications[NAME].deployments
+                messages = "".join(each.message for each in deployments.values())
+            with suppress(Exception):
+                _end(NAME, within_s=0)
+        if isinstance(error, RuntimeError):
+            fail(f"the replicas cannot start: {last_line(messages) or error}")
+        raise
+    client: Any = _get_global_client()
+    log.info(
+        "listening on %s, with %d to %d replicas",
+        client.root_url or "no HTTP port of Serve's",  # not ours if Serve ran already
+        settings.min_replicas, settings.most_replicas,
+    )  # fmt: skip
+    while not stopped.wait(POLL_INTERVAL_S):
+        if NAME not in ray_serve.status().applications:
+            fail("the application is no longer on the Ray cluster")
+    log.info("the replicas drain")
+    within_s = ending_s(settings.grace_s) + SLACK_S
+    if not _end(NAME, within_s):
+        fail(f"the replicas have not ended within {within_s:.0f} s")
+
+
+def _end(name: str, within_s: float) -> bool:
+    """Let Serve end an application. Returns whether it is gone within so many seconds.
+
+    Serve's own waiting ends in an error after 60 s, however long the grace period is.
+    """
+    from ray import serve as ray_serve
+
+    until_s = time.monotonic() + within_s
+    ray_serve.delete(name, _blocking=False)
+    while name in ray_serve.status().applications:  # at least once, so that Serve has received the call before
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(ENDING_INTERVAL_S)
+    return True
+
+
+def last_line(text: str) -> str:
+    """The message at the end of a traceback; empty for empty text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1]) if lines else ""

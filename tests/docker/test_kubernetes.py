@@ -1,7 +1,6 @@
 """docker/kubernetes as kubectl renders it, held against Kubernetes' schemas, and against what the server is."""
 
 import asyncio
-import json
 import os
 import re
 import subprocess
@@ -28,7 +27,7 @@ COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 OF_THE_IMAGE = dict(re.findall(r"\b(TMINUS_[A-Z_]+)=(\S+)", DOCKERFILE.partition(" AS base\n")[2]))
-RELEASES = ("1.30", "1.32", "1.34", "1.36")
+RELEASES = ("1.30", "1.36")  # the oldest and the newest
 NAME = {"app.kubernetes.io/name": "tminus"}
 OTHER_VARIABLES = {"FORWARDED_ALLOW_IPS"}  # of uvicorn
 Objects = dict[tuple[str, str], dict[str, Any]]  # by kind and name
@@ -138,14 +137,10 @@ def check(document: dict[str, Any], release: str) -> None:
         raise ValueError(error.message) from None
 
 
-def test_every_object_is_of_its_schema(rendered: dict[str, Objects]) -> None:
-    for release in RELEASES:
-        for name, objects in rendered.items():
-            for (kind, _), document in objects.items():
-                try:
-                    check(document, release)
-                except ValueError as error:
-                    raise AssertionError(f"{kind} of {name}, Kubernetes {release}") from error
+def test_every_object_is_of_its_schema(objects: Objects) -> None:
+    for document in objects.values():
+        for release in RELEASES:
+            check(document, release)
 
 
 # --- what the server takes ---
@@ -313,25 +308,6 @@ def test_a_pod_may_do_nothing_that_it_need_not(objects: Objects) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod(objects).keys()
     assert pod(objects)["automountServiceAccountToken"] is False
     assert not [kind for kind, _ in objects if "Role" in kind]
-
-
-def test_no_secret_is_in_the_files(objects: Objects) -> None:
-    assert not [kind for kind, _ in objects if kind == "Secret"]
-    assert "postgresql://" not in json.dumps([*objects.values()])
-
-
-def test_resources_are_bounded_and_what_is_asked_for_is_had(objects: Objects) -> None:
-    resources = container(objects)["resources"]
-    assert resources["limits"].keys() >= {"cpu", "memory", "ephemeral-storage"}
-    for name in ("cpu", "memory"):
-        assert resources["requests"][name] == resources["limits"][name], "no pod is killed for what others take"
-    assert ("nvidia.com/gpu" in resources["limits"]) == (environment(objects).get("TMINUS_DEVICE") == "cuda")
-
-
-def test_the_image_is_of_this_version(rendered: dict[str, Objects]) -> None:
-    assert container(rendered["base"])["image"] == f"tminus:{VERSION}"
-    assert container(rendered["gpu"])["image"] == f"tminus:{VERSION}-cuda"
-    assert container(rendered["example"])["image"] == f"registry.example/tminus:{VERSION}"
 
 
 def test_one_server_is_left_whatever_is_done_to_the_nodes(objects: Objects) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import random
 import selectors
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import click
@@ -17,7 +18,19 @@ from tests.service.cli.running import run
 from tests.service.client.conftest import MakeServed, Served, make_served  # noqa: F401
 from tests.service.client.hostile import IMAGE_HEAD, answering
 from tminus.service.cli import bench
-from tminus.service.cli.bench import Goal, Load, Outcome, Size, drive, goodput, mixed, percentile, read_mix
+from tminus.service.cli.bench import (
+    Goal,
+    Outcome,
+    Size,
+    drive,
+    figures_of_one_rate,
+    goodput,
+    mixed,
+    percentile,
+    poisson,
+    read_mix,
+    text_of_slo,
+)
 from tminus.service.client import Problem, Unreachable
 from tminus.service.images.encoder import encode_png
 
@@ -34,13 +47,13 @@ class Instantly(selectors.SelectSelector):
         return super().select(0)
 
 
-def driven(load: Load, ask: Ask) -> Outcome:
-    """The outcome of a load, by a clock that goes on where everybody waits, and at no other time."""
+def driven(at_s: Sequence[float], ask: Ask, give_up_s: float) -> Outcome:
+    """How requests end, by a clock that goes on where everybody waits, and at no other time."""
     selector = Instantly()
     loop = asyncio.SelectorEventLoop(selector)
     loop.time = lambda: selector.now_s  # type: ignore[method-assign]
     try:
-        return loop.run_until_complete(drive(load, ask))
+        return loop.run_until_complete(drive([(each, "all") for each in at_s], lambda _: ask(), give_up_s))["all"]
     finally:
         loop.close()
 
@@ -68,7 +81,7 @@ def test_the_latencies_are_those_of_the_queue(at_s: tuple[float, ...], service: 
     for arrival_s in at_s:  # Lindley's recursion
         free_s = max(free_s, arrival_s) + service_s
         expected.append(free_s - arrival_s)
-    outcome = driven(Load(at_s, {}, give_up_s=1e6), one_at_a_time(service_s))
+    outcome = driven(at_s, one_at_a_time(service_s), give_up_s=1e6)
     assert sorted(outcome.latencies_s) == pytest.approx(sorted(expected))
     assert outcome.last_s == pytest.approx(free_s)
     assert outcome.late_s == pytest.approx(0, abs=1e-6)
@@ -76,7 +89,6 @@ def test_the_latencies_are_those_of_the_queue(at_s: tuple[float, ...], service: 
 
 def test_a_client_that_stands_still_does_not_hide_the_waits_that_it_makes() -> None:
     """Coordinated omission: what should have been sent meanwhile is late, and that is a part of its latency."""
-    load = Load((0.0, 1.0, 2.0), {}, give_up_s=60)
     stood = False
 
     async def ask() -> None:
@@ -87,9 +99,9 @@ def test_a_client_that_stands_still_does_not_hide_the_waits_that_it_makes() -> N
             loop._selector.now_s += 10  # type: ignore[attr-defined]  # as a program that computes for ten seconds
         await asyncio.sleep(0.5)
 
-    outcome = driven(load, ask)
+    outcome = driven([0, 1, 2], ask, give_up_s=60)
     assert sorted(outcome.latencies_s) == pytest.approx([8.5, 9.5, 10.5])
-    report = outcome.report(load)
+    report = figures_of_one_rate(outcome, 1)
     assert report["late_share"] == pytest.approx((9 + 8) / 28.5, abs=1e-4)
     assert not report["kept_up"]
 
@@ -107,21 +119,20 @@ def test_every_request_has_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
             case "never":
                 await asyncio.Event().wait()
 
-    load = Load((0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0), {"n": 4}, give_up_s=30)
-    report = driven(load, ask).report(load)
+    report = figures_of_one_rate(driven(range(7), ask, give_up_s=30), 4)
     assert report["refused"] == {"Unreachable": 1, "overloaded (429)": 1}
     assert (report["answered"], report["unanswered"], report["unsent"]) == (1, 3, 1)
     assert report["latency_s"] == {"p50": None, "p95": None, "p99": None}, "three of four were given up"
     assert not report["kept_up"]
 
 
-@given(st.floats(0.05, 50), st.floats(1, 60), st.integers(0, 2**32))
-def test_a_load_is_exact_in_number_and_the_same_for_a_seed(rate: float, seconds: float, seed: int) -> None:
-    load = Load.poisson(rate, seconds, seed, {}, 1)
-    assert len(load.at_s) == max(1, round(rate * seconds))
-    assert list(load.at_s) == sorted(load.at_s)
-    assert all(0 <= at_s <= seconds for at_s in load.at_s)
-    assert load == Load.poisson(rate, seconds, seed, {}, 1)
+@given(st.integers(1, 3000), st.floats(1, 60), st.integers(0, 2**32))
+def test_a_load_is_exact_in_number_and_the_same_for_a_seed(count: int, seconds: float, seed: int) -> None:
+    times = poisson(count, seconds, random.Random(seed))
+    assert len(times) == count
+    assert times == sorted(times)
+    assert all(0 <= at_s <= seconds for at_s in times)
+    assert times == poisson(count, seconds, random.Random(seed))
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.integers(1, 100))
@@ -168,10 +179,10 @@ def test_goodput_is_the_highest_rate_in_time_and_lies_between_two_rates_by_their
 
 def test_a_request_without_images_is_not_in_time_and_a_percentile_at_its_place_is_none() -> None:
     short, long = Size(1, 20), Size(8, 250)
-    goal = Goal({short: 1, long: 1}, {short: 0.1, long: 4.0}, (1.5, 3), 20, 0, 60)
+    goal = Goal({short: 1, long: 1}, {short: 0.1, long: 4.0}, (1.5, 3))
     outcomes = {
-        short: Outcome([0.1, 0.2, 0.29, 0.5]),
-        long: Outcome([4.0, 5.9], unanswered=1, unsent=2, refused=Counter({"overloaded (429)": 1})),
+        short: Outcome(4, [0.1, 0.2, 0.29, 0.5]),
+        long: Outcome(6, [4.0, 5.9], unsent=2, refused=Counter({"overloaded (429)": 1})),
     }
     found = goal.at_rate(2.0, outcomes)
     assert found["row_steps_per_s"] == 2 * (20 + 2000) / 2
@@ -240,7 +251,7 @@ def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
             at_rate["all"]["requests"] == at_rate["1x4"]["requests"] + at_rate["2x5"]["requests"] == at_rate["answered"]
         )
     assert figures["goodput"]["1000"] == {"value": 8 * 5.5, "at_least": True}
-    lines = run("bench", *load).stdout.splitlines()
+    lines = text_of_slo(figures).splitlines()
     assert lines[0] == "       mix  3 of 1x4, 1 of 2x5; sampler ddpm"
     assert lines[2].split() == [
         "requests/s",
@@ -260,7 +271,9 @@ def test_attainment_of_a_server_is_the_same_as_a_table_and_as_json(
 
 def test_rates_that_are_not_given_are_shares_of_what_one_request_makes_alone(
     make_served: MakeServed,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bench, "LADDER", (0.5, 1.0))
     served: Served = make_served()
     load = (served.url, "--slo", "1000", "--mix", "1:4x1000", "--seconds", "1", "--no-warm-up")
     figures = json.loads(run("bench", *load, "--json").stdout)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.service.cli import running
 from tests.service.cli.running import refusal
-from tminus.service.cli import ray_serve
-from tminus.service.cli.ray_serve import QUIET_AND_WHOLE
+from tminus.service.cli import serve
+from tminus.service.cli.serve import QUIET_AND_WHOLE
 from tminus.service.ray_serve.replica import ending_s
 from tminus.service.ray_serve.settings import RaySettings
 
@@ -102,14 +102,14 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], FakeServe]:
 
         monkeypatch.setattr("ray.init", init)
         monkeypatch.setattr("ray.shutdown", lambda: None)
-        monkeypatch.setattr("ray.util.list_named_actors", lambda **_given: [{"name": ray_serve.CONTROLLER}])
+        monkeypatch.setattr("ray.util.list_named_actors", lambda **_given: [{"name": serve.CONTROLLER}])
         monkeypatch.setattr("ray.serve.start", lambda **_given: None)
         monkeypatch.setattr("ray.serve.context._get_global_client", lambda: fake)
         monkeypatch.setattr("tminus.service.ray_serve.app.app", lambda _settings: None)
         for name in ("run", "delete", "status"):
             monkeypatch.setattr(f"ray.serve.{name}", getattr(fake, name))
-        monkeypatch.setattr(ray_serve, "time", SimpleNamespace(monotonic=lambda: fake.now_s, sleep=fake.sleep))
-        monkeypatch.setattr(ray_serve, "POLL_INTERVAL_S", 0.01)
+        monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=lambda: fake.now_s, sleep=fake.sleep))
+        monkeypatch.setattr(serve, "POLL_INTERVAL_S", 0.01)
         return fake
 
     return make
@@ -131,7 +131,7 @@ def test_a_drain_may_take_longer_than_serve_itself_waits_and_the_address_is_serv
 ) -> None:
     fake = fake_serve(100.0)
     stop_once_it_runs(fake, monkeypatch)
-    monkeypatch.setattr(ray_serve, "set_up_log", lambda *_given: None)
+    monkeypatch.setattr(serve, "set_up_log", lambda *_given: None)
     caplog.set_level("INFO", "tminus")
     result = running.run(*RAY_SERVE, "--grace-s", "120", "--port", "8000")
     assert result.exit_code == 0, (result.output, result.exception)
