@@ -12,9 +12,7 @@ from tminus.service.api.answers.openapi import failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
-from tminus.service.api.request.reading import no_parameters
-
-BARE = [Depends(no_parameters)]
+from tminus.service.api.request.reading import BARE
 
 
 class Loader(Protocol):
@@ -78,31 +76,16 @@ def admin_routes(models: Models, loader: Loader, access: Access) -> APIRouter:
         ]
         return ModelList(models=loaded + others)
 
-    @router.get(
-        "/{model}",
-        **described("get_model_by_name"),
-        dependencies=BARE,
-        responses=failures(404, 422),
-    )
+    @router.get("/{model}", **described("get_model_by_name"), dependencies=BARE, responses=failures(404, 422))
     async def get_one(model: str) -> ModelAnswer:
         services = models.named(model)
         return ModelAnswer.of(services.model, services.limits)
 
-    @router.post(
-        "/{model}/load",
-        **described("load_model"),
-        dependencies=admins,
-        responses=refusals,
-    )
+    @router.post("/{model}/load", **described("load_model"), dependencies=admins, responses=refusals)
     async def load(request: Request, model: str) -> ModelSummary:
         return summary(request, await loader.load(model))
 
-    @router.post(
-        "/{model}/reload",
-        **described("reload_model"),
-        dependencies=admins,
-        responses=refusals,
-    )
+    @router.post("/{model}/reload", **described("reload_model"), dependencies=admins, responses=refusals)
     async def reload(request: Request, model: str) -> ModelSummary:
         return summary(request, await loader.reload(model))
 

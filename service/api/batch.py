@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from tminus.service.access.access import Caller
@@ -13,7 +13,7 @@ from tminus.service.api.answers.openapi import failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
-from tminus.service.api.request.reading import no_parameters
+from tminus.service.api.request.reading import BARE
 from tminus.service.errors import ModelUnloaded
 from tminus.service.work import JobStatus, timesteps_of
 
@@ -124,12 +124,7 @@ def batch_routes(models: Models) -> APIRouter:
     """Make the route."""
     router, batch = APIRouter(tags=["jobs"]), RunningJobs(models)
 
-    @router.get(
-        "/batch",
-        **described("get_batch"),
-        dependencies=[Depends(no_parameters)],
-        responses=failures(422),
-    )
+    @router.get("/batch", **described("get_batch"), dependencies=BARE, responses=failures(422))
     async def get_batch(request: Request) -> BatchAnswer:
         return await batch.seen_by(caller_of(request))
 

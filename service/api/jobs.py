@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -25,11 +25,11 @@ from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models, Services
 from tminus.service.api.other_replicas import came_from_a_replica
 from tminus.service.api.request.reading import (
+    BARE,
     from_query,
     has_answer,
     in_query,
     negotiate,
-    no_parameters,
     parse_call,
     read_parameters,
     while_connected,
@@ -88,7 +88,6 @@ class JobImageCall(FloatsRequest):
 def job_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes. Those of one job take the id of any job, whichever model it is of."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    bare = [Depends(no_parameters)]
     of_job = failures(404, 422, 500, 507)
 
     router.post(
@@ -120,7 +119,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         created_us, job_id = views[asked.limit - 1].record.place
         return JobPage(jobs=jobs, next=f"{created_us}-{job_id}")
 
-    @router.get("/{job_id}", **described("get_job"), dependencies=bare, responses=of_job)
+    @router.get("/{job_id}", **described("get_job"), dependencies=BARE, responses=of_job)
     async def get_job(request: Request, job_id: str) -> JobAnswer:
         services = models.default
         view, address = await services.jobs.find(job_id, caller_of(request).sees), None
@@ -144,12 +143,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         making = image(models, request, job_id, media_type, asked.index, clip=asked.clip_output)
         return await while_connected(request, making)
 
-    @router.post(
-        "/{job_id}/cancel",
-        **described("cancel_job"),
-        dependencies=bare,
-        responses=of_job,
-    )
+    @router.post("/{job_id}/cancel", **described("cancel_job"), dependencies=BARE, responses=of_job)
     async def cancel_job(request: Request, job_id: str) -> JobAnswer:
         return JobAnswer.of(await models.default.jobs.cancel(job_id, caller_of(request).sees))
 
@@ -158,7 +152,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         **described("delete_job"),
         status_code=204,
         response_class=Response,
-        dependencies=bare,
+        dependencies=BARE,
         responses=of_job,
     )
     async def delete_job(request: Request, job_id: str) -> None:

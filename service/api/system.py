@@ -2,7 +2,7 @@
 
 from operator import itemgetter
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from tminus.service.api.answers import problems
@@ -12,7 +12,7 @@ from tminus.service.api.answers.openapi import Described, failures
 from tminus.service.api.answers.operations import described
 from tminus.service.api.models import Models
 from tminus.service.api.page import compressed
-from tminus.service.api.request.reading import no_parameters, qualities
+from tminus.service.api.request.reading import BARE, qualities
 from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
@@ -21,7 +21,6 @@ from tminus.service.worker.worker import CRASHED, Worker
 
 OPENMETRICS = "application/openmetrics-text"
 METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}, **with_headers("Vary")}
-BARE = [Depends(no_parameters)]
 
 
 def model_routes(models: Models) -> APIRouter:
@@ -51,27 +50,14 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     """Make the routes of the whole server. metrics: None leaves /metrics out."""
     router = APIRouter(tags=["system"])
 
-    @router.get(
-        "/healthz",
-        **described("get_liveness"),
-        response_model=StatusAnswer,
-        responses=failures(500, 503),
-    )
+    @router.get("/healthz", **described("get_liveness"), response_model=StatusAnswer, responses=failures(500, 503))
     async def healthz() -> StatusAnswer | Response:
         return alive(worker)
 
-    @router.get(
-        "/health",
-        **described("get_health"),
-        response_model=StatusAnswer,
-        responses=failures(500, 503, 507),
-    )
-    @router.get(
-        "/readyz",
-        **described("get_readiness"),
-        response_model=StatusAnswer,
-        responses=failures(500, 503, 507),
-    )
+    unready = failures(500, 503, 507)
+
+    @router.get("/health", **described("get_health"), response_model=StatusAnswer, responses=unready)
+    @router.get("/readyz", **described("get_readiness"), response_model=StatusAnswer, responses=unready)
     async def readyz() -> StatusAnswer | Response:
         reason = why_unready(worker, jobs)
         return StatusAnswer(status="ready") if reason is None else problems.render(reason)

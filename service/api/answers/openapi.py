@@ -29,8 +29,8 @@ from tminus.service.api.answers.headers import (
     with_headers,
 )
 from tminus.service.api.answers.messages import WEBSOCKETS
-from tminus.service.api.answers.operations import API_VERSION, EXAMPLES, TAGS
-from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, error_form
+from tminus.service.api.answers.operations import API_VERSION, TAGS
+from tminus.service.api.answers.problems import PROBLEM_JSON, Form, as_error_text, as_openai, error_form
 from tminus.service.api.edge.origin import PROBES
 from tminus.service.api.request.classes import DIGITS
 from tminus.service.api.request.multipart import BYTES, FORM
@@ -87,6 +87,7 @@ IN_PATHS = {
     "job_id": "The id of the job.",
     "name": "The name of a file.",
 }
+FORMS: Mapping[Form, str] = {as_openai: "ErrorAnswer", as_error_text: "ErrorText"}  # their components
 BAD_REQUEST = "A member is invalid, unknown or given twice, or the body cannot be parsed"
 SCHEMES: Described = {
     "bearer": {
@@ -301,16 +302,16 @@ def _field(field: Described, bound: Bound, component: Described | None = None, *
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
-def _with_error_texts(responses: Mapping[str, Described]) -> dict[str, Described]:
-    """Describe failures with the status and the schema that clients of Hugging Face and KServe read."""
+def _in_form(form: Form, responses: Mapping[str, Described]) -> dict[str, Described]:
+    """Describe failures with the status and the schema of another vendor's API."""
     made = {status: described for status, described in responses.items() if int(status) < 400}
     for status in sorted(responses.keys() - made.keys()):
-        seen, _ = as_error_text({"status": int(status), "detail": "", "code": ""})
-        text = {
+        seen, _ = form({"status": int(status), "detail": "", "code": ""})
+        failure = {
             "description": FAILURES[seen] if seen != 400 else BAD_REQUEST,
-            "content": {JSON: {"schema": ref("ErrorText")}},
+            "content": {JSON: {"schema": ref(FORMS[form])}},
         }
-        made[str(seen)] = text | with_headers(*OF_REFUSALS.get(seen, ()))
+        made[str(seen)] = failure | with_headers(*OF_REFUSALS.get(seen, ()))
     return made
 
 
@@ -334,16 +335,14 @@ def _complete(method: str, path: str, operation: Described, *, is_public: bool) 
     else:
         _add(responses, 401, 429)
         common = (*common, *OF_QUOTA)
-    if form is as_error_text:
-        operation["responses"] = responses = _with_error_texts(responses)
+    if form is not None:
+        responses = _in_form(form, responses)
     for described in responses.values():
         described["headers"] = described.get("headers", {}) | with_headers(*common)["headers"]
     for parameter in operation.get("parameters", ()):
         if parameter.get("in") == "path":
             parameter.setdefault("description", IN_PATHS[parameter["name"]])
     operation["responses"] = dict(sorted(responses.items()))
-    if (source := EXAMPLES.get(operation["operationId"])) is not None:
-        operation["x-codeSamples"] = [{"lang": "Shell", "source": source}]
 
 
 def document(

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of each call: its name, what it does, and examples. Prose only.
+"""What the OpenAPI document says of each call: its name, and what it does. Prose only.
 
 A route takes its part by `described`. The reference page of the API is made from the document, so that this is the one
 place for these texts. Parameters are described where they are checked, in api/request/schemas.py.
@@ -237,58 +237,4 @@ OPERATIONS: Mapping[str, Operation] = {
     "kserve_get_model_version_readiness": Operation("Tell whether a model can be asked, if these weights are loaded"),
     "kserve_get_model_version_config": Operation("Get the config of a model, if these weights are loaded"),
     "kserve_infer_version": Operation("Sample, if these weights are loaded"),
-}
-
-JSON = "-H 'Content-Type: application/json'"
-# Commands that call the bundled checkpoint on this machine. JOB, and KEY, stand for your own.
-EXAMPLES: Mapping[str, str] = {
-    "sample_images": f"""\
-curl -X POST 'localhost:8000/sample?n=4&class_label=sneaker&seed=7' -o sneakers.png
-
-# The same with a JSON body, each image as a file of its own.
-curl localhost:8000/sample {JSON} -H 'Accept: application/zip' \\
-     -d '{{"n": 3, "class_label": ["bag", "coat", "dress"], "seed": 7}}' -o three.zip
-
-# An edit: the upper half of an image is made new.
-curl -F image=@sneaker.png -F mask=@docs/images/upper-half.png -o boots.png \\
-     'localhost:8000/sample?n=4&class_label=ankle-boot'""",
-    "sample_images_by_get": "curl 'localhost:8000/sample?class_label=bag&seed=7' -o bag.png",
-    "add_noise": "curl -F image=@sneaker.png 'localhost:8000/noise?t=300&seed=7' -o noised.png",
-    "submit_job": f"""\
-curl -si localhost:8000/jobs {JSON} -H 'Idempotency-Key: my-first' \\
-     -d '{{"n": 4, "steps": 200, "class_label": "sneaker", "seed": 7}}'""",
-    "list_jobs": "curl 'localhost:8000/jobs?state=waiting,running&limit=10'",
-    "get_job": "curl localhost:8000/jobs/JOB",
-    "get_job_images": "curl -H 'Accept: application/zip' localhost:8000/jobs/JOB/image -o images.zip",
-    "watch_job": "curl -sN 'localhost:8000/jobs/JOB/events?every=50'",
-    "cancel_job": "curl -X POST localhost:8000/jobs/JOB/cancel",
-    "delete_job": "curl -X DELETE localhost:8000/jobs/JOB",
-    "get_batch": "curl localhost:8000/batch",
-    "get_model": "curl localhost:8000/model",
-    "get_noise_schedule": "curl localhost:8000/model/schedule",
-    "list_models": "curl localhost:8000/models",
-    "get_model_by_name": "curl localhost:8000/models/fashion-mnist-32",
-    "load_model": "curl -X POST -H 'Authorization: Bearer KEY' localhost:8000/models/pixel-art-32/load",
-    "reload_model": "curl -X POST -H 'Authorization: Bearer KEY' localhost:8000/models/fashion-mnist-32/reload",
-    "unload_model": "curl -X POST -H 'Authorization: Bearer KEY' localhost:8000/models/pixel-art-32/unload",
-    "get_key": "curl -H 'Authorization: Bearer KEY' localhost:8000/key",
-    "login": f"""curl localhost:8000/login {JSON} -d '{{"key": "KEY"}}' -c cookies""",
-    "logout": "curl -X POST localhost:8000/logout",
-    "get_liveness": "curl localhost:8000/healthz",
-    "get_readiness": "curl localhost:8000/readyz",
-    "get_metrics": "curl localhost:8000/metrics",
-    "hugging_face_infer": f"""\
-curl localhost:8000/ {JSON} -d '{{"inputs": "sneaker", "parameters": {{"seed": 7}}}}' -o sneaker.png""",
-    "openai_generate_images": f"""\
-curl localhost:8000/v1/images/generations {JSON} -d '{{"prompt": "sneaker", "n": 2, "seed": 7}}'""",
-    "openai_edit_image": """\
-curl localhost:8000/v1/images/edits -F prompt=ankle-boot -F image=@sneaker.png -F strength=0.5""",
-    "openai_list_models": "curl localhost:8000/v1/models",
-    "openai_get_model": "curl localhost:8000/v1/models/fashion-mnist-32",
-    "kserve_get_server": "curl localhost:8000/v2",
-    "kserve_list_models": "curl -X POST localhost:8000/v2/repository/index",
-    "kserve_get_model": "curl localhost:8000/v2/models/fashion-mnist-32",
-    "kserve_infer": f"""\
-curl localhost:8000/v2/models/fashion-mnist-32/infer {JSON} \\
-     -d '{{"inputs": [{{"name": "class_label", "shape": [1], "datatype": "INT64", "data": [7]}}]}}'""",
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,7 +24,7 @@ from tminus.service.api.answers.problems import error_form, render
 from tminus.service.api.edge.connections import counted_address
 from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.edge.origin import HEALTH, OF_A_MODEL, PROBES, READING, AllowedSites
-from tminus.service.api.request.reading import check_encoding, no_parameters, read_json
+from tminus.service.api.request.reading import BARE, check_encoding, no_parameters, read_json
 from tminus.service.api.request.schemas import RequestSchema
 from tminus.service.errors import (
     ConflictingField,
@@ -163,10 +163,9 @@ class LoginRequest(RequestSchema):
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
     """Make the routes by which a client asks who it is, and by which the page keeps a key."""
     router = APIRouter(tags=["keys"])
-    bare = [Depends(no_parameters)]
     key_body = closed_object("A key.", fields_of(LoginRequest, {})) | {"required": ["key"]}
 
-    @router.get("/key", **described("get_key"), dependencies=bare, responses=failures(422))
+    @router.get("/key", **described("get_key"), dependencies=BARE, responses=failures(422))
     async def get_key(request: Request) -> WhoAnswer:
         return WhoAnswer.of(caller_of(request))
 
@@ -192,13 +191,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         response.set_cookie(COOKIE, asked.key, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")
         return response
 
-    @router.post(
-        "/logout",
-        **described("logout"),
-        status_code=204,
-        dependencies=bare,
-        responses=LOGGED_OUT,
-    )
+    @router.post("/logout", **described("logout"), status_code=204, dependencies=BARE, responses=LOGGED_OUT)
     async def logout() -> Response:
         response = Response(status_code=204, headers=NO_STORE)
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")

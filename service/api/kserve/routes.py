@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, StrictBool
 from pydantic.json_schema import models_json_schema
@@ -40,8 +40,8 @@ from tminus.service.api.kserve.infer import (
 )
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import (
+    BARE,
     check_encoding,
-    no_parameters,
     off_loop,
     parse_call,
     read_body,
@@ -56,7 +56,6 @@ from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.worker.worker import Worker
 
-BARE = [Depends(no_parameters)]
 # Not model_repository: loading and unloading, which it has too, are POST /models/NAME/load and unload.
 EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 PLATFORM = "tminus_unet"

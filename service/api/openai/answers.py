@@ -8,10 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
-from tminus.service.api.answers.headers import OF_JOB, OF_REFUSALS, with_headers
+from tminus.service.api.answers.headers import OF_JOB, with_headers
 from tminus.service.api.answers.openapi import (
-    BAD_REQUEST,
-    FAILURES,
     FILE,
     IDEMPOTENCY_KEY,
     Contract,
@@ -27,7 +25,6 @@ from tminus.service.spec import SampleSpec
 
 OURS = "An addition of tminus: "
 EVENTS = "text/event-stream"
-OF_THESE = {400: BAD_REQUEST, 404: FAILURES[404]}
 FILES = {
     "image": "The image to edit, in the model's size: PNG, JPEG or WebP. Without `mask` and `strength`, it is its own "
     "mask.",
@@ -168,19 +165,6 @@ def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprin
         "class_label": label,
         "fingerprint": fingerprint,
         "job_id": job_id,
-    }
-
-
-def openai_failures(*statuses: int) -> dict[int | str, Described]:
-    """Describe the errors of a call, by status."""
-    content = {JSON: {"schema": ref("ErrorAnswer")}}
-    return {
-        status: {
-            "description": OF_THESE.get(status, FAILURES[status]),
-            "content": content,
-            **with_headers(*OF_REFUSALS.get(status, ())),
-        }
-        for status in statuses
     }
 
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.sse import format_sse_event
 
-from tminus.service.api.answers.openapi import path_parameter
+from tminus.service.api.answers.openapi import BODY_ERRORS, WORK_ERRORS, failures, path_parameter
 from tminus.service.api.answers.operations import described
 from tminus.service.api.answers.problems import as_openai, note_error, respond
 from tminus.service.api.answers.progress import EventStream, finished_or_gone, result_of, server_timing
@@ -29,17 +29,16 @@ from tminus.service.api.openai.answers import (
     ModelEntries,
     ModelEntry,
     PartialImage,
-    openai_failures,
     recipe_of,
 )
 from tminus.service.api.openai.schemas import ONLY_MODEL, EditsCall, ImagesCall, bounds_of_images
 from tminus.service.api.request.multipart import FORM
 from tminus.service.api.request.reading import (
+    BARE,
     check_encoding,
     from_items,
     is_form,
     key_in_headers,
-    no_parameters,
     off_loop,
     read_form,
     read_json,
@@ -97,9 +96,8 @@ class Wanted:
 
 def openai_routes(models: Models) -> APIRouter:
     """Make the routes. A request names its model, so that there are none below /models/NAME."""
-    router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(no_parameters)])
-    statuses = (400, 401, 403, 404, 408, 410, 413, 415, 429, 500, 503, 504, 507)
-    responses: dict[int | str, Any] = {200: IMAGES, **openai_failures(*statuses)}
+    router = APIRouter(prefix="/v1", tags=["openai"], dependencies=BARE)
+    responses: dict[int | str, Any] = {200: IMAGES, **failures(404, 410, *BODY_ERRORS, *WORK_ERRORS, 507)}
 
     @router.post(
         "/images/generations",
@@ -121,14 +119,14 @@ def openai_routes(models: Models) -> APIRouter:
     async def edit_image(request: Request) -> Response:
         return await _answer(models, request, edits=True)
 
-    @router.get("/models", **described("openai_list_models"), responses=openai_failures(400, 401, 403, 429))
+    @router.get("/models", **described("openai_list_models"), responses=failures(422))
     async def list_models() -> ModelEntries:
         return ModelEntries(data=[ModelEntry(id=each.model.name, created=each.loaded_s) for each in models])
 
     @router.get(
         "/models/{model}",
         **described("openai_get_model"),
-        responses=openai_failures(400, 401, 403, 404, 429),
+        responses=failures(404, 422),
         # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
         openapi_extra={"parameters": [path_parameter("model")]},
     )

@@ -206,6 +206,9 @@ async def no_parameters(request: HTTPConnection) -> None:
     errors.check()
 
 
+BARE = [Depends(no_parameters)]  # the dependencies of such a call
+
+
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
     """Parse bytes of a client; many bytes in a thread, so that the event loop answers others meanwhile."""
     if size_bytes <= SMALL_BYTES:
