@@ -18,9 +18,8 @@ from tminus.service.api.request.schemas import Bounds, bounds_of
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
-from tminus.service.jobs.jobs import Jobs, JobStatuses
+from tminus.service.jobs.jobs import Jobs, JobStatuses, NewJobs
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.retention import SnapshotKeeper
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics

@@ -3,6 +3,7 @@
 A server could otherwise send frames without end, and a caller that keeps them would run out of memory.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from .results import (
     Progress,
     Waiting,
 )
-from .sse import Decoder, ServerSentEvent
 
 MIB = 2**20
 IMAGE_BYTES = 16 * MIB  # one image in a file: 2048 x 2048 pixels in colour, with its text
@@ -35,6 +35,9 @@ MAX_STEPS = 100_000  # where the request gives no number
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
 CANCEL = '{"type": "cancel"}'  # the client sends it
+LINE_END = re.compile(rb"\r\n|\n|\r")
+EVENT_BYTES = 64 * MIB  # a frame as base64
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,79 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
     """Read a frame. Raises KeyError, ValueError."""
     return checks.read(Frame, {"image": None, **members, "data": data})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSentEvent:
+    """One event; `id` is the last one sent up to it, for the Last-Event-ID of the next connection."""
+
+    event: str
+    data: str
+    id: str
+
+
+class EventDecoder:
+    """Decodes server-sent events as the HTML standard says (section 9.2.6), from pieces of any size.
+
+    Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte order mark and events without data.
+    An event of more than EVENT_BYTES raises ValueError.
+    """
+
+    def __init__(self) -> None:
+        self.retry_s: float | None = None  # the pause between two connections that the server asks for
+        self._line = bytearray()  # the line that is not complete yet
+        self._after_cr = False  # the last chunk ended in CR, which may be half of CRLF
+        self._at_start = True
+        self._event, self._id = "", ""
+        self._data: list[str] = []
+        self._held = 0  # bytes of the lines of the event that is not complete yet
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """Parse a chunk. Returns the events it completes."""
+        if not chunk:
+            return []
+        if self._after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self._after_cr = chunk.endswith(b"\r")
+        events = []
+        *ends, rest = LINE_END.split(chunk)
+        for end in ends:
+            self._line += end
+            line = bytes(self._line)
+            self._line.clear()
+            if self._at_start:
+                line = line.removeprefix(BOM)
+                self._at_start = False
+            self._held += len(line) + 1
+            if line:
+                self._take(line.decode("utf-8", "replace"))
+            elif (event := self._dispatch()) is not None:
+                events.append(event)
+            self._bound()
+        self._line += rest
+        self._bound()
+        return events
+
+    def _bound(self) -> None:
+        if self._held + len(self._line) > EVENT_BYTES:
+            raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
+
+    def _take(self, line: str) -> None:
+        name, _, value = line.partition(":")  # a comment has no name
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "event":
+            self._event = value
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and value.isascii() and value.isdecimal() and len(value) < 9:
+            self.retry_s = int(value) / 1000
+
+    def _dispatch(self) -> ServerSentEvent | None:
+        data, kind = self._data, self._event
+        self._data, self._event, self._held = [], "", 0
+        return ServerSentEvent(kind or "message", "\n".join(data), self._id) if data else None
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
@@ -210,11 +286,11 @@ class Following:
     def __init__(self, last_id: str, patience: Patience, expected: Expected) -> None:
         self.ended = False
         self._last_id, self._patience, self._expected = last_id, patience, expected
-        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(expected), False
+        self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(expected), False
 
     def begin_connection(self) -> dict[str, str]:
         """Discard an incomplete event of the last connection, and return the headers of the next request."""
-        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(self._expected), False
+        self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(self._expected), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 
     def read(self, chunk: bytes) -> Iterator[Event]:

@@ -305,9 +305,14 @@ def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
     """
     header = check_header(data, field)
     try:
-        image, frames = _decode(data, header)
+        image = Image.open(io.BytesIO(data), formats=[header.format])
+        if image.size != (header.width_px, header.height_px):
+            raise ValueError("its header contradicts itself")
+        # A phone's JPEG file may hold more images after the first (MPO), such as a thumbnail or a gain map.
+        frames = 1 if header.format == "JPEG" else getattr(image, "n_frames", 1)
         if frames > 1:
             raise InvalidImage.of(field, "a still image", f"a {header.format} of {frames} frames")
+        image.load()
         yield image
     except (InvalidImage, MemoryError):
         raise
@@ -315,15 +320,3 @@ def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
         size = f"{header.width_px}x{header.height_px}"
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None
-
-
-def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
-    """Open the image and count its frames; decode it unless it is an animation."""
-    image = Image.open(io.BytesIO(data), formats=[header.format])
-    if image.size != (header.width_px, header.height_px):
-        raise ValueError("its header contradicts itself")
-    # A phone's JPEG file may hold more images after the first (MPO), such as a thumbnail or a gain map.
-    frames = 1 if header.format == "JPEG" else getattr(image, "n_frames", 1)
-    if frames == 1:
-        image.load()
-    return image, frames

@@ -7,13 +7,13 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
-from cachetools import TTLCache
+from cachetools import TTLCache, cachedmethod
 from PIL import Image, PngImagePlugin, features
 
 from tminus.model.pixels import RGBA, VALUE_RANGE, as_uint8
@@ -43,7 +43,6 @@ Made = TypeVar("Made")
 WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
 TILE_PX, SHEET_PX = 256, 1024  # what an image on a sheet for people has at most, and the sheet
-FrameKey = tuple[Frame, str, str, int | None, bool]  # with format, layout, quality, and whether it is opaque
 Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
@@ -63,14 +62,15 @@ class Encoder:
         self.pulses = (self._pulse, self._pulse_of_animations)
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
-        self._recent: TTLCache[FrameKey, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
+        self._recent: TTLCache[Hashable, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
         """Make the pictures of a preview. quality, opaque: see the function `encode_frame`."""
-        key = frame, frame_format, layout, quality, opaque
-        return await self._pulse.run(self._frames, lambda: self._encode_frame(key))
+        return await self._pulse.run(
+            self._frames, lambda: self._make_pictures(frame, frame_format, layout, quality, opaque)
+        )
 
     async def encode_pictures(
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
@@ -121,14 +121,7 @@ class Encoder:
 
     # --- in the thread of frames ---
 
-    def _encode_frame(self, key: FrameKey) -> list[Picture]:
-        pictures = self._recent.get(key)
-        if pictures is None:
-            pictures = self._make_pictures(*key)
-            with suppress(ValueError):  # larger than the whole cache
-                self._recent[key] = pictures
-        return pictures
-
+    @cachedmethod(attrgetter("_recent"))
     def _make_pictures(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None, opaque: bool
     ) -> list[Picture]:

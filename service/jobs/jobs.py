@@ -1,4 +1,4 @@
-"""Finds, cancels, deletes and follows jobs for clients. New jobs are accepted in new_jobs.py.
+"""Jobs for clients: accepted, found, followed, cancelled and deleted.
 
 A durable job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
 """
@@ -6,27 +6,46 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
 
 from cachetools import TTLCache
 
-from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
+from tminus.service.errors import (
+    Draining,
+    JobNotDone,
+    JobNotFound,
+    KeyReused,
+    NoImages,
+    Overloaded,
+    StorageFailed,
+    short,
+)
 from tminus.service.jobs.held_job import HeldJob, HeldState, ModelOfJobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.job_store import JobStore
-from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Outcome, Place
+from tminus.service.jobs.store.records import OUTCOMES, JobRecord, Key, Outcome, Place, now_us
 from tminus.service.jobs.store.shared_store import SharedStore
 from tminus.service.jobs.webhooks.delivery_store import Delivery
+from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.preview import Mailbox, Watch
 from tminus.service.spec import Pixels
-from tminus.service.work import JobStatus
+from tminus.service.work import JobStatus, Outlook
+from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", *OUTCOMES)
 FORECAST_S = 1.0  # how old a forecast may be
+POLL_INTERVAL_S = 1.0  # between two look-ups of a job that another server may hold
+CANCEL_S = 10.0  # for a tick to end, and the store to keep that
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others who ask for the same job
+# A look for due events goes through all events that a receiver is owed.
+MOST_OWED = 10_000  # events that one receiver of an owner may be owed
+OWED_S = 60  # until a client with more may try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +121,6 @@ class JobStatuses:
                 statuses = await loop.run_in_executor(None, self._worker.jobs.statuses)
                 self._forecast, self._forecast_s = {status.id: status for status in statuses}, loop.time()
         return self._forecast
-
-
-log = logging.getLogger(__name__)
-
-POLL_INTERVAL_S = 1.0  # between two look-ups of a job that another server may hold
-CANCEL_S = 10.0  # for a tick to end, and the store to keep that
-RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others who ask for the same job
 
 
 class Jobs:
@@ -397,3 +409,158 @@ async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) 
 def _not_found(job_id: str) -> JobNotFound:
     detail = f"no job {short(job_id)!r} is here"
     return JobNotFound(detail, field="job_id", value=job_id, bound="a job that GET /jobs lists")
+
+
+class _KeyTaken(Exception):
+    """Another job has the Idempotency-Key. An exception, so that no quota is charged."""
+
+
+class NewJobs:
+    """Accepts jobs, or leaves them to a replica with room. In the event loop's thread only."""
+
+    def __init__(self, worker: Worker, jobs: Jobs) -> None:
+        self._worker, self._jobs = worker, jobs
+        self._entering: dict[str, str] = {}  # jobs that are being accepted, with their owners
+        # A lock for each key, held while its job is looked for and added: other keys do not wait for a slow store.
+        self._keyed = WeakValueDictionary[str, asyncio.Lock]()
+        self._counts: list[tuple[str, set[str]]] = []  # counts under way: the owner, and the jobs found so far
+
+    def number_here(self, owner: str) -> int:
+        """Count an owner's jobs that have not ended and that this process knows."""
+        return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
+
+    async def number_elsewhere(self, owner: str) -> int:
+        """Count an owner's durable jobs that this server does not hold; 0 while their store is away."""
+        found = set[str]()
+        self._counts.append(count := (owner, found))
+        try:
+            for store in [each.store for each in self._jobs.by_store()]:
+                if store.shared and store.failure is None:
+                    with suppress(StorageFailed):
+                        found.update(await store.call(SharedStore.open_jobs, owner))
+        finally:
+            self._counts = [each for each in self._counts if each is not count]
+        return len(found - self._known(owner))
+
+    def _known(self, owner: str) -> set[str]:
+        """Return the ids of an owner's durable jobs that are held here or are being accepted."""
+        held = {job.record.id for job in self._jobs.all_held() if job.record.owner == owner}
+        return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
+
+    async def create(
+        self,
+        new: NewJob,
+        key: Key | None,
+        webhook: Webhook | None = None,
+        *,
+        charged: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> tuple[JobView, bool]:
+        """Accept a job as a durable one. Returns it, and whether the key was used before: it is the earlier job then.
+
+        charged: entered if a new job is made, but not for a repeat; an exception leaves it if the job is not accepted.
+        Raises KeyReused, StorageFailed, and what Worker.submit does.
+        """
+        lifecycle = self._jobs.of_model(new.work.model)
+
+        async def create() -> JobView:
+            async with charged():
+                return await self._create(lifecycle, new, key, webhook)
+
+        if key is None:
+            return await create(), False
+        # Here and not in the stores: those of other weights do not know of each other's keys.
+        async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
+            if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
+                return found, True
+            try:
+                return await create(), False
+            except _KeyTaken:  # by a job of another server, at the same time
+                found = await self._find_by_key(key, lifecycle.served.name)
+        if found is None:
+            raise StorageFailed("the job of this Idempotency-Key was deleted just now")
+        return found, True
+
+    async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
+        """Return the refusal of a job that is not durable, with the least Retry-After of all servers of its store."""
+        leases = self._jobs.of_model(new.work.model).leases
+        return error if leases is None else await leases.soonest(error, new.work)
+
+    async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
+        """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
+        if lifecycle.retention.cannot_keep:
+            raise StorageFailed(
+                "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
+            )
+        created_us = lifecycle.store.now_us()
+        deadline_us = None if new.deadline_s is None else created_us + round(new.deadline_s * 1e6)
+        record = JobRecord(
+            new.id, new.spec, created_us, deadline_us,
+            owner=new.owner, webhook=webhook, ahead_us=created_us - now_us(),
+        )  # fmt: skip
+        self._entering[new.id] = new.owner  # before anybody else can count
+        try:
+            if webhook is not None:
+                receiver = webhook.receiver  # what others are owed is theirs
+                if await lifecycle.store.call(JobStore.number_owed, new.owner, receiver, MOST_OWED) >= MOST_OWED:
+                    raise Overloaded(
+                        f"{MOST_OWED} events wait for the receiver {receiver} to take them",
+                        retry_after_s=OWED_S, field="webhook", value=receiver, bound="a receiver that answers",
+                    )  # fmt: skip
+            outlook = await self._let_in(lifecycle, record, new, key)
+        finally:
+            del self._entering[new.id]
+        if outlook is None:
+            raise _KeyTaken
+        if new.id not in self._known(new.owner):  # it is left to any, perhaps since a count has looked at its store
+            for whose, found in self._counts:
+                if whose == new.owner:
+                    found.add(new.id)
+        model = lifecycle.served
+        return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
+
+    async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
+        """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
+        ticket, leases = None, lifecycle.leases
+        if lifecycle.runner.is_unloaded:  # the job waits in the store
+            self._worker.state.check_open()
+            outlook = lifecycle.runner.check_room()
+            if not await lifecycle.store.add(record, key, new.inputs):
+                return None
+            lifecycle.runner.accept(record, None)
+            return outlook
+        if leases is None or leases.takes(new.work):
+            try:
+                ticket = self._worker.submit(replace(new, durable=True))
+            except Overloaded as error:
+                if leases is None or error.of_owner:
+                    raise
+        if ticket is None:
+            assert leases is not None
+            return await leases.leave_to_any(record, key, new)
+        kept = False
+        try:
+            kept = await lifecycle.store.add(record, key, new.inputs)
+        finally:
+            if not kept:
+                self._worker.cancel(new.id, "not_kept")
+        if not kept:
+            return None
+        lifecycle.runner.accept(record, ticket)
+        return ticket.outlook
+
+    async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
+        """Find the job that was asked for with a key. Raises KeyReused if by another request, or model."""
+        for lifecycle in self._jobs.by_store():
+            found = None
+            with unless_retired(lifecycle):
+                found = await lifecycle.store.call(JobStore.find, key)
+            if found is None:
+                continue
+            record, same = found
+            if not same or lifecycle.served.name != model_name:
+                raise KeyReused(
+                    f"the Idempotency-Key {key.name!r} came with another request before",
+                    field="Idempotency-Key", value=key.name, bound="a new key for a new request",
+                )  # fmt: skip
+            return await self._jobs.view(record, lifecycle)
+        return None

@@ -27,9 +27,8 @@ from tminus.service.errors import CheckpointRefused, Draining, EngineFailed, Ser
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.crash_report import CrashFile
-from tminus.service.jobs.jobs import Jobs, JobStatuses
+from tminus.service.jobs.jobs import Jobs, JobStatuses, NewJobs
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.retention import SnapshotKeeper
 from tminus.service.jobs.store.async_store import AsyncStore, Stores
 from tminus.service.jobs.store.job_store import JobStore

@@ -350,10 +350,8 @@ class JobStore(Removal):
         images: an object was noted before it was written. Raises ObjectGone, and keeps nothing, if it was given up.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
-        if images is not None and not isinstance(images, StoredObject):
-            self._finish(job.id, ending, job.webhook, arrays.pack_images(images))
-        else:
-            self._finish(job.id, ending, job.webhook, images)
+        packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)
+        self._finish(job.id, ending, job.webhook, packed)
 
     def _finish(
         self, job_id: str, ending: dict[str, Any], webhook: Webhook | None, images: bytes | StoredObject | None = None

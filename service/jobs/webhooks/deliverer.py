@@ -129,29 +129,24 @@ class Deliverer:
         """view: looks up a job by its id; raises ServiceError. document: makes the body from it."""
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
-        self._attempts: set[asyncio.Task[None]] = set()
         self._slots = Slots()
         self._due_s: list[float] = []  # a heap: when this server's next attempts are due, by the loop's clock
 
     async def run(self) -> None:
         """Deliver until this is cancelled."""
-        try:
+        async with asyncio.TaskGroup() as attempts:  # the claim of a cancelled attempt ends by itself
             while True:
                 try:
                     self._store.owes.clear()
-                    await self._look()
+                    await self._look(attempts)
                 except StorageFailed:  # which the store has logged
                     await asyncio.sleep(POLL_INTERVAL_S)
                     continue
                 except Exception:
                     log.exception("webhooks could not be looked for")
                 await self._wait()
-        finally:
-            for attempt in self._attempts:  # its claim ends by itself, and then another has it
-                attempt.cancel()
-            await asyncio.gather(*self._attempts, return_exceptions=True)
 
-    async def _look(self) -> None:
+    async def _look(self, attempts: asyncio.TaskGroup) -> None:
         """Begin the attempts that are due, as far as there is room. An attempt that ends wakes this again."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
@@ -163,9 +158,7 @@ class Deliverer:
             self._store.owes.set()
         for delivery in found:
             self._slots.take(delivery)
-            attempt = asyncio.create_task(self._attempt(delivery))
-            self._attempts.add(attempt)
-            attempt.add_done_callback(self._attempts.discard)
+            attempts.create_task(self._attempt(delivery))
 
     async def _wait(self) -> None:
         """Wait until something may be due: an event, an attempt that has ended, a time that has come."""
@@ -183,6 +176,8 @@ class Deliverer:
                 self._metrics.count("tminus_webhook_events_total", ended.state)
         except StorageFailed:  # its claim ends, and then it is sent once more
             pass
+        except Exception:
+            log.exception("the end of webhook %s of job %s could not be kept", delivery.id, delivery.job_id)
         finally:
             self._slots.give_back(delivery)
             self._store.owes.set()

@@ -11,7 +11,6 @@ from tests.service.durable import SPEC, post, wait_for
 from tests.service.fakes import wait_until
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.webhooks import make_telling
-from tminus.service.jobs import new_jobs
 from tminus.service.jobs.webhooks import deliverer
 
 TOKEN = "?token=s3cret"
@@ -151,7 +150,7 @@ def test_without_a_durable_job_or_a_secret_of_the_server_there_is_none(site: Sit
 
 def test_a_receiver_that_takes_nothing_is_named_by_no_more_jobs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deliverer, "FIRST_WAIT_S", 3600.0)
-    monkeypatch.setattr(new_jobs, "MOST_OWED", 2)
+    monkeypatch.setattr("tminus.service.jobs.jobs.MOST_OWED", 2)
     with receiver(status(503)) as there, receiver() as other:
         body = SPEC | {"webhook": f"{there.url}/x{TOKEN}", "webhook_events_filter": ["completed"]}
         for _ in range(2):

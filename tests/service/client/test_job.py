@@ -16,7 +16,7 @@ from tests.service.client.conftest import SPEC, Connect, MakeServed, Served, job
 from tests.service.client.hostile import PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 from tminus.service.api import events as routes_events
-from tminus.service.client import Ended, Problem, Progress, UnexpectedAnswer, Waiting, sse
+from tminus.service.client import Ended, Problem, Progress, UnexpectedAnswer, Waiting, reading
 
 
 def test_a_job_is_submitted_awaited_and_fetched(served: Served, connect: Connect) -> None:
@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
 def test_events_that_no_job_sends_are_left_with_one_error(
     name: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "EVENT_BYTES", 2**20)
+    monkeypatch.setattr(reading, "EVENT_BYTES", 2**20)
     pieces, says = HOSTILE[name]
     head = EVENTS_HEAD + ("Content-Encoding: gzip\r\n" if name == "compressed" else "")
     with answering(head, pieces) as hostile, pytest.raises(UnexpectedAnswer, match=says):

@@ -12,9 +12,17 @@ from tests.service.client.test_patience import Clock
 from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Cancelled, Ended, Frame, Progress, UnexpectedAnswer, Unreachable
 from tminus.service.client.patience import RESTART_S, Patience
-from tminus.service.client.reading import ANSWER_BYTES, IMAGE_BYTES, Expected, Following, FrameOrder, Reading, event_of
+from tminus.service.client.reading import (
+    ANSWER_BYTES,
+    IMAGE_BYTES,
+    Expected,
+    Following,
+    FrameOrder,
+    Reading,
+    ServerSentEvent,
+    event_of,
+)
 from tminus.service.client.results import Done, Message
-from tminus.service.client.sse import ServerSentEvent
 
 GREETING = b"retry: 2000\n\n"
 EXPECTED = Expected.of({"steps": 9})

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tminus.service.client.sse import Decoder, ServerSentEvent
+from tminus.service.client.reading import EventDecoder, ServerSentEvent
 
 
 def decode(stream: bytes) -> list[ServerSentEvent]:
-    return Decoder().feed(stream)
+    return EventDecoder().feed(stream)
 
 
 def event(data: str, event: str = "message", id: str = "") -> ServerSentEvent:
@@ -46,7 +46,7 @@ def test_a_stream_is_read_as_the_standard_says(name: str) -> None:
 @pytest.mark.parametrize("name", STREAMS)
 def test_how_it_is_cut_makes_no_difference(name: str) -> None:
     stream, events = STREAMS[name]
-    decoder = Decoder()
+    decoder = EventDecoder()
     assert [each for k in range(len(stream)) for each in decoder.feed(stream[k : k + 1])] == events
 
 
@@ -54,5 +54,5 @@ def test_how_it_is_cut_makes_no_difference(name: str) -> None:
     st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"data: 1", b"id: 2", b"event: e", b":", b"\xef\xbb\xbf", b""]))
 )
 def test_any_pieces_give_what_the_whole_gives(pieces: list[bytes]) -> None:
-    decoder = Decoder()
+    decoder = EventDecoder()
     assert [each for piece in pieces for each in decoder.feed(piece)] == decode(b"".join(pieces))

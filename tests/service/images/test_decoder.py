@@ -288,10 +288,10 @@ def test_texts_that_unpack_to_gigabytes_are_refused() -> None:
     text = b"key\0\0" + zlib.compress(bytes(2**20 - 10), 9)
     assert len(text) < 1100
     rows = b"\0" + bytes(3)
-    bomb = png(1, 1, 8, 2, rows, *[(b"zTXt", text)] * 2000)
-    assert "broken" in refused(bomb).detail
-    assert "broken" in refused(png(1, 1, 8, 2, rows, (b"zTXt", b"key\0\0" + zlib.compress(bytes(2**28), 9)))).detail
-    assert "broken" in refused(png(1, 1, 8, 2, rows, (b"iCCP", b"key\0\0" + zlib.compress(bytes(2**28), 9)))).detail
+    assert "broken" in refused(png(1, 1, 8, 2, rows, *[(b"zTXt", text)] * 80)).detail
+    large = b"key\0\0" + zlib.compress(bytes(2**24), 9)
+    for kind in (b"zTXt", b"iCCP"):
+        assert "broken" in refused(png(1, 1, 8, 2, rows, (kind, large))).detail
 
 
 def test_a_long_text_and_a_large_profile_are_ignored() -> None:

@@ -64,22 +64,22 @@ def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 class FileShelf:
     """Where stores keep one set of jobs, in a file."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.opened: list[JobStore] = []
 
     def open(self) -> SqliteStore:
         """As a new process does; it is closed at the end."""
-        store = SqliteStore(self._file)
+        store = SqliteStore(self.path)
         self.opened.append(store)
         return store
 
     def change(self, statement: str, **values: object) -> int:
         """Change what is kept behind the stores' back; how many rows that are."""
-        return _on(sa.create_engine(f"sqlite:///{self._file}"), statement, values)
+        return _on(sa.create_engine(f"sqlite:///{self.path}"), statement, values)
 
     def read(self, query: str) -> list[tuple[object, ...]]:
-        return _rows(sa.create_engine(f"sqlite:///{self._file}"), query)
+        return _rows(sa.create_engine(f"sqlite:///{self.path}"), query)
 
 
 class DatabaseShelf:

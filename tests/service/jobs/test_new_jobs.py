@@ -13,7 +13,7 @@ import pytest
 
 from tests.service.fakes import INFO, PATIENCE_S, make_spec
 from tminus.service.errors import QuotaExceeded
-from tminus.service.jobs.new_jobs import NewJobs
+from tminus.service.jobs.jobs import NewJobs
 from tminus.service.jobs.store.records import JobRecord, Key
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.work import Outlook, Ticket, work_of

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,29 +156,20 @@ def test_a_result_is_read_by_every_replica_and_two_never_write_one_object(
     asleep, awake = replica(), replica()
     asleep.below.add(job("a"))
     asleep.objects.gate.clear()
-    finishing = threading.Thread(target=lambda: lost.append(refused(asleep)))
-    lost: list[bool] = []
-    finishing.start()
-    wait_until(lambda: states(database) == ["pending"])
-    database.expire()
-    assert claim(awake.below).jobs == [job("a")]
-    awake.finish(at_us=3)
-    asleep.objects.gate.set()
-    finishing.join(PATIENCE_S)
-    assert lost == [True]
+    with ThreadPoolExecutor(1) as pool:
+        finishing = pool.submit(asleep.finish)
+        wait_until(lambda: states(database) == ["pending"])
+        database.expire()
+        assert claim(awake.below).jobs == [job("a")]
+        awake.finish(at_us=3)
+        asleep.objects.gate.set()
+        with pytest.raises(LeaseLost):
+            finishing.result(PATIENCE_S)
     assert len(bucket.keys()) == 2
     awake.sweep()
     assert bucket.keys() == awake.objects.written
     for each in (asleep, awake):
         np.testing.assert_array_equal(each.images(), PIXELS)
-
-
-def refused(one: Replica) -> bool:
-    try:
-        one.finish()
-    except LeaseLost:
-        return True
-    return False
 
 
 def test_while_an_upload_hangs_leases_are_renewed(replica: MakeReplica) -> None:
@@ -206,21 +198,13 @@ class Died(Exception):
     """The process is gone: nothing that comes after this is done by it."""
 
 
-def dies_before(one: Replica, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is about to call the database."""
-
-    def die(*_: object, **__: object) -> None:
-        raise Died
-
-    monkeypatch.setattr(one.below, name, die)
-
-
-def dies_after(one: Replica, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the database has done what it was told."""
+def dies_at(one: Replica, name: str, monkeypatch: pytest.MonkeyPatch, *, done: bool) -> None:
+    """Die at a call of the database. done: when that has done what it was told, not before."""
     really = getattr(one.below, name)
 
     def die(*arguments: object) -> None:
-        really(*arguments)
+        if done:
+            really(*arguments)
         raise Died
 
     monkeypatch.setattr(one.below, name, die)
@@ -233,10 +217,7 @@ def test_one_that_dies_as_it_keeps_a_result_leaves_a_job_that_goes_on_or_one_tha
     """last: what it does last."""
     dying, other = replica(), replica()
     dying.below.add(job("a"))
-    if last == "put":
-        dies_before(dying, "finish", monkeypatch)
-    else:
-        dies_after(dying, last, monkeypatch)
+    dies_at(dying, "finish" if last == "put" else last, monkeypatch, done=last != "put")
     with pytest.raises(Died):
         dying.finish()
     database.expire()
@@ -260,10 +241,8 @@ def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
     dying, other = replica(), replica()
     dying.below.add(job("a"))
     dying.finish()
-    if last == "the object":
-        dies_before(dying, "forget_objects", monkeypatch)
-    else:
-        dies_after(dying, last, monkeypatch)
+    in_between = last == "the object"
+    dies_at(dying, "forget_objects" if in_between else last, monkeypatch, done=not in_between)
 
     def delete() -> None:
         dying.run(dying.store.delete("a"))
@@ -351,8 +330,11 @@ def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
 def test_two_that_collect_at_once_take_different_objects(replica: MakeReplica, database: DatabaseShelf) -> None:
     one, other = replica(), replica()
     one.below.add(job("a"))
-    for number in range(job_store.MOST_KEYS + 20):
-        one.below.note_object("a", f"key {number}")
+    database.change(
+        "INSERT INTO objects (key, job_id, state, since_us, bytes, sha256) "
+        f"SELECT 'key ' || k, 'a', 'pending', {one.below.now_us()}, 0, '' "
+        f"FROM generate_series(1, {job_store.MOST_KEYS + 20}) AS k"
+    )
     assert one.below.take_unneeded_objects() == [], "they may be on their way"
     an_hour_later(database)
     first, second = one.below.take_unneeded_objects(), other.below.take_unneeded_objects()

@@ -1,9 +1,10 @@
 """The store of durable jobs in a file: what is not of every store, as test_stores.py has it."""
 
 import errno
+import json
 import os
-import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from tests.service.conftest import MakeSite, problem
 from tests.service.durable import SPEC, post, wait_for
-from tests.service.jobs.kept import ended, job
+from tests.service.jobs.conftest import FileShelf
+from tests.service.jobs.kept import SPECS, ended, job
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import sqlite_file
 from tminus.service.jobs.store.job_store import SWEEP_JOBS
@@ -21,64 +23,30 @@ from tminus.service.jobs.store.sqlite_store import SPARE_BYTES, WAL_BYTES, Sqlit
 pytestmark = pytest.mark.slow
 
 
-def sweep(store: SqliteStore, before_us: int, max_bytes: int) -> int:
-    """Sweep to the end; how many went."""
-    before = count(store)
-    while store.sweep(before_us, max_bytes):
-        pass
-    return before - count(store)
-
-
-def count(store: SqliteStore) -> int:
-    return int(store._driver.execute("SELECT count(*) FROM jobs").fetchone()[0])
-
-
-def in_the_file(file: Path, statement: str, *values: object) -> None:
-    """Change what a store has kept behind its back."""
-    with sqlite3.connect(file) as connection:
-        assert connection.execute(statement, values).rowcount == 1
-    connection.close()
-
-
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "jobs.sqlite3"
-
-
-@pytest.fixture
-def open_file(file: Path) -> Iterator[Callable[[], SqliteStore]]:
-    """Opens the file; what is open at the end is closed."""
-    opened: list[SqliteStore] = []
-
-    def make() -> SqliteStore:
-        opened.append(SqliteStore(file))
-        return opened[-1]
-
-    yield make
-    for store in opened:
-        store.close()
-
-
-@pytest.fixture
-def store(open_file: Callable[[], SqliteStore]) -> SqliteStore:
-    return open_file()
+def store(file: FileShelf) -> SqliteStore:
+    return file.open()
 
 
 # --- what goes ---
 
 
-def test_a_great_many_go_a_few_at_a_time(store: SqliteStore) -> None:
-    store._driver.execute(
-        """INSERT INTO jobs (id, spec, created_us, outcome, finished_us, crashes, bytes)
-        WITH RECURSIVE numbers (k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM numbers WHERE k < 6000)
-        SELECT 'j' || k, '{}', k, 'failed', k, 0, 1024 FROM numbers"""
-    )
-    assert store.sweep(6_000 - 2 * SWEEP_JOBS, 1 << 40)
-    assert count(store) == 6_000 - SWEEP_JOBS, "no more than that in one call"
-    store._driver.execute("DELETE FROM jobs WHERE finished_us < 4000")
-    assert sweep(store, 0, 1200 * 1024) == 801
-    oldest = store._driver.execute("SELECT min(finished_us) FROM jobs").fetchone()
-    assert oldest == (6_000 - 1200 + 1,)
+def test_a_great_many_go_a_few_at_a_time(file: FileShelf) -> None:
+    file.open().close()
+    insert = """INSERT INTO jobs (id, spec, created_us, outcome, finished_us, crashes, bytes)
+        WITH RECURSIVE numbers (k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM numbers WHERE k < 2000)
+        SELECT 'j' || k, :spec, k, 'failed', k, 0, 1024 FROM numbers"""
+    file.change(insert, spec=json.dumps(SPECS[0].to_json()))
+    store = file.open()
+
+    def left() -> list[int | None]:
+        return [record.finished_us for record in store.page(None, OUTCOMES, 9999)]
+
+    assert store.sweep(2 * SWEEP_JOBS, 1 << 40)
+    assert len(left()) == 2000 - SWEEP_JOBS, "no more than that in one call"
+    while store.sweep(0, 700 * 1024):
+        pass
+    assert left() == [*range(2000, 1300, -1)]
 
 
 def fill(store: SqliteStore, jobs: int) -> int:
@@ -90,54 +58,53 @@ def fill(store: SqliteStore, jobs: int) -> int:
     return jobs * noise.nbytes
 
 
-def on_the_disk(file: Path) -> int:
-    return sum(each.stat().st_size for each in file.parent.iterdir())
+def on_the_disk(file: FileShelf) -> int:
+    return sum(each.stat().st_size for each in file.path.parent.iterdir())
 
 
-def test_the_disk_gets_the_room_back_when_jobs_go(store: SqliteStore, file: Path) -> None:
-    full = fill(store, 12)
+def test_the_disk_gets_the_room_back_when_jobs_go(store: SqliteStore, file: FileShelf) -> None:
+    full = fill(store, 6)
     assert on_the_disk(file) > full
-    for k in range(5):
+    for k in range(2):
         assert store.delete(f"j{k}")
     calls = 1
-    while store.sweep(11, 10**9):
+    while store.sweep(5, 10**9):
         calls += 1
     assert calls > 3, "a slice in each"
-    assert [record.id for record in store.page(None, OUTCOMES, 99)] == ["j11"]
-    assert on_the_disk(file) < full / 12 + SPARE_BYTES + 2**21, "while it is open"
+    assert [record.id for record in store.page(None, OUTCOMES, 99)] == ["j5"]
+    assert on_the_disk(file) < full / 6 + SPARE_BYTES + 2**21, "while it is open"
     store.close()
-    assert on_the_disk(file) < full / 12 + 2**21
+    assert on_the_disk(file) < full / 6 + 2**21
 
 
-def test_a_wal_that_has_grown_is_cut(store: SqliteStore, file: Path) -> None:
-    wal, noise = Path(f"{file}-wal"), np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), dtype=np.uint8)
+def test_a_wal_that_has_grown_is_cut(store: SqliteStore, file: FileShelf) -> None:
+    wal, noise = Path(f"{file.path}-wal"), np.random.default_rng(0).integers(0, 256, (64, 160, 160, 3), dtype=np.uint8)
     store.add(job("a"))
     store.finish(ended(job("a")), noise)
     assert wal.stat().st_size <= WAL_BYTES < noise.nbytes
 
 
-def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: SqliteStore, file: Path) -> None:
+def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: SqliteStore, file: FileShelf) -> None:
     """By a copy of the file alone: what is in the WAL only, one bad byte may lose."""
     store.add(job("a"))
     for _ in range(2):  # the second finds it idle
         assert not store.sweep(0, 10**9)
-    copy = file.with_name("copy.sqlite3")
-    copy.write_bytes(file.read_bytes())
-    alone = SqliteStore(copy)
-    assert [record.id for record in alone.claim_all().jobs] == ["a"]
-    alone.close()
+    copy = file.path.with_name("copy.sqlite3")
+    copy.write_bytes(file.path.read_bytes())
+    with closing(SqliteStore(copy)) as alone:
+        assert [record.id for record in alone.claim_all().jobs] == ["a"]
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_was_deleted_is_noticed_and_takes_no_more_jobs(
-    store: SqliteStore, file: Path, replaced: bool
+    store: SqliteStore, file: FileShelf, replaced: bool
 ) -> None:
     store.add(job("a"))
     store.check(write=True)
-    for each in file.parent.iterdir():
+    for each in file.path.parent.iterdir():
         each.unlink()
     if replaced:
-        file.touch()
+        file.path.touch()
     with pytest.raises(StorageFailed, match=r"is gone: .* must be restarted"):
         store.check(write=False)
     with pytest.raises(StorageFailed, match="is gone"):
@@ -147,8 +114,7 @@ def test_a_file_that_was_deleted_is_noticed_and_takes_no_more_jobs(
 # --- faults ---
 
 
-def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: Callable[[], SqliteStore]) -> None:
-    store = open_file()
+def test_a_full_disk_refuses_and_keeps_what_was_accepted(store: SqliteStore, file: FileShelf) -> None:
     store.add(job("a"))
     pages = store._connection.exec_driver_sql("PRAGMA page_count").scalar_one()
     store._connection.commit()
@@ -164,22 +130,21 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: 
     store._connection.commit()
     store.finish(ended(job("a")), noise)
     store.close()
-    assert open_file().get("a") == ended(job("a"))
+    assert file.open().get("a") == ended(job("a"))
 
 
-def test_only_its_user_may_read_the_file_whatever_its_folder_allows(file: Path) -> None:
+def test_only_its_user_may_read_the_file_whatever_its_folder_allows(file: FileShelf) -> None:
     umask = os.umask(0)
     try:
-        store = SqliteStore(file)
+        store = file.open()
     finally:
         os.umask(umask)
     store.add(job("a"))
-    assert {each.name: each.stat().st_mode & 0o777 for each in file.parent.iterdir()} == {
+    assert {each.name: each.stat().st_mode & 0o777 for each in file.path.parent.iterdir()} == {
         "jobs.sqlite3": 0o600,
         "jobs.sqlite3-wal": 0o600,
         "kept-jobs": 0o600,
     }
-    store.close()
 
 
 def test_a_folder_that_cannot_be_made_gets_a_clear_line(tmp_path: Path) -> None:
@@ -203,43 +168,39 @@ def test_each_checkpoint_has_jobs_of_its_own_in_a_folder_for_nobody_else(tmp_pat
 
 
 def test_an_unfinished_job_whose_text_is_not_utf_8_is_ended_and_the_others_go_on(
-    file: Path, caplog: pytest.LogCaptureFixture
+    store: SqliteStore, file: FileShelf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = SqliteStore(file)
     for name in "abc":
         store.add(job(name))
     store.close()
-    in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", b"\xff\xfe")
-    store = SqliteStore(file)
-    assert [record.id for record in store.claim_all().jobs] == ["a", "c"]
+    assert file.change("UPDATE jobs SET spec = CAST(:spec AS TEXT) WHERE id = 'b'", spec=b"\xff\xfe") == 1
+    assert [record.id for record in file.open().claim_all().jobs] == ["a", "c"]
     assert "the record of job b cannot be read" in caplog.text
-    store.close()
 
 
 def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
-    file: Path, open_file: Callable[[], SqliteStore], monkeypatch: pytest.MonkeyPatch
+    file: FileShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read-only folder lets no -shm be removed, which was not made either; the line is then SQLite's own."""
 
     def refuse(self: Path, missing_ok: bool = False) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(self))
 
-    open_file().close()
+    file.open().close()
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert open_file().claim_all().jobs == []
+    assert file.open().claim_all().jobs == []
 
 
 def test_looking_for_jobs_that_were_left_makes_no_file_and_leaves_one_that_is_in_use(
-    file: Path, open_file: Callable[[], SqliteStore]
+    store: SqliteStore, file: FileShelf
 ) -> None:
-    store = open_file()
     store.add(job("a"))
-    beside = {each: each.stat().st_size for each in file.parent.iterdir()}
-    assert sqlite_file.unended(file) == [], "a server has it"
-    assert {each: each.stat().st_size for each in file.parent.iterdir()} == beside
+    beside = {each: each.stat().st_size for each in file.path.parent.iterdir()}
+    assert sqlite_file.unended(file.path) == [], "a server has it"
+    assert {each: each.stat().st_size for each in file.path.parent.iterdir()} == beside
     store.close()
-    assert sqlite_file.unended(file) == ["a"]
-    assert list(file.parent.iterdir()) == [file]
+    assert sqlite_file.unended(file.path) == ["a"]
+    assert list(file.path.parent.iterdir()) == [file.path]
 
 
 # --- a start on a full disk serves all but durable jobs, and those as soon as there is room ---

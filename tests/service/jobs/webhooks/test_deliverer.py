@@ -407,16 +407,21 @@ def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent(monkeypatch: py
 
 
 def test_when_the_server_ends_attempts_end_and_what_was_not_delivered_is_still_owed() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
     async def send(*_: Any) -> None:
-        await asyncio.sleep(3600)
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.set()
 
     async def run() -> None:
         running = Running(send)
         await running.end(told("a"))
         async with running.started():
-            while not running.deliverer._attempts:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        assert running.deliverer._attempts == set()
+            await begun.wait()
+        assert ended.is_set()
         (delivery,) = await running.deliveries("a")
         assert (delivery.state, delivery.attempts) == ("pending", 1)
         running.store.close()
