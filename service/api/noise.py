@@ -119,8 +119,8 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
 
     Another thread that runs torch would slow every tick. A second Philox, in numpy, would have to stay equal to the
     bit. The worker gets one image at a time, so that a tick of the running jobs does not wait for many. An image of
-    32x32 pixels takes 0.15 ms, and one of 256x256 in colour 7 ms. A latent model's noise is decoded in the
-    autoencoder's thread.
+    32x32 pixels takes 0.15 ms, and one of 256x256 in colour 7 ms. For a latent model, the
+    autoencoder's thread runs that function.
     """
     async with services.noise_turns.taken(caller):
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
