@@ -1,1 +1,1 @@
-"""HTTP and WebSocket: a request to a spec, a result to a response. Nothing is computed here."""
+"""HTTP and WebSocket: requests become specs, and results become responses. Nothing is computed here."""

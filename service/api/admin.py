@@ -1,4 +1,4 @@
-"""GET /models, and load, reload and unload: which models are served, and how that is changed while the server runs."""
+"""GET /models, and the calls that load, reload and unload models while the server runs."""
 
 from collections.abc import Awaitable, Mapping
 from typing import Protocol
@@ -28,10 +28,10 @@ class Loader(Protocol):
         """Bring a model into memory, and serve it."""
 
     def reload(self, name: str) -> Awaitable[Services]:
-        """Read the folder of a model again, and serve what is there now."""
+        """Read a model's folder again, and serve its current content."""
 
     def unload(self, name: str) -> Awaitable[None]:
-        """Free the memory of a model when its jobs have ended; one that is not loaded on demand is served no more."""
+        """Free a model's memory when its jobs have ended. Without loading on demand, stop serving it."""
 
 
 class ModelSummary(BaseModel):

@@ -1,4 +1,6 @@
-"""GET /batch: the jobs that are denoised now, each at its own timestep, with owners for callers who may see them."""
+"""GET /batch: the jobs that wait and run now, each at its own timestep. Ids and seeds are for callers who
+may see them.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,13 +19,13 @@ from tminus.service.api.request.reading import BARE
 from tminus.service.errors import ModelUnloaded
 from tminus.service.work import JobStatus, timesteps_of
 
-MOST_JOBS = 64  # that are told of
-FRESH_S = 0.1  # however many ask, the jobs are looked at once in this time
+MOST_JOBS = 64  # the most jobs in an answer
+FRESH_S = 0.1  # the jobs are read at most once in this time, for all callers
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What stays the same of a job: its number here, T of its model, and the timestep of each of its passes."""
+    """The constants of one job: its number here, its model's T, and the timestep of each of its passes."""
 
     number: int
     num_timesteps: int
@@ -31,7 +33,7 @@ class _Known:
 
 
 class BatchJob(BaseModel):
-    """One job, and where its rows are."""
+    """One job, and the step and timestep of its rows."""
 
     number: int = Field(description="A number that stays the same for as long as the job runs.")
     id: str | None = Field(description="Null where the caller may not see the job.")
@@ -49,7 +51,7 @@ class BatchJob(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """What the worker has at this moment."""
+    """The worker's jobs at this moment."""
 
     max_batch: int = Field(description="The places in a forward pass of the default model.")
     rows_active: int = Field(description="The rows in the last forward pass. 0 when idle.")
@@ -58,18 +60,18 @@ class BatchAnswer(BaseModel):
 
 
 class RunningJobs:
-    """Owns the last look at the jobs that the worker has. In the event loop's thread only."""
+    """Owns the jobs as they were read last from the worker. In the event loop's thread only."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
         self._known: dict[str, _Known] = {}
         self._numbers = count(1)
-        self._statuses: list[JobStatus] = []  # of the jobs that are told of
+        self._statuses: list[JobStatus] = []  # of the jobs in an answer
         self._more = 0
         self._looked_s = float("-inf")  # by the event loop's clock
 
     async def seen_by(self, caller: Caller) -> BatchAnswer:
-        """Return what a caller is told."""
+        """Return the answer for a caller."""
         await self._look()
         services = self._models.default
         return BatchAnswer(
@@ -83,7 +85,7 @@ class RunningJobs:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._looked_s < FRESH_S:
             return
-        statuses = await self._models.default.statuses.all()  # of all models: they have one worker
+        statuses = await self._models.default.statuses.all()  # of all models, which share one worker
         self._looked_s = now_s
         known, self._known = self._known, {}
         for status in statuses[:MOST_JOBS]:
@@ -97,7 +99,7 @@ class RunningJobs:
         try:
             model = self._models.numbered(status.model).model
             timesteps = timesteps_of(status.spec, model)
-        except (ModelUnloaded, ValueError):  # of a table that the checkpoint has no more: the job is about to fail
+        except (ModelUnloaded, ValueError):  # the job's table has left the checkpoint: the job is about to fail
             return None
         return _Known(next(self._numbers), model.num_timesteps, timesteps)
 

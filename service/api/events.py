@@ -1,7 +1,7 @@
 """GET /jobs/{id}/events: a durable job as server-sent events, with frames on request.
 
-What is sent is where the job stands, never a history: a client that comes back is told what is new to it, and never
-misses the end.
+The events give the job's present state, not its history. A client that reconnects gets what is new to it, and never
+misses the final event.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ from tminus.service.jobs.jobs import JobView, held_view
 from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.preview import Frame, Mailbox, Watch
 
-POLL_S = 1.0  # how often a job without frames is looked at
+POLL_S = 1.0  # seconds between two reads of a job without frames
 RECONNECT_MS = 2000
-LAST = "end"  # the id of the last event of all
+LAST = "end"  # the id of the final event
 
 
 def event_routes(models: Models, contract: Contract) -> APIRouter:
@@ -64,7 +64,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         last_id = request.headers.get("last-event-id", "")
         services = models.default  # for the parts that all models share
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
-        if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
+        if last_id == LAST and view.state in OUTCOMES:  # 204 makes an EventSource stop reconnecting
             return Response(status_code=204)
         if request.method == "HEAD":
             return head_answer(EVENT_HEADERS, "text/event-stream")
@@ -78,10 +78,10 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 class _Follower:
-    """One connection that follows a job to its end, whichever replicas work on it.
+    """Follows a job to its end for one connection, whichever replica works on the job.
 
-    While this replica holds the job, the worker shows it. While another one does, the events of that one are passed on.
-    While none does, the client is told the state in the store.
+    While this replica holds the job, its worker supplies the events. While another replica holds it, that replica's
+    events are passed on. While no replica holds it, the client gets the state in the store.
     """
 
     def __init__(self, models: Models, request: Request, preview: PreviewRequest, view: JobView, last_id: str) -> None:
@@ -92,7 +92,7 @@ class _Follower:
         self._viewer = self._watch()  # before anything is answered, so that no frame is missed
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Yield events until the job has ended, or the server is about to."""
+        """Yield events until the job has ended, or the server is about to end."""
         yield format_sse_event(retry=RECONNECT_MS)
         told = ""
         while self._view.record.outcome is None:
@@ -118,7 +118,7 @@ class _Follower:
             await asyncio.sleep(POLL_S)
             try:
                 self._view = await self._jobs.find_durable(self._view.record.id, self._sees)
-            except JobNotFound:  # it was deleted: so the client is told when it comes back
+            except JobNotFound:  # the job was deleted: the client gets the error when it reconnects
                 return
             except StorageFailed:
                 continue
@@ -126,23 +126,23 @@ class _Follower:
         yield _event(self._view.state, JobAnswer.of(self._view).model_dump(), LAST)
 
     def close(self) -> None:
-        """Follow the job here no more."""
+        """Stop watching the job in this process."""
         if self._viewer is not None:
             self._viewer.close()
             self._viewer = None
 
     @property
     def _is_ending(self) -> bool:
-        """Whether this process makes no more of any job."""
+        """Whether this process will take no further step of any job."""
         return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":
-        """Have the worker show the job; None if it is not held here."""
+        """Let the worker show the job; None if this process does not hold it."""
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
         )
         shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # without it no pictures
-        # A job that went on from a snapshot may be behind what the client has seen: steps done again are shown again.
+        # A job that resumed from a snapshot may be behind the client's last step: repeated steps are shown again.
         known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
         watch = Watch(self._preview.pace, shows, mailbox.put, min(known, self._view.step or 0))
         job = self._jobs.watch(self._view.record.id, watch, mailbox)
@@ -153,15 +153,15 @@ class _Follower:
         return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 
     async def _holder(self) -> str | None:
-        """Return the address of the replica that holds the job, to forward the request to."""
+        """Return the address of the replica that holds the job; None if no other replica does."""
         with suppress(StorageFailed):
             return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
         return None
 
     async def _passed_on(self, address: str) -> AsyncIterator[bytes]:
-        """Yield what the holder sends, as long as it holds the job.
+        """Yield the events of the holder, as long as it holds the job.
 
-        One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
+        A holder that hangs sends nothing and keeps its connection. So the store is read while it is silent.
         """
         sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
         async with aclosing(none_when_quiet(sent, POLL_S)) as parts:
@@ -175,31 +175,31 @@ class _Follower:
     async def _is_held_at(self, address: str) -> bool:
         try:
             return await self._jobs.held_at(self._view) == address
-        except StorageFailed:  # then nobody else can claim it either
+        except StorageFailed:  # no other replica can claim the job then
             return True
 
 
 @dataclass
 class _Viewer:
-    """What one connection is shown of a job that this process holds."""
+    """Shows one connection a job that this process holds."""
 
     services: Services  # of the job's model
     job: HeldJob
     watch: Watch
     mailbox: Mailbox
     progress: Progress
-    last_id: str  # of the events that the client has been sent
+    last_id: str  # of the last event that was sent
 
     def close(self) -> None:
-        """Be shown no more."""
+        """Stop watching."""
         self.services.jobs.unwatch(self.job, self.watch)
         self.mailbox.close()
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
-        """Yield events until nothing more is made of the job here, or the server is about to end."""
+        """Yield events until the job is no longer held here, or the server is about to end."""
         waiting, last_sent = view.state == "waiting", None
         standing = _standing(view.position, view.eta_s)
-        if not waiting:  # so that a client that comes back does not go on with an old state
+        if not waiting:  # so that a client that reconnects does not keep an old state
             yield _event("progress", await self.progress.after(view.step or 0))
         while True:
             if waiting and standing != last_sent:
@@ -222,7 +222,7 @@ class _Viewer:
                 yield event
 
     async def _events_of(self, frame: Frame) -> list[bytes]:
-        """Make the events of a frame: its pictures, or where the job stands if none were asked for."""
+        """Make the events of a frame: its pictures, or `progress` if no pictures were requested."""
         step = str(frame.step)
         if not self.watch.show:
             self.last_id = step
@@ -246,7 +246,7 @@ class _Viewer:
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
-    """Return the members of a `waiting` event; the time is rounded, so that not every second brings an event."""
+    """Return the members of a `waiting` event. The time is rounded, so that a new event is not due every second."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 

@@ -1,9 +1,9 @@
 """Hugging Face's inference API for text-to-image and image-to-image: POST to the address of the server or of a model.
 
-Read from huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types): its
-InferenceClient posts to the very URL that it is given for a model, and takes the bytes of the answer for an image. Both
-tasks go to one address. In text-to-image `inputs` is the prompt; in image-to-image it is the picture, and the prompt is
-among the parameters.
+The source is huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types).
+Its InferenceClient posts to the exact URL of a model, and takes the answer's bytes as an image. Both tasks have one
+address. In text-to-image `inputs` is the prompt. In image-to-image `inputs` is the picture, and the prompt is among
+the parameters.
 """
 
 from collections.abc import Mapping
@@ -42,14 +42,14 @@ from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
-PATH = "/"  # of a model, and of the server, which stands for its default model
-BARE_PATH = "/models/{model}"  # the same without the slash
-NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # ours, by theirs
-# Parameters of ours that may stand beside theirs: the class is the prompt.
+PATH = "/"  # the path of a model's API, and of the server for its default model
+BARE_PATH = "/models/{model}"  # the path of a model without the last slash
+NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # our names by theirs
+# Our parameters that a request may mix with theirs. The prompt replaces class_label.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
 KNOWN = (*NAMES, *CHECKED, *OURS)
-OF_EDITS = ("prompt", "strength")  # of image-to-image; strength is no name of theirs, their client passes any on
+OF_EDITS = ("prompt", "strength")  # only in image-to-image; strength is ours, and their client passes on any name
 
 
 def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) -> APIRouter:
@@ -79,7 +79,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     check_encoding(request)
     try:
         body = await read_json(request, services.limits.max_body_bytes, None)
-    except MalformedBody as error:  # their client sends a picture that comes alone as it is
+    except MalformedBody as error:  # their client sends a picture without parameters as raw bytes
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     parameters, given_as = parameters_of(body, services.model)
     del body  # it may have a picture
@@ -92,7 +92,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
 
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, Any], dict[str, str]]:
-    """Turn a body into the parameters of POST /sample; returns them, and their names in the body, by ours.
+    """Turn a body into the parameters of POST /sample. Returns them, and their names in the body by our names.
 
     Raises InvalidField, UnknownField, ConflictingField.
     """
@@ -119,7 +119,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, 
 
 
 def _sampler(scheduler: object, model: ModelInfo) -> str:
-    """The sampler that a scheduler is: one of ours, or a class of diffusers as it is by default."""
+    """Return the sampler for a scheduler, which is a sampler's name or a diffusers class with its defaults."""
     known = _samplers(model)
     if not isinstance(scheduler, str) or scheduler not in known:
         raise InvalidField.of("scheduler", f"one of {', '.join(known)}", scheduler)
@@ -127,21 +127,21 @@ def _sampler(scheduler: object, model: ModelInfo) -> str:
 
 
 def _samplers(model: ModelInfo) -> dict[str, str]:
-    """The samplers by their names, and by those of diffusers' classes."""
+    """Return the samplers by their own names and by the names of diffusers classes."""
     known = {name: name for name in model.samplers}
     for name in CLASS_NAMES:
         try:
             kind = scheduler_kind(name, {})
-        except ValueError:  # what it is by default is not served
+        except ValueError:  # its default sampler is not served
             continue
-        # A class of EDM or of flow matching is for models of that kind; the others have all of these samplers.
+        # EDM and flow matching classes fit only models of that kind; the other classes fit every model.
         if kind.sampler in model.samplers and kind.family in ("betas", "consistency", FAMILY_OF[model.prediction_type]):
             known[name] = kind.sampler
     return known
 
 
 def _check(name: str, value: object, model: ModelInfo) -> None:
-    """Refuse what the model cannot do: it makes images of one size, and knows no class to avoid."""
+    """Raise InvalidField for what the model cannot do: it has one image size, and cannot avoid a class."""
     size = {"width": model.width_px, "height": model.height_px}
     if name == "negative_prompt":
         if value != "":

@@ -1,4 +1,4 @@
-"""POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
+"""POST and GET /jobs, and the calls of one job: state, images, cancel and delete. Events are in events.py."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -43,11 +43,11 @@ from tminus.service.jobs.jobs import STATES
 from tminus.service.jobs.store.records import Place
 
 MAX_PAGE = 200
-COPIES = 3  # of a job's images, that are in memory at most while they are read: packed, unpacked, and as an array
+COPIES = 3  # most copies of a job's images in memory while they are read: packed, unpacked, and as an array
 
 
 class JobsCall(RequestSchema):
-    """Which jobs are to be listed; in the query."""
+    """Parameters of GET /jobs, in the query."""
 
     state: Annotated[
         str | None,
@@ -71,7 +71,7 @@ class JobsCall(RequestSchema):
 
     @property
     def place(self) -> Place | None:
-        """Where the page begins, None for the newest job."""
+        """The place where the page begins; None for the newest job."""
         if self.before is None:
             return None
         created_us, _, job_id = self.before.partition("-")
@@ -79,14 +79,14 @@ class JobsCall(RequestSchema):
 
 
 class JobImageCall(FloatsRequest):
-    """Which image of a durable job is wanted; in the query."""
+    """Parameters of GET /jobs/{id}/image, in the query."""
 
     index: Annotated[Index | None, in_words("all images")] = None
-    """The index of the one image to answer."""
+    """The index of the one image to return."""
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
-    """Make the routes. Those of one job take the id of any job, whichever model it is of."""
+    """Make the routes. Routes of one job take the id of a job of any model."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     of_job = failures(404, 422, 500, 507)
 
@@ -162,7 +162,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def post_job(services: Services, request: Request) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    """Accept a durable job: answer 202 with its address. A repeated Idempotency-Key gets the same answer again."""
     values, errors = await read_parameters(request, services.limits)
     parameters = await parse_call(JobCall, values, services.bounds, errors, services.webhooks)
     del values  # it may have a picture
@@ -181,7 +181,7 @@ async def post_job(services: Services, request: Request) -> Response:
 async def image(
     models: Models, request: Request, job_id: str, media_type: str, index: int | None, *, clip: bool
 ) -> Response:
-    """Answer with a job's images, or with 304 by its record alone, when it is the caller's turn."""
+    """Answer with a job's images, or with 304 from its record alone. The requests of one caller take turns."""
     caller, jobs = caller_of(request), models.default.jobs
     async with caller.usage.turns:
         view = await jobs.done(job_id, caller.sees)

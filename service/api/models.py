@@ -1,4 +1,6 @@
-"""Which models are served, by name, and what answers their requests. A request without a name is of the default one."""
+"""The served models by name, and the parts that answer their requests. A request without a name uses the
+default model.
+"""
 
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,11 +35,13 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """A model, and the parts that all models share. Each loaded model has one; every handler takes one."""
+    """One model, with the parts that all models share. Each loaded model has a Services, and every handler
+    takes one.
+    """
 
-    number: int  # of the model in this process; it is never given again
+    number: int  # of the model in this process; never reused
     model: ModelInfo
-    limits: Limits  # of its requests
+    limits: Limits  # of the model's requests
     allowed_sites: AllowedSites
     access: Access
     metrics: Metrics
@@ -51,7 +55,7 @@ class Services:
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom
-    webhooks: AllowedReceivers | None  # who may be told of jobs beside public receivers; None: nobody
+    webhooks: AllowedReceivers | None  # receivers allowed in addition to public ones; None: webhooks are off
     loaded_s: int  # when the model was loaded, Unix time
     noise_turns: CallerTurns  # the worker gets one image of POST /noise at a time
     models: "Models"  # all of them
@@ -63,14 +67,14 @@ class Services:
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether a request has to wait until the model is in memory."""
+        """Whether a request has to wait until the model is loaded."""
         return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory, and return what is served under its name then.
+        """Wait until the model is in memory, and return the Services that its name has then.
 
-        request: whose client may go away meanwhile; None for a message of a WebSocket. Raises as
-        LoadQueue.ensure_loaded does.
+        request: cancels the wait if its client disconnects; None for a message of a WebSocket. Raises the errors of
+        LoadQueue.ensure_loaded.
         """
         if not self.is_unloaded:
             return self
@@ -81,28 +85,28 @@ class Services:
 
 @dataclass(slots=True)
 class InMemory:
-    """The parts of a model that are there while it is in memory."""
+    """The parts of a model that exist while it is in memory."""
 
     model: LoadedModel
     keeper: SnapshotKeeper
-    release: Callable[[], object]  # called when nobody has the engine any more
+    release: Callable[[], object]  # called when the engine has no users left
     memory_bytes: int
 
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """A model for as long as something of it is there. Only ServedModels and the loader change it."""
+    """A model, until it is no longer served and its jobs are forgotten. Only ServedModels and the loader change it."""
 
     services: Services
     lifecycle: Lifecycle
-    loaded: InMemory | None  # None while it is unloaded, and once it has left
+    loaded: InMemory | None  # None while the model is unloaded, and after it has left
     users: int = 0  # requests that are being answered
-    loaded_s: float = float("-inf")  # when it was last loaded while the server ran, by time.monotonic
-    last_used_s: float = field(default_factory=time.monotonic)  # when it was last seen busy, or was loaded
+    loaded_s: float = float("-inf")  # time.monotonic of the last load while the server ran
+    last_used_s: float = field(default_factory=time.monotonic)  # when it was last busy or loaded
 
     @property
     def name(self) -> str:
-        """The name by which requests ask for it."""
+        """The name that requests use."""
         return self.services.model.name
 
     @property
@@ -111,7 +115,7 @@ class ServedModel:
         return self.services.number
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
-        """Tell something else of the model from now on."""
+        """Replace the model's info and limits."""
         self.services = replace(self.services, model=info, limits=limits or self.services.limits)
         self.lifecycle.change(info, limits)
 
@@ -120,7 +124,7 @@ Handler = Callable[[Services, Request], Awaitable[Response]]
 
 
 class Models:
-    """The registry: owns the names, and the models that are served or whose jobs are still kept.
+    """The registry: owns the names, the served models, and models with jobs that are still kept.
 
     In the event loop's thread only.
     """
@@ -147,7 +151,7 @@ class Models:
         return one.services
 
     def numbered(self, number: int) -> Services:
-        """Return a model that is served, or still has jobs. Raises ModelUnloaded for one that was forgotten since."""
+        """Return a model that is served or still has jobs. Raises ModelUnloaded if it has been forgotten."""
         if (one := self._by_number.get(number)) is None:
             raise ModelUnloaded
         return one.services
@@ -158,12 +162,12 @@ class Models:
         return self.default if name is None else self.named(name)
 
     def used(self, request: HTTPConnection) -> AbstractContextManager[Services]:
-        """Return the model that a request is for; it is not unloaded meanwhile. Raises ModelNotFound."""
+        """Return the model that a request is for, and keep it from being unloaded meanwhile. Raises ModelNotFound."""
         return self.using(self.of(request))
 
     @contextmanager
     def using(self, services: Services) -> Iterator[Services]:
-        """Note that a model that is served is used; it is not unloaded meanwhile."""
+        """Count a user of a served model, which keeps it from being unloaded."""
         one = self._by_number[services.number]
         one.users += 1
         try:
@@ -173,7 +177,7 @@ class Models:
             one.last_used_s = time.monotonic()
 
     def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
-        """Make a handler of a route from one that takes the services too. name: of the operation in OpenAPI."""
+        """Make a route's handler from one that also takes the services. name: the operation's name in OpenAPI."""
 
         async def with_services(request: Request) -> Response:
             with self.used(request) as services:
@@ -182,7 +186,7 @@ class Models:
         with_services.__name__ = name
         return with_services
 
-    # --- for what loads and unloads ---
+    # --- for loading and unloading ---
 
     @property
     def served(self) -> list[ServedModel]:
@@ -191,12 +195,12 @@ class Models:
 
     @property
     def all(self) -> list[ServedModel]:
-        """All models, in the order of their loads; any thread may ask."""
+        """All models, in the order of their loads. Callable from any thread."""
         return list(self._by_number.values())
 
     @property
     def left(self) -> list[ServedModel]:
-        """The models that are served no more, the oldest first."""
+        """The models that are no longer served, the oldest first."""
         return [one for one in self.all if self._served.get(one.name) is not one]
 
     @property
@@ -209,14 +213,14 @@ class Models:
         return self._served.get(name)
 
     def put(self, one: ServedModel) -> None:
-        """Serve a model, in place of another of its name."""
+        """Serve a model, in place of an earlier one with its name."""
         self._served[one.name] = self._by_number[one.number] = one
 
     def remove(self, name: str) -> ServedModel:
-        """Serve a model no more, and return it. It must not be the default one."""
+        """Stop serving a model, and return it. It must not be the default one."""
         assert name != self.default.model.name
         return self._served.pop(name)
 
     def forget(self, number: int) -> None:
-        """Forget a model that is not served and has no jobs any more."""
+        """Forget a model that is not served and has no jobs."""
         del self._by_number[number]

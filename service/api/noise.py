@@ -1,4 +1,4 @@
-"""POST /noise: the forward process. An uploaded image to x_t, by the model's own noise schedule."""
+"""POST /noise: the forward process. Turns an uploaded image into x_t by the model's own noise schedule."""
 
 import asyncio
 import hashlib
@@ -92,9 +92,9 @@ async def add_noise(services: Services, request: Request) -> Response:
 
 
 async def _read_upload(request: Request, max_bytes: int, errors: ValidationErrors) -> tuple[bytes, dict[str, Any]]:
-    """Read the image, which is the body or the file `image` of a form, and the fields that come with it.
+    """Read the image, which is the body or a form's file `image`, and the other fields of a form.
 
-    Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and what read_form does.
+    Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and the errors of read_form.
     """
     if is_form(request):
         form = await read_form(request, max_bytes, ("image",))
@@ -115,11 +115,12 @@ async def _made(services: Services, caller: str, image: Images, t: int, seed: in
 
 
 async def _noised(services: Services, caller: str, image: Images, t: int, seed: int) -> Callable[[], Images]:
-    """Let the worker's thread add the noise between two ticks; what is returned waits for a GPU.
+    """Add the noise in the worker's thread, between two ticks. The returned function waits for a GPU.
 
-    Another thread that runs torch would slow every tick, and a second Philox, in numpy, would have to be kept equal
-    to the bit. One image at a time is with the worker, so that a tick of the running jobs does not wait for many: one
-    of 32x32 pixels takes 0.15 ms, of 256x256 in colour 7 ms. For a latent model the thread of the autoencoder does it.
+    Another thread that runs torch would slow every tick. A second Philox, in numpy, would have to stay equal to the
+    bit. The worker gets one image at a time, so that a tick of the running jobs does not wait for many. An image of
+    32x32 pixels takes 0.15 ms, and one of 256x256 in colour 7 ms. For a latent model, the
+    autoencoder's thread runs that function.
     """
     async with services.noise_turns.taken(caller):
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
@@ -131,6 +132,6 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
 
 
 def _etag(recipe: dict[str, object], image: Images) -> str:
-    """Return the name of the answer's bytes: they are a function of the recipe and the pixels."""
+    """Return the ETag of the answer, whose bytes are a function of the recipe and the pixels."""
     name = hashlib.sha256(json.dumps([PNG, recipe, image.shape], sort_keys=True).encode() + image.tobytes())
     return f'"{name.hexdigest()[:32]}"'

@@ -1,7 +1,7 @@
-"""Ask the replica that works on a job: where it stands, and for its events and frames.
+"""Requests to the replica that works on a job: for the job's state, events and frames.
 
-By the client's own credentials, so that no replica may do more than its clients. One hop at most: a request that comes
-from a replica is answered by what is known here.
+They carry the client's own credentials, so that a replica may do no more than its clients. A request from a replica is
+never passed on: it gets what this replica knows.
 """
 
 import logging
@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 
 FORWARDED = "x-tminus-forwarded"
 PASSED = (b"authorization", b"cookie", b"traceparent", b"x-request-id")
-FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)  # whatever the address and the answer are
-CONNECT_S, ANSWER_S = 1.0, 2.0  # then what is known here is told
-SILENT_S = 40.0  # between two events: comments come more often
+# whatever the address and the answer contain
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
+CONNECT_S, ANSWER_S = 1.0, 2.0  # after which the answer has what this replica knows
+SILENT_S = 40.0  # most seconds between two events; comments come more often
 EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
 
 
 class OtherReplicas:
-    """Owns the connections to other replicas, which are made when they are needed."""
+    """Owns the connections to other replicas, and opens them when they are needed."""
 
     def __init__(self) -> None:
         self._http: httpx.AsyncClient | None = None
@@ -36,7 +37,7 @@ class OtherReplicas:
             await self._http.aclose()
 
     async def job(self, address: str, request: Request, job_id: str) -> JobAnswer | None:
-        """Ask where a job stands; None if the replica at this address does not say."""
+        """Get a job's state from the replica at this address; None if it does not answer with one."""
         try:
             answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
             return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
@@ -47,7 +48,7 @@ class OtherReplicas:
     async def events(
         self, address: str, request: Request, job_id: str, last_id: str
     ) -> AsyncGenerator[tuple[bytes, str]]:
-        """Yield the bytes of a job's events, with the id of the last so far; they end where the replica ends them."""
+        """Yield the bytes of a job's events, with the id of the last event so far. Ends when the replica ends them."""
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request)
         if last_id:
@@ -69,19 +70,19 @@ class OtherReplicas:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
-            logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each request that is passed on
+            logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx would log each request that is passed on
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits)
         return self._http
 
 
 def came_from_a_replica(request: Request) -> bool:
-    """Say whether a request has made its hop."""
+    """Return whether a replica passed this request on."""
     return FORWARDED in request.headers
 
 
 def _headers(request: Request) -> list[tuple[bytes, bytes]]:
-    """Make the headers to pass on: raw, since a browser's cookies may be of any bytes."""
+    """Make the headers to pass on. They stay raw, since a browser's cookies may contain any bytes."""
     passed = [(name, value) for name, value in request.headers.raw if name in PASSED]
     if request.client is not None:
         passed.append((b"x-forwarded-for", request.client.host.encode("latin-1", "ignore")))

@@ -1,6 +1,6 @@
-"""GET / and /docs: the web page, the API for people by Swagger UI, and the files they need.
+"""GET / and /docs: the web page, the API in Swagger UI, and their files.
 
-All of it is served from here; nothing comes from elsewhere.
+All files are served from here. The pages load nothing from other sites.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ from tminus.service.api.request.reading import qualities
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {
     "Cache-Control": "no-cache",
-    # blob: is what the page itself has made.
+    # blob: is for data that the page itself has made.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
-# Swagger UI sets style attributes, and its stylesheet has its pictures in it.
+# Swagger UI sets style attributes, and its stylesheet contains its pictures.
 DOCS_HEADERS = HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -37,17 +37,17 @@ GZIP_LEVEL = 6
 
 
 def compressed(request: Request, answer: Response) -> Response:
-    """Have a long text without secrets compressed, for a client that takes gzip.
+    """Compress a long text without secrets, if the client accepts gzip.
 
-    Its ETag is weak: it names both forms (RFC 9110, section 8.8.1).
+    Its ETag is weak, since it names both forms (RFC 9110, section 8.8.1).
     """
     if (tag := answer.headers.get("etag")) is not None:
         answer.headers["etag"] = f"W/{tag}"
     encodings = qualities(",".join(request.headers.getlist("accept-encoding")))
-    # A range is one of the file's bytes, which the compressed ones are not.
+    # A range counts bytes of the file, not of its compressed form.
     is_whole = answer.status_code == 200 and "range" not in request.headers
     if is_whole and any(name == "gzip" and q > 0 for name, q in encodings):
-        if request.method == "HEAD":  # whatever its length would be
+        if request.method == "HEAD":  # the compressed length is unknown
             answer.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
             del answer.headers["Content-Length"]
             return answer
@@ -66,7 +66,7 @@ class _Compressed(Response):
 
 
 def page_routes(*, with_metrics: bool = True) -> APIRouter:
-    """Make the routes. with_metrics: whether /metrics is answered, and the page shows a link to it."""
+    """Make the routes. with_metrics: whether /metrics exists, so that the page links to it."""
     router = APIRouter(tags=["page"])
     files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
     unlinked = (FOLDER / "index.html").read_text("utf-8").replace('<a id="metrics"', '<a id="metrics" hidden')
@@ -85,7 +85,7 @@ def page_routes(*, with_metrics: bool = True) -> APIRouter:
 
 
 def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
-    """Make the routes that show what can be asked for. document: makes the OpenAPI document for a request."""
+    """Make the routes that show the API. document: makes the OpenAPI document for a request."""
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
@@ -105,7 +105,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
 
 
 def _swagger_ui_folder() -> Path:
-    """Find the files of the package that carries Swagger UI; none of its code is run."""
+    """Return the folder with Swagger UI's files in an installed package. None of its code is run."""
     spec = find_spec("fastapi_offline")
     assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None

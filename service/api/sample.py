@@ -1,4 +1,4 @@
-"""POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
+"""POST and GET /sample: a job is run, and its images, an animation or a trajectory are the answer."""
 
 import asyncio
 from collections.abc import Callable
@@ -57,7 +57,7 @@ from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecor
 from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
-# What is offered, and what an error says of the rest.
+# The media types that are offered, and the text that ends an error's list of them.
 WITHOUT_FRAMES = (WITHOUT_EVERY, ", or image/webp together with the parameter `every`")
 WITH_FRAMES = ((WEBP, JSON), f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step")
 MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
@@ -94,15 +94,15 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that can be made once its job is done: what the job must record for it, and how it is encoded."""
+    """Describes an answer before its job runs: what the job records for it, and how it is encoded."""
 
     media_type: str
-    etag_form: str  # what the bytes depend on beside the spec
+    etag_form: str  # what the bytes depend on besides the spec
     metric_label: str  # of the time of encoding
     make: Callable[[Any], bytes]  # encodes what `read` returns
     read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
-    recording: Recorder[Any] | None = None  # is given rows on the way
-    held_bytes: int = 0  # beside the images, until they are encoded
+    recording: Recorder[Any] | None = None  # receives rows while the job runs
+    held_bytes: int = 0  # besides the images, until they are encoded
     held_for: str = "n"  # the parameter that held_bytes depends on
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -111,7 +111,8 @@ async def sample(services: Services, request: Request) -> Response:
     """Sample, and wait for the images."""
     values, errors = await read_parameters(request, services.limits)
     offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
-    media_type = offered[0] if errors else negotiate(request, offered, hint)  # what is wrong with the body goes first
+    # errors of the body come before those of Accept
+    media_type = offered[0] if errors else negotiate(request, offered, hint)
     if media_type == NPY:
         values = {"bit_depth": 32} | values
     parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
@@ -131,9 +132,9 @@ def answer_of(parameters: SampleCall, media_type: str, spec: SampleSpec, model: 
 
 
 async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
-    """Answer with what the client or the cache has, or else run the job and encode what comes of it."""
+    """Answer from the client's or the server's cache, or else run the job and encode its result."""
     model, metrics = services.model, services.metrics
-    is_known = model.fingerprint != ""  # of a model that was never loaded it is not
+    is_known = model.fingerprint != ""  # unknown for a model that was never loaded
     tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
@@ -147,7 +148,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
             metrics.count("tminus_answered_without_work_total", "cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
-    if request.method == "HEAD":  # the request is right: what it would cost to run it is not spent
+    if request.method == "HEAD":  # the request is valid; HEAD runs nothing
         return head_answer(headers, answer.media_type)
     loop = asyncio.get_running_loop()
     with services.recordings.taken(answer.held_bytes, answer.held_for) if answer.held_bytes else nullcontext():
@@ -172,7 +173,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
 
 
 def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = True) -> Answer:
-    """Make an answer of the finished images, as `of_images` does. Raises InvalidField."""
+    """Make an answer with the finished images, as `of_images` does. Raises InvalidField."""
     if media_type == NPY:
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
@@ -182,17 +183,17 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
 
 
 def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
-    """Make an answer of images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
+    """Make an answer with images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
     form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
-    # Beside the pixels, floats are held while they are laid out again.
+    # Floats need a second copy while their axes are moved.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
     return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
 def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Make an answer of the steps from noise to the images, as an animated WebP. Raises InvalidField."""
+    """Make an answer with the steps from noise to the images, as an animated WebP. Raises InvalidField."""
     _check_depth(spec, "every")
     if len(asked.shows) > 1:
         raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
@@ -209,7 +210,9 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
 
 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Make an answer of the frames as PNGs in JSON, and of the images unless it ends before. Raises InvalidField."""
+    """Make an answer with the frames as PNGs in JSON, and with the images if no `until` stops the job. Raises
+    InvalidField.
+    """
     _check_depth(spec, "every")
     until, held_bytes = asked.until, _frame_bytes(spec, asked, every, model, from_noise=True)
     recording = Recording(every, asked.shows, spec.n, spec.num_passes, from_noise=True, until=until)
@@ -223,7 +226,8 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Count bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField if too many.
+    """Return the bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField if they are too
+    many.
 
     MAX_FRAME_BYTES bounds the frames, including the result.
     """
@@ -237,9 +241,9 @@ def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelIn
 
 
 def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
-    """Make an answer of the latents of every step, or those asked for, and of what the noisy ones drew from.
+    """Make an answer with the latents of every step, or of those in `keep`, and the distributions of the noisy steps.
 
-    Raises InvalidField where they add too little noise, or are too many.
+    Raises InvalidField if the steps add too little noise, or if there are too many.
     """
     _check_depth(spec, f"Accept: {TRAJECTORY}")
     if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
@@ -258,7 +262,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
     with_noise = len({*noisy}.intersection(selection.passes))
-    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s, too
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s is stored too
     rounded = len(selection.points) + len(selection.predictions) + with_noise
     image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes
@@ -267,7 +271,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
         raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
-    # While it is packed: arrays, their bytes, and the file. Until then it is held in float32, which is less.
+    # The peak is while it is packed: arrays, their bytes, and the file. Before, it is held in float32, which is less.
     path, held_bytes = TrajectoryRecorder(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
@@ -279,7 +283,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
 
 
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
-    """Say what to change where no step adds noise, so that none has a log p."""
+    """Return the error for a spec with no step that adds noise, and so without log p. It names what to change."""
     noise = SAMPLER_FACTS[spec.sampler].noise
     if noise != "none" and spec.strength is not None:
         bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"

@@ -1,4 +1,4 @@
-"""WS /sample/stream: a spec in, previews out while the job runs, the image at the end."""
+"""WS /sample/stream: each message starts a job. The client gets previews while it runs, and its images at the end."""
 
 import asyncio
 import logging
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
-KEY_CHARACTERS = 1024  # of a message with a key
-SEND_S = 60.0  # for a message to leave: a client that reads nothing is disconnected
+KEY_CHARACTERS = 1024  # of a message that contains a key
+SEND_S = 60.0  # for each message: a client that reads nothing is disconnected
 NORMAL = 1000
 
 
@@ -58,8 +58,8 @@ def stream_routes(models: Models) -> APIRouter:
             services.allowed_sites.check(ws.scope)
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
-            services = models.of(ws) if known else services  # a client without a key yet learns no names
-            services.worker.state.check_open()  # now, so that a proxy can still ask another server
+            services = models.of(ws) if known else services  # a client without a key must not learn the models' names
+            services.worker.state.check_open()  # before accepting, so that a proxy can still try another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()
@@ -74,16 +74,16 @@ def stream_routes(models: Models) -> APIRouter:
 
 
 class _Stream:
-    """One connection. Jobs run over it one after the other, each on what its model's name stands for then."""
+    """One connection. Its jobs run one after the other. Each uses the model that the name stands for when it begins."""
 
     def __init__(self, models: Models, services: Services, ws: WebSocket, *, known: bool) -> None:
-        """known: whether the handshake has a key; else a first message must have it."""
+        """known: whether the handshake has a key; otherwise the first message must have one."""
         self._models, self._services, self._ws, self._known = models, services, ws, known
-        self._secret: str | None = None  # that came in a message, as pages have to send it
+        self._secret: str | None = None  # from a message, since pages cannot send it in a header
 
     async def serve(self) -> None:
-        """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
-        with suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
+        """Run jobs until the client ends, disconnects or makes an error. Raises nothing."""
+        with suppress(WebSocketDisconnect, TimeoutError):  # the client is gone, or reads nothing
             try:
                 if not self._known:
                     await self._introduce()
@@ -97,7 +97,7 @@ class _Stream:
                         self._models.used(self._ws) as self._services,
                     ):
                         asked = await parse_call(StreamCall, values, self._services.bounds)
-                        del values  # it may be megabytes, and the job take an hour
+                        del values  # it may have megabytes, and the job may take an hour
                         self._services = await ensure_loaded(self._services, caller, asked)
                         new = await prepare_job(self._services, caller, asked)
                         where = "in a stream, whose images are PNGs"
@@ -112,7 +112,7 @@ class _Stream:
                 await self._end(error)
 
     async def _introduce(self) -> None:
-        """Take the key in the first message, and nothing else. Raises Unauthorized."""
+        """Read the first message, which must be a key alone. Raises Unauthorized."""
         try:
             async with asyncio.timeout(FIRST_MESSAGE_S):
                 message = await self._receive(KEY_CHARACTERS)
@@ -124,14 +124,14 @@ class _Stream:
         self._caller()
 
     def _caller(self) -> Caller:
-        """Identify the caller by its key as it is now. Raises Unauthorized."""
+        """Identify the caller by its key, which may have changed since. Raises Unauthorized."""
         access = self._services.access
         if self._secret is None or not access.has_keys:
             return identify(access, self._ws.scope)
         return access.with_secret(self._secret)
 
     async def _end(self, error: Exception) -> None:
-        """Say what went wrong, and close."""
+        """Send the error, and close."""
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError()
@@ -144,7 +144,7 @@ class _Stream:
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
-        """Wait for the parameters of a job. A cancel that came after a job's end is ignored, and a key is kept."""
+        """Wait for the parameters of a job. A cancel after the job's end is ignored, and a key is kept."""
         try:
             async with asyncio.timeout(patience_s):
                 while (message := await self._receive()).get("type") in ("cancel", "key"):
@@ -155,7 +155,9 @@ class _Stream:
         return message
 
     async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
-        """Wait for a message. One of more characters than these is not parsed, as if it said nothing."""
+        """Wait for a message. A message with more than `most_characters` is not parsed, and counts as an
+        empty object.
+        """
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
@@ -173,7 +175,7 @@ class _Stream:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
     async def _job(self, preview: StreamCall, new: NewJob, caller: Caller) -> None:
-        """Run one job, and send what comes of it."""
+        """Run one job, and send its frames and result."""
         model = self._services.model
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
@@ -204,7 +206,7 @@ class _Stream:
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
             error = await self._stop_listening(listening, done, new.id)
-            await showing  # a frame that is on its way goes out whole
+            await showing  # finishes a frame that is being sent
             if error is not None:
                 raise error
             try:
@@ -224,19 +226,19 @@ class _Stream:
     async def _stop_listening(
         self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
     ) -> BaseException | None:
-        """Cancel the job if it still runs, and return what the client did wrong. Raises WebSocketDisconnect."""
+        """Cancel the job if it still runs, and return the client's error, if any. Raises WebSocketDisconnect."""
         error = listening.exception() if listening.done() else None
         if not done.done():
             was_asked = listening.done() and error is None
             self._services.worker.cancel(job_id, "client_cancelled" if was_asked else "client_gone")
         if isinstance(error, WebSocketDisconnect):
             raise error
-        listening.cancel()  # what the client says from here on is about its next job
+        listening.cancel()  # the client's further messages are about its next job
         await asyncio.wait([listening])
         return error
 
     async def _listen(self) -> None:
-        """Return when the client cancels. Raises for anything else it says, and when it goes away."""
+        """Return when the client cancels. Raises MalformedMessage for any other message, and WebSocketDisconnect."""
         message = await self._receive()
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
@@ -253,7 +255,7 @@ class _Stream:
             self._services.metrics.count("tminus_frames_sent_total")
 
     async def _deliver(self, preview: StreamCall, spec: SampleSpec, result: JobResult, dropped: int) -> None:
-        """Send the end: what it took, and the picture or pictures."""
+        """Send the final message with the job's times, and then its pictures."""
         pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result, self._services.model)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
@@ -274,7 +276,9 @@ class _Stream:
 
 @asynccontextmanager
 async def _in_time() -> AsyncIterator[None]:
-    """Bound the time of a send. A connection that uvicorn has closed (a message too big, no pong) is a disconnect."""
+    """Bound the time of a send. Raises WebSocketDisconnect if uvicorn closed the connection (large message,
+    no pong).
+    """
     try:
         async with asyncio.timeout(SEND_S):
             yield

@@ -1,4 +1,4 @@
-"""The one way from parameters to a job, for every kind of request: they are checked, then the job is accepted."""
+"""The one way from parameters to a job, for every kind of request. Parameters are checked before a job is accepted."""
 
 import json
 import time
@@ -33,13 +33,13 @@ MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 async def ensure_loaded(
     services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
 ) -> Services:
-    """Wait until the model is in memory, and return what it is then. The wait is taken off the deadline.
+    """Wait until the model is in memory, and return its Services then. The wait shortens the deadline.
 
-    Neither HEAD nor a caller without quota for the job loads a model: what is known is enough for an answer without
-    work, and `submit` refuses the job. An invalid request raises before a model is loaded.
+    HEAD, and a caller without quota for the job, load no model: the server can answer HEAD without it, and `submit`
+    refuses the job. An invalid request raises before a model is loaded.
 
-    request: whose client may go away meanwhile; None for a message of a WebSocket. Raises what spec_of and
-    Services.ensure_loaded do.
+    request: cancels the wait if its client disconnects; None for a message of a WebSocket. Raises the errors of
+    spec_of and Services.ensure_loaded.
     """
     if not services.is_unloaded or (request is not None and request.method == "HEAD"):
         return services
@@ -60,9 +60,9 @@ async def prepare_job(
     *,
     transparent: bool = False,
 ) -> NewJob:
-    """Make the spec, and decode the images, which the parameters do not hold afterwards.
+    """Make the spec and decode the images, which are then removed from the parameters.
 
-    request, transparent: see `ensure_loaded` and decode_inputs. Raises what spec_of and Decoder.inputs do.
+    request, transparent: see `ensure_loaded` and decode_inputs. Raises the errors of spec_of and Decoder.inputs.
     """
     spec, inputs = spec_of(parameters, services.model, services.limits), None
     named = named_by(parameters.decisive())
@@ -91,7 +91,7 @@ async def prepare_job(
 async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncIterator[None]:
     """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
 
-    What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
+    The price is the number of passes of one row. A guided step counts twice, and a skipped step not at all.
     """
     row_steps = new.work.places
     with caller.charged(row_steps, await _open_jobs(services, caller)):
@@ -100,7 +100,9 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
 
 async def _open_jobs(services: Services, caller: Caller) -> int:
-    """Count a caller's jobs that have not ended, as far as its limit depends on it."""
+    """Count a caller's jobs that have not ended; jobs elsewhere are counted only if the caller's limit may
+    be reached.
+    """
     if (most := caller.limits.jobs) is None:
         return 0
     new_jobs = services.new_jobs
@@ -109,10 +111,10 @@ async def _open_jobs(services: Services, caller: Caller) -> int:
 
 
 async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
-    """Charge a caller for a job that is not durable, and let it in.
+    """Charge a caller for a job that is not durable, and submit it to the worker.
 
-    Raises what `charged` and Worker.submit do; Overloaded says when the first of the servers that share their durable
-    jobs has room.
+    Raises the errors of `charged` and Worker.submit. Overloaded gives the time until the first of the servers that
+    share a job store has room.
     """
     try:
         async with charged(services, caller, new):
@@ -124,9 +126,9 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 async def create(
     services: Services, request: Request, parameters: JobCall, *, transparent: bool = False
 ) -> tuple[JobView, bool]:
-    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
+    """Make a durable job. Returns it, and whether it is an earlier job with the same Idempotency-Key.
 
-    transparent: see decode_inputs. Raises what `prepare_job` and NewJobs.create do.
+    transparent: see decode_inputs. Raises the errors of `prepare_job` and NewJobs.create.
     """
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
@@ -138,34 +140,33 @@ async def create(
 def _key(
     request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
-    """Read the Idempotency-Key, and hash what it came with.
+    """Return the Idempotency-Key with a hash of its request; None for a request without a key. Raises InvalidField.
 
-    Each owner has keys of its own. transparent: see decode_inputs. None for a request without a key. Raises
-    InvalidField.
+    Each owner has keys of its own. transparent: see decode_inputs.
     """
     if (name := key_in_headers(request)) is None:
         return None
-    # Defaults are left out, so that the hash outlives a version that knows more parameters.
+    # Defaults are left out, so that the hash stays the same in a version with more parameters.
     given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
-    # An earlier version left guidance 1 out of the hash. With steps it still means the same.
+    # An earlier version left guidance 1 out of the hash. With steps, leaving it out still means the same.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
-    if transparent:  # the same mask then makes another image
+    if transparent:  # the same mask then gives another image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
 
 
 def cache_headers(etag: str | None) -> dict[str, str]:
-    """Make the headers that name an answer. One without a name must not be stored."""
+    """Make the headers that name an answer. An answer without an ETag must not be stored."""
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
-    """Make the headers that tell what a request got which left it out, and X-Warning where there is a reason for it."""
+    """Make the headers with the values that the job takes, and X-Warning if the images will be noise."""
     headers = {
         "X-Seed": str(spec.seed),
         "X-Sampler": spec.sampler,
@@ -177,7 +178,7 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
 
 
 def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
-    """Say what the values of floats mean, and how much of an image a picture shows that does not show all of it."""
+    """Make the headers that give the range of floats, or the channels in pictures that do not show all."""
     if media_type == NPY:
         return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
     if model.fits_pictures:
@@ -186,13 +187,14 @@ def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str,
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
-    """Say that noise will come out, where the first step takes x_T for an x_t that is more image than noise.
+    """Return a warning if the images will be noise, since the first step takes x_T as an x_t that is mostly image.
 
-    So it is with a single step, spaced `leading` or `linspace`: both visit t = 0 alone, here as in diffusers.
+    This happens with a single step spaced `leading` or `linspace`: both visit t = 0 alone, as in diffusers.
     """
-    if spec.steps > 1 or spec.strength is not None:  # with strength it begins with an image, noised for its first step
+    # with strength, the job begins with an image that is noised for its first step
+    if spec.steps > 1 or spec.strength is not None:
         return None
-    if spec.table is not None and not model.has_table(spec.table):  # of a job that ended before the tables were changed
+    if spec.table is not None and not model.has_table(spec.table):  # the job ended before the tables were changed
         return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:

@@ -1,4 +1,4 @@
-"""GET /model, and of the whole server its probes and /metrics: what is loaded, and how it is doing."""
+"""GET /model, and the server's probes and /metrics."""
 
 from operator import itemgetter
 
@@ -47,7 +47,7 @@ def model_routes(models: Models) -> APIRouter:
 
 
 def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRouter:
-    """Make the routes of the whole server. metrics: None leaves /metrics out."""
+    """Make the routes of the whole server. metrics: None for no /metrics."""
     router = APIRouter(tags=["system"])
 
     @router.get("/healthz", **described("get_liveness"), response_model=StatusAnswer, responses=failures(500, 503))
@@ -71,13 +71,14 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     return router
 
 
-# Problems are rendered here, not raised: a probe that is told to wait is not a rejected request.
+# Problems are rendered here, not raised, because a failed probe must not count as a rejected request.
 
 
 def metrics_answer(metrics: Metrics, request: Request) -> Response:
-    """Make the answer of /metrics: OpenMetrics where Accept names it and likes plain text no better, else plain text.
+    """Make the answer of /metrics: OpenMetrics if Accept names it with at least the quality of plain text, else plain
+    text.
 
-    Whatever else Accept says is passed over, as by Prometheus' own exporters.
+    Other media types in Accept are ignored, as in Prometheus' own exporters.
     """
     liked = dict(sorted(qualities(", ".join(request.headers.getlist("accept"))), key=itemgetter(1)))
     quality = liked.get(OPENMETRICS, 0.0)
@@ -86,23 +87,23 @@ def metrics_answer(metrics: Metrics, request: Request) -> Response:
 
 
 def alive(worker: Worker) -> StatusAnswer | Response:
-    """Make the answer of /healthz. Any thread may ask."""
+    """Make the answer of /healthz. Callable from any thread."""
     reason = fatal_error(worker)
     return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Return the error that only a restart ends; None while all is well. Any thread may call it."""
+    """Return the error that needs a restart; None without one. Callable from any thread."""
     return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 
 def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
-    """Return the error by which work is refused now; None while it is taken."""
+    """Return the error that new work would get now; None if work is accepted."""
     if (reason := fatal_error(worker)) is not None:
         return reason
     if worker.state.draining:
         return Draining()
     if not worker.state.ready:
         return NotReady()
-    # A shared store fails all servers alike: if each were taken out, nobody would answer what needs no store.
+    # A shared store fails for all servers alike. If each left the pool, none would answer calls that need no store.
     return jobs.store_failure(of_shared=False)

@@ -1,1 +1,1 @@
-"""What surrounds every request: connections, callers, origins and bounds."""
+"""Code around every request: connections, authentication, origins and bounds."""

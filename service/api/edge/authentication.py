@@ -39,9 +39,9 @@ from tminus.service.tracing import PROBLEM, note
 
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
-# Answered to anybody: whether the server is up, and the page's own files, which say nothing of what is served.
+# Paths for anyone: the server's health, and the page's own files, which do not depend on the models.
 OPEN_PATHS = frozenset({*HEALTH, "/login", "/logout"})
-PAGE = "/"  # which others POST prompts to
+PAGE = "/"  # open to GET only: Hugging Face's clients POST prompts here
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
 SET_COOKIE = {
@@ -52,25 +52,27 @@ LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failure
 
 
 def caller_of(request: HTTPConnection) -> Caller:
-    """Return whom a request is answered for, as the middleware found."""
+    """Return the caller of a request, as the middleware identified it."""
     caller: Caller = request.state.caller
     return caller
 
 
 def identify(access: Access, scope: Scope) -> Caller:
-    """Identify the caller. Raises Unauthorized. Without keys, credentials are ignored: they may be a proxy's."""
+    """Identify the caller. Raises Unauthorized. A server without keys ignores credentials: they may be a proxy's."""
     headers = Headers(scope=scope)
     if access.has_keys:
         if (secret := _bearer(headers)) is not None:
             return access.with_secret(secret)
         if secret := _cookie(headers):
-            with suppress(Unauthorized):  # of a key that is gone: the page asks for another
+            with suppress(Unauthorized):  # the cookie's key was removed: the page asks for another
                 return access.with_secret(secret)
     return access.without_secret()
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Whether the handshake of a WebSocket has a key, or needs none. Raises Unauthorized for a wrong key."""
+    """Return whether a WebSocket's handshake has a key or needs none. Raises Unauthorized for a wrong key in its
+    header.
+    """
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
     try:
@@ -87,7 +89,7 @@ def is_open(path: str, method: str) -> bool:
 
 
 def check_version(scope: Scope) -> None:
-    """Raise UnsupportedVersion for a native request, other than a probe, that names another version of the API."""
+    """Raise UnsupportedVersion for a native request that names another version of the API. Probes are exempt."""
     if scope["path"] in PROBES or error_form(scope["method"], scope["path"]) is not None:
         return
     for asked in Headers(scope=scope).getlist("API-Version"):
@@ -98,8 +100,8 @@ def check_version(scope: Scope) -> None:
 class AccessControl:
     """Answers 403 or 401 to a bad Host, Origin or key. Otherwise puts the caller into `request.state`.
 
-    Counts a request as a connection of its caller, until its answer has ended, and tells what is left of a quota. The
-    route of a WebSocket checks both itself.
+    A request counts as a connection of its caller until its answer has ended. Each answer carries the rest of a quota.
+    The route of a WebSocket does both checks itself.
     """
 
     def __init__(
@@ -123,14 +125,14 @@ class AccessControl:
             send = _with_allowance(caller, send)
             with caller.connected():
                 await self._app(scope, receive, send)
-        except ServiceError as refusal:  # not of a route: those are answered within
+        except ServiceError as refusal:  # raised here: errors of routes are answered by handlers
             self._refused(refusal.code)
             note({PROBLEM: refusal.code})
             await render(refusal, scope)(scope, receive, send)
 
 
 class WhoAnswer(BaseModel):
-    """What the server takes a request's sender for."""
+    """The caller of a request, with its limits."""
 
     name: str | None = Field(description="The name of the key. Null without a key.")
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
@@ -141,7 +143,7 @@ class WhoAnswer(BaseModel):
 
     @classmethod
     def of(cls, caller: Caller) -> "WhoAnswer":
-        """Say what is known of a caller."""
+        """Return the answer for a caller."""
         allowance = caller.allowance
         return cls(
             name=caller.name or None,
@@ -154,14 +156,14 @@ class WhoAnswer(BaseModel):
 
 
 class LoginRequest(RequestSchema):
-    """What POST /login takes, in the body alone: a query would be in logs."""
+    """The body of POST /login. A query is not allowed, since logs would keep it."""
 
     key: Annotated[str, Field(max_length=512)]
     """The key, as it would be sent in a header."""
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
-    """Make the routes by which a client asks who it is, and by which the page keeps a key."""
+    """Make the routes that name the caller, and those that keep the page's key in a cookie."""
     router = APIRouter(tags=["keys"])
     key_body = closed_object("A key.", fields_of(LoginRequest, {})) | {"required": ["key"]}
 
@@ -181,7 +183,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         try:
             await no_parameters(request)
             asked = LoginRequest.parse(await read_json(request, max_body_bytes))
-        except (ConflictingField, InvalidField, UnknownField) as error:  # its value may be a key
+        except (ConflictingField, InvalidField, UnknownField) as error:  # the value may be a key
             detail = f"{error.field} must be {error.bound}" if isinstance(error, InvalidField) else error.detail
             raise type(error)(detail, field=error.field, bound=error.bound) from None
         address = counted_address(request.client.host) if request.client else ""
@@ -201,7 +203,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
 
 
 def _bearer(headers: Headers) -> str | None:
-    """Return the secret in the header. Credentials of other schemes are not for us."""
+    """Return the secret in the header. Other schemes are ignored."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
 
@@ -211,7 +213,7 @@ def _cookie(headers: Headers) -> str:
 
 
 def _with_allowance(caller: Caller, send: Send) -> Send:
-    """Tell in each answer what is left of a quota (draft-ietf-httpapi-ratelimit-headers)."""
+    """Add the rest of a quota to each answer's headers (draft-ietf-httpapi-ratelimit-headers)."""
     if caller.limits.row_steps_per_minute is None:
         return send
 

@@ -1,7 +1,7 @@
-"""How uvicorn treats a WebSocket, and what its connections of both kinds share. Used in the event loop's thread.
+"""WebSocket connections under uvicorn, and parts that HTTP connections share. Used in the event loop's thread.
 
-A WebSocket has short send buffers, bounds on what it receives, and an end that does not wait for ever. uvicorn has no
-setting for these, and its class is not public: pyproject.toml bounds its version, and a test names what has changed.
+A WebSocket has short send buffers, bounds on received data, and a bounded time to end. uvicorn has no setting for
+these, and its class is not public. So pyproject.toml bounds its version, and a test names any change.
 """
 
 import asyncio
@@ -25,69 +25,73 @@ from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, 
 from tminus.service.errors import TooManyBytes, TooManyStreams
 
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
-TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
-# The pieces that a body or a message may have, and the bytes for which it may have one more.
+TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond to parse
+# The pieces that any body or message may have, and the bytes that allow one more piece.
 FREE_PIECES, BYTES_PER_PIECE = 1024, 64
-# In asyncio's buffer and in the kernel's, each. By default they hold megabytes: frames that are old when they are read.
+# For asyncio's buffer, and for the kernel's. Their defaults hold megabytes, so that a slow reader gets old frames.
 UNSENT_BYTES = 16_384
-LINGER_S = 10.0  # after the close, for the client to read the rest and to answer it
-LAST_LINGER_S = 1.0  # after a close for what the client did; what it still sends is discarded
+LINGER_S = 10.0  # after the close, for the client to read the rest and to answer the close
+LAST_LINGER_S = 1.0  # after a close for the client's error; what it still sends is discarded
 CONTROL_FRAMES = 64  # a second: pings and pongs
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Whether bytes came in more pieces than any client needs. Parsing a small piece takes as long as a large one."""
+    """Return whether bytes came in more pieces than any client needs. A small piece takes as long to parse as a large
+    one.
+    """
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
 def limit_unsent(transport: BaseTransport, size_bytes: int) -> None:
-    """Have the kernel take no more than this of what is not sent; it would hold megabytes."""
+    """Bound the unsent bytes in the kernel, which would otherwise hold megabytes."""
     if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, size_bytes)
 
 
 class ReadsInTurns(BufferedProtocol):
-    """A part of a connection: it takes no more from the transport in a turn of the event loop than `turn_bytes`.
+    """Mixin for a connection: takes at most `turn_bytes` from the transport in one turn of the event loop.
 
-    What comes may hold hundreds of frames or chunks, and all other connections wait while these are parsed. That holds
-    with asyncio. uvloop, in which Ray runs us behind a proxy of its own, reads 64 KiB for uvicorn's classes.
+    More data may hold hundreds of frames or chunks, and all other connections would wait while they are parsed. The
+    bound holds with asyncio only. uvloop, which Ray uses behind a proxy of its own, reads 64 KiB for uvicorn's
+    classes.
     """
 
     _buffer = bytearray()
 
     def turn_bytes(self) -> int:
-        """Return how many bytes to take in the next turn."""
+        """Return the most bytes to take in the next turn."""
         return TURN_BYTES
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish
-        """Return the buffer of the next turn, as asyncio asks for it."""
+        """Return the buffer for the next turn, which asyncio fills."""
         self._buffer = bytearray(self.turn_bytes())
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Parse what has come in this turn."""
+        """Parse the data of this turn."""
         data, self._buffer = memoryview(self._buffer)[:nbytes].tobytes(), bytearray()
         cast(Protocol, self).data_received(data)
 
 
 class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
-    """uvicorn's WebSocket connection, with these bounds. Runs in the event loop's thread."""
+    """uvicorn's WebSocket connection with the bounds above. Runs in the event loop's thread."""
 
     budget: ClassVar[ByteBudget]  # shared by all connections of one server; set by `stream_protocol`
-    handshake_answered: Callable[[], None] = staticmethod(lambda: None)  # called once it is, and at the end
-    _received: Hold  # since the app last took a message
-    _second, _control_frames = 0.0, 0  # when this second began, and the control frames in it
+    # called when the handshake is answered, and at the end
+    handshake_answered: Callable[[], None] = staticmethod(lambda: None)
+    _received: Hold  # bytes since the app last took a message
+    _second, _control_frames = 0.0, 0  # start of the current second, and the control frames in it
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Shorten the send buffers, so that a slow reader is noticed early and then gets the newest frame."""
+        """Shorten the send buffers, so that a slow reader is found early and then gets the newest frame."""
         self._received = self.budget.hold(exempt_bytes=SMALL_BYTES)
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
         limit_unsent(transport, UNSENT_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        """Accept data, or close with 1013 if too much is held; a small message is always accepted."""
-        if self.conn.eof_sent:  # it ends here: what still comes is for nobody
+        """Accept data, or close with 1013 if too much is held. A small message is always accepted."""
+        if self.conn.eof_sent:  # the connection is ending: further data is ignored
             return
         try:
             self._received.add(len(data))
@@ -95,11 +99,11 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self._fail(CloseCode.TRY_AGAIN_LATER, "too much is being sent at once")
         else:
             super().data_received(data)
-            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # they were pings and the like
+            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # there were only control frames
                 self._received.release()
 
     def handle_cont(self, event: Frame) -> None:
-        """Accept a fragment, or close with 1009 where there are too many for what they hold."""
+        """Accept a fragment, or close with 1009 if the message has too many fragments for its size."""
         pieces = len(self.frames) + 1
         if pieces % FREE_PIECES == 1 and too_fine(pieces, sum(map(len, self.frames))):
             self._fail(CloseCode.MESSAGE_TOO_BIG, "the message has too many fragments")
@@ -112,18 +116,18 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             super().handle_ping()
 
     def handle_pong(self, event: Frame) -> None:
-        """Take the answer to a ping of ours."""
+        """Accept the answer to a ping."""
         if self._takes_control_frame():
             super().handle_pong(event)
 
     def _end_handshake(self) -> None:
-        """Read on, and leave the count of connections."""
+        """Resume reading, and take the connection out of the HTTP side's count."""
         self.handshake_answered()
         self.transport.resume_reading()
-        self.__dict__.pop("handshake_answered", None)  # it holds the connection's HTTP side
+        self.__dict__.pop("handshake_answered", None)  # it keeps the connection's HTTP side in memory
 
     def _takes_control_frame(self) -> bool:
-        """Count a control frame, and close with 1008 where there are too many in a second."""
+        """Count a control frame. Close with 1008 and return False if there were too many in a second."""
         now_s = self.loop.time()
         if now_s >= self._second + 1:
             self._second, self._control_frames = now_s, 0
@@ -133,7 +137,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         return self._control_frames <= CONTROL_FRAMES
 
     def _fail(self, code: CloseCode, reason: str) -> None:
-        """Close for what the client did. Read on for a moment: TCP loses the close frame where data is left unread."""
+        """Close for the client's error. Reading goes on for a moment: TCP loses the close frame if data is
+        left unread.
+        """
         if self.conn.eof_sent:
             return
         self.conn.fail(code, reason)
@@ -148,9 +154,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
-        """Pass a message on; one that is not UTF-8 closes the connection with 1007, and no traceback.
+        """Pass a message on. A message that is not UTF-8 closes the connection with 1007, without a traceback.
 
-        What comes after the server has closed is dropped: nobody is there to read it.
+        A message after the server's close is dropped, since the app no longer reads.
         """
         if self.conn.state is not State.OPEN:
             self.frames = []
@@ -166,9 +172,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         super().send_receive_event_to_app()
 
     async def receive(self) -> Any:
-        """Give the next message to the app, and count it here no more.
+        """Return the next message to the app, and stop counting its bytes.
 
-        One message in each turn of the event loop, so that other connections have their turns too.
+        Each turn of the event loop returns at most one, so that other connections get their turns.
         """
         await asyncio.sleep(0)
         message = await super().receive()
@@ -182,7 +188,8 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         super().connection_lost(exc)
 
     async def send(self, message: Any) -> None:
-        """Send what the app says. Raises ClientDisconnected, which ends the app quietly, where nobody is to be let in.
+        """Send a message of the app. Raises ClientDisconnected for an accept after the client has gone, which ends the
+        app.
 
         After an answer in place of a handshake nothing is missing, though uvicorn would log an error.
         """
@@ -191,29 +198,32 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         await super().send(message)
         if message["type"] == "websocket.accept":
             self._end_handshake()
-        if message["type"] == "websocket.send":  # uvicorn waits only before the next one; this one would not be counted
+        # uvicorn waits only before the next message, so this one would not be counted
+        if message["type"] == "websocket.send":
             await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
-        """Run the app, then see that the connection ends: a closed transport waits for its reader without limit."""
+        """Run the app, then abort the connection after LINGER_S: a closed transport waits for its reader
+        without limit.
+        """
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
 
     def keepalive_timeout(self) -> None:
-        """Drop a client that did not answer a ping: it reads nothing, so no close message would reach it."""
+        """Abort the connection of a client that did not answer a ping: it would not read a close message."""
         super().keepalive_timeout()
         self.transport.abort()
 
 
 def stream_protocol(max_held_bytes: int = MAX_HELD_BYTES) -> type[StreamProtocol]:
-    """Make the protocol class of one server: all its connections share one budget."""
+    """Make the protocol class of one server. All its connections share one budget."""
     return type("BoundedStreamProtocol", (StreamProtocol,), {"budget": ByteBudget(max_held_bytes)})
 
 
 class Streams:
-    """Counts open streams by address and in total, and streams with a job, which shutdown waits for."""
+    """Counts open streams by address and in total, and streams with a job. Shutdown waits for streams with a job."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
@@ -224,7 +234,7 @@ class Streams:
 
     @property
     def open(self) -> int:
-        """How many there are."""
+        """The number of open streams."""
         return self._open.total()
 
     @contextmanager
@@ -245,7 +255,7 @@ class Streams:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Count a stream as having a job, until the last byte of its image is sent."""
+        """Count a stream as busy with a job, until the last byte of its image is sent."""
         self._busy += 1
         self._quiet.clear()
         try:
@@ -263,9 +273,10 @@ class Streams:
 
 
 class ForwardedAddresses(ProxyHeadersMiddleware):
-    """uvicorn's reading of X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, which would take any text.
+    """uvicorn's reader of X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, restricted to valid addresses.
 
-    Where no address is named, the client stays the proxy: what is counted and logged is always an address.
+    uvicorn would take any text. If no address is named, the client is the proxy, so that counts and logs have an
+    address.
     """
 
     def __init__(self, app: ASGIApp, trusted_hosts: list[str] | str) -> None:
@@ -281,13 +292,14 @@ class _Addresses(_TrustedHosts):
             ip_address(host)
         except ValueError:
             return "", 0
-        return ("", 0) if "%" in host else (host, port)  # after it IPv6 allows any text: the zone of some machine
+        # after % an IPv6 address may have any text: the zone of some machine
+        return ("", 0) if "%" in host else (host, port)
 
 
 def counted_address(host: str) -> str:
-    """Return the unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has.
+    """Return the unit that limits count: an IPv4 address, or an IPv6 /64 network, which one customer has.
 
-    A socket of both kinds tells an IPv4 address as ::ffff:a.b.c.d.
+    A dual-stack socket reports an IPv4 address as ::ffff:a.b.c.d.
     """
     try:
         address = ip_address(host)

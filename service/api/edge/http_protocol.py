@@ -1,8 +1,8 @@
-"""How uvicorn treats a connection: bounded heads, deadlines, a share for each address, an end that loses no answer.
+"""HTTP connections under uvicorn: bounded heads, deadlines, a limit for each address, and an end that loses no answer.
 
 A connection is counted and timed until it ends, or until its WebSocket handshake is answered.
 
-What leaves has a deadline too: asyncio's transports wait for their readers without limit, also after they are closed.
+Sending has a deadline too: asyncio's transports wait for their readers without limit, even after they are closed.
 
 uvicorn has no setting for most of this, and the class that is extended here is not part of its public interface. So
 pyproject.toml bounds its version, and a test names what is missing if the class changes.
@@ -34,44 +34,46 @@ from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooM
 
 log = logging.getLogger(__name__)
 
-# From the connection, or the first byte of a further request, to the end of the head; and from there to the answer to a
-# WebSocket handshake.
+# Seconds from the connection, or from the first byte of a further request, to the end of the head; and from there to
+# the answer to a WebSocket handshake.
 HEAD_S = 10.0
-MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete, and of a chunked body's trailers
-BULK_BYTES = 65_536  # a turn of what is not parsed
-# For the next request. Longer than most clients keep one: a connection that is closed as a request comes is an error.
+MAX_HEAD_BYTES = 16_384  # h11's bound on an incomplete head, and on a chunked body's trailers
+BULK_BYTES = 65_536  # taken in a turn where nothing is parsed
+# Seconds until the next request. Most clients keep a connection for less: closing it as a request comes is an error.
 KEPT_S = 75
-LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
-LAST_LINGER_S = 0.5  # once the server ends
-SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
-UNSENT_BYTES = 131_072  # in the kernel, which would hold megabytes, and take no more for minutes of a slow reader
-# A target with scheme and host, as proxies are sent one, which a server must take too (RFC 9112, section 3.2.2).
+LINGER_S, LINGER_BYTES = 5.0, 2**24  # time and bytes for the rest of a request after its answer
+LAST_LINGER_S = 0.5  # the time when the server ends
+# an answer must leave at this rate, in bytes a second over SENT_S, or its connection is aborted
+SENT_RATE, SENT_S = 8192, 40.0
+# in the kernel, which by default holds megabytes, and then takes no more from a slow reader's answer for minutes
+UNSENT_BYTES = 131_072
+# A target with scheme and host, as proxies get it. A server must accept it too (RFC 9112, section 3.2.2).
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
-# Refused connections that linger are counted under this name. Beyond this number they are closed at once.
+# The name that counts refused connections while they linger. Beyond this number they are closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
-ACCEPTED = 64  # connections in one turn of the event loop: each has a file before it can be turned away
+ACCEPTED = 64  # most connections accepted in one turn of the event loop: each takes a file before it can be refused
 
 
 class _Outlet:
-    """What requests are answered on: the connection, which must take what is written in time.
+    """The connection as requests write their answers to it. Aborts the connection if the client reads too slowly.
 
     It closes by `HttpProtocol.close`.
     """
 
-    _timer: TimerHandle | None = None  # while bytes of an answer are left
-    _written = 0  # bytes of answers, in all
-    _sent = 0  # how many of these had left when the timer began
+    _timer: TimerHandle | None = None  # runs while bytes of an answer are unsent
+    _written = 0  # bytes of all answers
+    _sent = 0  # bytes that had been sent when the timer began
 
     def __init__(self, protocol: "HttpProtocol") -> None:
         self._protocol, self._transport = protocol, protocol.transport
 
     def write(self, data: bytes) -> None:
-        """Write a part of an answer, and see that it leaves."""
+        """Write a part of an answer, and start the timer if it is not sent at once."""
         was_left = self._transport.get_write_buffer_size()
         self._transport.write(data)
         self._written += len(data)
-        if not was_left:  # all before this had left
+        if not was_left:  # everything before had been sent
             self._expect_sent()
 
     def close(self) -> None:
@@ -81,13 +83,13 @@ class _Outlet:
         return self._protocol.lingers or self._transport.is_closing()
 
     def stop_waiting(self) -> None:
-        """Let what is left leave whenever it does."""
+        """Stop the timer. Unsent bytes then have no deadline."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _expect_sent(self) -> None:
-        """Begin the next window, if bytes are left to send."""
+        """Start the next window, if bytes are unsent."""
         self.stop_waiting()
         if left := self._transport.get_write_buffer_size():
             self._sent = self._written - left
@@ -104,9 +106,9 @@ class _Outlet:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which refuses a body of very many chunks with little in them, and takes absolute targets."""
+    """h11's parser, which also refuses a body of many tiny chunks, and accepts absolute targets."""
 
-    refused_as_too_fine = False  # the body of this request
+    refused_as_too_fine = False  # whether this request's body was refused
     _chunks, _body_bytes = 0, 0  # of this body, so far
 
     def next_event(self) -> Any:
@@ -114,7 +116,8 @@ class _Parser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request) and (absolute := ABSOLUTE.fullmatch(event.target)):
             host, path, query = absolute.groups(b"")
-            headers = [(name, value) for name, value in event.headers if name != b"host"]  # what it says does not count
+            # an absolute target overrides the Host header
+            headers = [(name, value) for name, value in event.headers if name != b"host"]
             return h11.Request(
                 method=event.method, headers=[(b"host", host), *headers], target=(path or b"/") + query,
                 http_version=event.http_version,
@@ -128,13 +131,13 @@ class _Parser(h11.Connection):
         return event
 
     def start_next_cycle(self) -> None:
-        """Begin with the next request."""
+        """Start with the next request."""
         super().start_next_cycle()
         self._chunks, self._body_bytes = 0, 0
 
 
 class HttpProtocol(H11Protocol, ReadsInTurns):
-    """uvicorn's HTTP connection, with these bounds. Runs in the event loop's thread."""
+    """uvicorn's HTTP connection with the bounds above. Runs in the event loop's thread."""
 
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
@@ -143,11 +146,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     conn: _Parser
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
-    _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
+    _linger_timer: TimerHandle | None = None  # set while the connection waits for its client to close
     _outlet: _Outlet
     _to_discard = LINGER_BYTES
-    _ends = False  # whether it ends with the server
-    _next = b""  # came while an answer was being sent
+    _ends = False  # whether the server is ending
+    _next = b""  # data received while an answer was being sent
     _has_chunks = False  # the body of this request
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -155,7 +158,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.conn, self.timeout_keep_alive = _Parser(h11.SERVER, MAX_HEAD_BYTES), KEPT_S
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Count the connection, or turn it away; wait for a head."""
+        """Count the connection and wait for a head, or refuse the connection."""
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
         self._outlet = _Outlet(self)
@@ -173,7 +176,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
-        """Close the matching connection that has been idle for longest; False if none matches."""
+        """Close the matching connection that has been idle longest. Returns False if none matches."""
         for each in self.idle:
             if fits(each):
                 each._unset_keepalive_if_required()
@@ -182,7 +185,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count it no longer."""
+        """Take the connection out of the count."""
         self._leave()
         self._unset_keepalive_if_required()
         self._outlet.stop_waiting()
@@ -191,15 +194,15 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport
-        del self._outlet  # it knows this protocol, which would not be freed at once
+        del self._outlet  # it refers to this protocol, which would not be freed at once
 
     def data_received(self, data: bytes) -> None:
-        """Take data, unless the connection is closing or has a request that is not answered yet.
+        """Take data, unless the connection is closing or has an unanswered request.
 
-        To read on is the only way to notice that the client goes away. So a further request that comes before the
-        answer is dropped, and the connection closes after the answer, which tells the client to ask again. Once the
-        answer has begun, the client may have all of it before we know that it is complete: after its head, where HEAD
-        was asked for. So a further request waits then.
+        Only reading shows that the client disconnects. So a further request before the answer is read and dropped, and
+        the connection closes after the answer, which tells the client to try again. Once the answer has begun, a
+        further request is kept until its end, because the client may have all of it before we know that it is
+        complete: after the head, in an answer to HEAD.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -210,24 +213,24 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             if self._is_answering():
                 self._wait_for_answer(data)
                 return
-            size = self.turn_bytes()  # uvloop gives more at a time
+            size = self.turn_bytes()  # uvloop passes more at a time
             self._take(data[:size])
             data = data[size:]
 
     def turn_bytes(self) -> int:
-        """Return how much to take in the next turn.
+        """Return the most bytes to take in the next turn.
 
-        h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
-        no more of a head than the bound. A body of a declared length is not parsed.
+        h11 bounds an incomplete head, but takes a head of any size that comes in one piece. So it gets no more of a
+        head than the bound. A body of a declared length is not parsed.
         """
         if self.conn.their_state is h11.IDLE:
             return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
         return TURN_BYTES if self._has_chunks else BULK_BYTES
 
     def on_response_complete(self) -> None:
-        """Give a client that has its answer before it has sent its body as long for the rest as for a head.
+        """Start a deadline for the rest of a body whose answer is already complete: as long as for a head.
 
-        The time of an idle connection is longer, and over with the next byte.
+        uvicorn's timeout of an idle connection is longer, and ends with the next byte.
         """
         super().on_response_complete()
         is_read = not self.transport.get_write_buffer_size()
@@ -240,16 +243,16 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.data_received(data)
 
     def _unset_keepalive_if_required(self) -> None:
-        """Keep the connection for a next request no more: one has come, or it ends."""
+        """Stop waiting for a next request: one has come, or the connection ends."""
         self.idle.pop(self, None)
         super()._unset_keepalive_if_required()
 
     def close(self) -> None:
-        """Close the connection; if its client is still sending, once it has got the answer.
+        """Close the connection. If its client is still sending, wait until the client has the answer.
 
-        TCP resets a connection that closes with data unread, and then the answer may be lost: nginx would tell of a bad
-        gateway in its place. So only the sending side closes here, and what comes is discarded until the client closes
-        too, within bounds (RFC 9112, section 9.6).
+        TCP resets a connection that closes with data unread, and may then lose the answer: nginx would report a bad
+        gateway instead. So only the sending side closes here, and incoming data is discarded, within bounds, until the
+        client closes too (RFC 9112, section 9.6).
         """
         if self.transport.is_closing() or self.lingers:
             return
@@ -260,11 +263,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     @property
     def lingers(self) -> bool:
-        """Whether it has its answer, and its client is still to close."""
+        """Whether the answer is sent and the client has not closed yet."""
         return self._linger_timer is not None
 
     def shutdown(self) -> None:
-        """End with the server, as uvicorn asks for; who lingers has its answer."""
+        """End with the server, as uvicorn asks. A lingering connection has its answer, and closes at once."""
         self._ends = True
         if self.lingers:
             self.transport.close()
@@ -272,7 +275,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             super().shutdown()
 
     def _turn_away(self, why: bytes) -> None:
-        """Answer 503 before anything is read: a connection that is not counted may not stay."""
+        """Answer 503 before anything is read, since a connection that is not counted may not stay."""
         head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(why)
         self.transport.write(head + why)
         if self.open_by_address[TURNED_AWAY] >= MAX_TURNED_AWAY:
@@ -286,7 +289,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.open_by_address[address] += 1
 
     def _linger(self, patience_s: float) -> None:
-        """Send no more, and close when the client has closed, or after this time."""
+        """Close the sending side. Close the connection when the client has closed, or after `patience_s`."""
         try:
             self.transport.write_eof()
         except OSError:  # the client has closed already
@@ -304,36 +307,38 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _take(self, data: bytes) -> None:
         asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
-        if self.transport.get_protocol() is not self:  # it is a WebSocket's now
+        if self.transport.get_protocol() is not self:  # the connection is a WebSocket's now
             return
         if self.cycle is not asked:
             self.cycle.transport = cast(Transport, self._outlet)
             names = {name for name, _ in self.headers}
             self._has_chunks = b"transfer-encoding" in names
-            if self._has_chunks and b"content-length" in names:  # RFC 9112, section 6.1: somebody may be smuggling
+            if self._has_chunks and b"content-length" in names:  # RFC 9112, section 6.1: this may be request smuggling
                 self.cycle.keep_alive = False
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False
             self.flow.resume_reading()
         if self._answered_early():
-            return  # its time runs on, or byte after byte of a body that nobody reads would hold the connection
+            return  # the timer keeps running, or an unread body, byte after byte, would hold the connection
         if was_early or self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         if self.conn.their_state is h11.IDLE and self._head_timer is None and not self.transport.is_closing():
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over; where the library does not understand the handshake, take it back and refuse it."""
-        if self.transport.get_write_buffer_size():  # who is to write from now on knows nothing of what is left
+        """Hand the connection over to a WebSocket. If the library rejects the handshake, take it back and refuse the
+        request.
+        """
+        if self.transport.get_write_buffer_size():  # the WebSocket's protocol would not know of the unsent bytes
             self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return
-        self._outlet.stop_waiting()  # what is not sent from now on is the WebSocket's
+        self._outlet.stop_waiting()  # bytes from now on are the WebSocket's
         super().handle_websocket_upgrade(event)
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
-            del self._outlet  # it would keep this protocol from being freed
-            self.transport.pause_reading()  # a client waits for the answer: uvicorn cannot refuse a frame before it
+            del self._outlet  # it would keep this protocol in memory
+            self.transport.pause_reading()  # a client waits for the answer, and uvicorn cannot refuse a frame before it
             self._stop_waiting()
             self._expect_head()
             return
@@ -346,9 +351,9 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._refuse(kind(f"the WebSocket handshake cannot be read: {reason!a}"))
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer what is not HTTP, if it still can be answered; uvicorn has logged it."""
+        """Answer a request that is not HTTP, if that is still possible. uvicorn has logged it."""
         if self.cycle is not None:
-            self.cycle.disconnected = True  # what it is answering has no end
+            self.cycle.disconnected = True  # the request that is being answered will not be complete
             self.cycle.message_event.set()
         not_http = "the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB"
         self._refuse(MalformedRequest(TOO_FINE if self.conn.refused_as_too_fine else not_http))
@@ -367,11 +372,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self.transport.get_protocol() is not self:
-            self.transport.abort()  # nobody has answered the handshake
+            self.transport.abort()  # the handshake was not answered
         elif self.conn.trailing_data[0]:
             self._refuse(SlowHead(HEAD_S))
         else:
-            self.close()  # it has said nothing, or has its answer: there is nothing to answer
+            self.close()  # it sent nothing, or has its answer: there is nothing to answer
 
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:
@@ -387,7 +392,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._address = None
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer with a problem, if nothing of an answer has been sent, and close."""
+        """Answer with a problem if no answer has begun, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = render(error)
             headers = [*answer.raw_headers, (b"connection", b"close")]

@@ -1,4 +1,4 @@
-"""What surrounds every request: id, span, duration, the answer to an unexpected error, the bounds on what is held."""
+"""Middleware around every request: id, span, duration, the answer to an unexpected error, bounds on bytes in memory."""
 
 import asyncio
 import logging
@@ -28,16 +28,18 @@ WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 WEBHOOK = "webhook"  # the name of the parameter
 TARGET_CHARACTERS = 200  # of a path and query in the log
-READ_CHARACTERS = 2000  # of them that are looked at: to decode a target of 16 KiB takes 2 ms
-# Of a long answer; uvicorn waits before it takes more than two.
+READ_CHARACTERS = 2000  # characters of them that are read: decoding a target of 16 KiB takes 2 ms
+# Pieces of a long answer: uvicorn holds two at most before it waits.
 PIECE_BYTES = 64 * 1024
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"})
 SWITCHED = 101  # the status of a WebSocket that was accepted
-GONE = "client_gone"  # before it was answered
+GONE = "client_gone"  # the client disconnected before the answer
 
 
 def new_request_id(scope: Scope) -> str:
-    """Take the client's X-Request-ID if that is well-formed and no key, or make one; REQUEST_ID has it from here on."""
+    """Set REQUEST_ID to the client's X-Request-ID, if that is well-formed and has no key in it, or to a new id. Returns
+    it.
+    """
     asked = Headers(scope=scope).get("x-request-id", "")
     request_id = asked if WELL_FORMED.fullmatch(asked) and masked(asked) == asked else uuid.uuid4().hex
     REQUEST_ID.set(request_id)
@@ -60,9 +62,9 @@ def _key(scope: Scope) -> str | None:
 
 
 def target_of(scope: Scope, *, with_query: bool = True) -> str:
-    """Return the path and query as they came, cut, for logs and traces: only printable ASCII is not percent-encoded.
+    """Return the path and query in printable ASCII, cut to TARGET_CHARACTERS, for logs and traces.
 
-    Secrets of API keys and URLs of webhooks have no place in a query, but may be put there.
+    API keys and webhook URLs are masked: they should not be in a query, but clients may put them there.
     """
     target: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     if with_query and scope.get("query_string"):
@@ -72,7 +74,7 @@ def target_of(scope: Scope, *, with_query: bool = True) -> str:
 
 
 def _without_webhook(target: str) -> str:
-    """Leave out what follows a parameter for a URL: unless that is encoded, an & in it is its own."""
+    """Cut the query at a webhook parameter: an & in a URL that is not encoded belongs to the URL."""
     path, _, query = target.partition("?")
     shown: list[str] = []
     for each in query.split("&"):
@@ -83,7 +85,7 @@ def _without_webhook(target: str) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """Return the pattern of the path; a route that is also below /models/NAME does not know of that itself."""
+    """Return the pattern of the path, with the prefix /models/{model} if the request has it."""
     route = str(getattr(scope.get("route"), "path", "unmatched"))
     below = "model" in scope.get("path_params", {}) and "{model}" not in route
     return f"/models/{{model}}{route}" if below else route
@@ -92,9 +94,9 @@ def route_of(scope: Scope) -> str:
 def pieces_of(message: Message) -> Iterator[Message]:
     """Yield the messages to send in place of a long one, each with at most PIECE_BYTES of its body.
 
-    uvicorn takes all that it is given at once, and holds a copy of it for its client, so that many slow readers of one
-    kept answer would take many times its memory. The last is empty: uvicorn takes it when at most 64 KiB of the others
-    are left.
+    uvicorn takes all bytes of a message at once, and copies them for its client. Many slow readers of one cached
+    answer would then take many times its memory. The last message is empty, because uvicorn takes it when at most 64
+    KiB of the others are left.
     """
     body = message["body"]
     for at in range(0, len(body), PIECE_BYTES):
@@ -107,8 +109,8 @@ class RequestContext:
 
     A long answer is sent in pieces.
 
-    While the server drains, each answer ends its connection: else the end of the server could meet the next request on
-    its way. A request that is not answered when the server ends is refused.
+    While the server drains, each answer closes its connection. Otherwise the client's next request could meet the
+    server's end. A request that is not answered when the server ends is refused.
     """
 
     def __init__(
@@ -137,27 +139,28 @@ class RequestContext:
                 headers["X-Request-ID"] = request_id
                 if error_form(scope["method"], scope["path"]) is None:
                     headers["API-Version"] = API_VERSION
-                headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
+                # browsers then do not take a client's text or pixels for a page
+                headers["X-Content-Type-Options"] = "nosniff"
                 if self._draining():
                     headers["Connection"] = "close"
             elif not message.get("more_body", False):
-                ended = time.perf_counter()  # how long it takes the client to read it is not ours
+                ended = time.perf_counter()  # the time that the client takes to read is not counted
             if len(message.get("body", b"")) <= PIECE_BYTES:
                 await send(message)
                 return
             for piece in pieces_of(message):
                 await send(piece)
-                await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
+                await asyncio.sleep(0)  # gives other connections a turn, and finds out if this one is lost
 
         try:
             await self._app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # by uvicorn, which waits no longer
+        except asyncio.CancelledError:  # uvicorn cancels requests when it stops waiting
             if status is not None:
                 raise
             await render(Draining(), scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s: unhandled error", request_id)
-            if status is not None:  # part of a response is sent: the connection can only be closed
+            if status is not None:  # part of the response is sent: the connection can only be closed
                 raise
             answer = render(ServiceError(), scope)
             await answer(scope, receive, send_with_id)
@@ -183,18 +186,16 @@ def body_of(scope: Scope) -> Hold:
 
 
 class MemoryLimit:
-    """Bounds what clients have the server hold: of the bodies that they send, and of the answers that they are sent.
+    """Bounds the bytes of clients in memory: received bodies, and answers that are being sent.
 
-    All bodies together may take MAX_HELD_BYTES, and those of one caller its share: what a client has sent is held until
-    a job is made of it, which keeps nothing of the body (see `body_of`), or else until its answer begins, when its
-    route has returned.
+    All bodies together may take MAX_HELD_BYTES, and one caller's bodies its share. A body counts until a job is made
+    from it, which keeps nothing of it (see `body_of`), or else until its answer begins, when its route has returned.
 
     All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
-    of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message. An
-    answer with a Content-Length is refused before it begins; for any other, the send of the message raises
-    TooManyBytes.
+    of a WebSocket. A cached body that several clients get counts once; a WebSocket copies each message. An answer with
+    a Content-Length is refused before it begins. For any other, sending the message raises TooManyBytes.
 
-    What has at most SMALL_BYTES is always taken and sent, so that uploads cannot keep plain requests out.
+    A body or message of at most SMALL_BYTES is always accepted, so that uploads cannot keep plain requests out.
     """
 
     def __init__(
@@ -205,7 +206,9 @@ class MemoryLimit:
         answers: ByteBudget,
         refused: Callable[[str], None],
     ) -> None:
-        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: is told the codes of refusals."""
+        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: called with the code of each
+        refusal.
+        """
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
         # A caller's share has room for the largest body and the copies of its parts: 2 <= SHARE * 3.
@@ -223,7 +226,9 @@ class MemoryLimit:
         return self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
-        """Send an answer while it counts, or a refusal in its place; what is held of the request is released."""
+        """Count an answer while it is sent, or send a refusal instead. The hold on the request's body is released
+        first.
+        """
         waiting: list[Message] = []  # the beginning of an answer that may still be refused
         is_refused = False
 
@@ -261,10 +266,10 @@ class MemoryLimit:
 
 
 class _Body:
-    """The body of one request as it arrives.
+    """The body of one request, as it arrives.
 
-    One over its limit is refused: by its Content-Length at once, else as soon as too much has arrived. One that brings
-    less than LEAST_RATE in a window of WINDOW_S is given up. Its end is not waited for once it is there.
+    A body over its limit is refused: at once by its Content-Length, or when too much has arrived. A body that brings
+    less than LEAST_RATE in a window of WINDOW_S raises SlowBody. A complete body has no deadline.
     """
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int, held: Hold) -> None:
@@ -273,7 +278,7 @@ class _Body:
         self._received = 0
         self._is_complete = False
         self._until_s = self._loop.time() + WINDOW_S  # the end of this window
-        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that must still arrive in this window
 
     async def receive(self) -> Message:
         """Return the next message. Raises BodyTooLarge, SlowBody and TooManyBytes."""
@@ -304,10 +309,10 @@ class _Body:
 
 
 class RequestSpans:
-    """Puts a span around each request, and each WebSocket, but the probes', which come every few seconds.
+    """Puts a span around each request and WebSocket, except the probes, which come every few seconds.
 
-    OpenTelemetry has such a middleware of its own, and so has FastAPI. Both keep the query, in which a secret may be,
-    and know neither our names of routes nor the id of a request.
+    OpenTelemetry and FastAPI have such middleware. Both keep the query, which may contain a secret, and know neither
+    our names of routes nor the id of a request.
     """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
@@ -333,16 +338,16 @@ class RequestSpans:
                 "HTTP",
                 self._client_trace.extract(Headers(scope=scope)),
                 SpanKind.SERVER,
-                record_exception=False,  # with its text, which may quote a request
+                record_exception=False,  # an exception's text may quote a request
                 set_status_on_exception=False,
             ) as span:
                 try:
                     await self._app(scope, receive, send_and_look)
-                except Exception as error:  # when part of the answer was sent
+                except Exception as error:  # part of the answer was sent
                     fail(span, why(error)[0], by_server=True)
                     raise
                 finally:
-                    method, route = scope.get("method", "GET"), route_of(scope)  # GET: of a WebSocket's handshake
+                    method, route = scope.get("method", "GET"), route_of(scope)  # a WebSocket's handshake is a GET
                     known = method if method in METHODS else "_OTHER"
                     span.update_name(f"{known if known == method else 'HTTP'} {route}")
                     attributes = {

@@ -1,7 +1,7 @@
-"""The classes that a request names, by number or by name in whatever case, as the model's numbers. Pure.
+"""Convert the classes in a request, by number or by name in any case, to the model's class numbers. Pure.
 
-A JSON number and the same digits in a text, a query or a prompt are one label, and mean one class. Clients that are
-made for models of text send a prompt: here it is the name of a class, or empty.
+A JSON number and the same digits in text, a query or a prompt name the same class. Clients of text-to-image models
+send a prompt: here a prompt is the name of a class, or empty.
 """
 
 import re
@@ -21,9 +21,9 @@ BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 def class_numbers(
     given: int | str | list[int | str | None] | None, n: int, model: ModelInfo
 ) -> tuple[int | None, ...] | None:
-    """The class of each of n images, None for no class; None for a model without classes. Raises InvalidField.
+    """Return the class number of each of n images, None for no class. Raises InvalidField.
 
-    given: one class for all images, or a list of n.
+    given: one class for all images, or a list of n. A model without classes has None in place of the tuple.
     """
     if not model.conditional:
         if given is not None:
@@ -41,12 +41,12 @@ def class_numbers(
 
 
 def class_bound(names: tuple[str, ...]) -> str:
-    """What class_label must be, in words."""
+    """Describe in words what class_label must be."""
     return f"a class, or a list of n of them: {known_classes(names)}"
 
 
 def known_classes(names: tuple[str, ...]) -> str:
-    """The classes that there are, in words: all by number, and by name unless they are many."""
+    """List a model's classes in words: all by number, and by name unless there are many."""
     if not names:
         return "none, as this model has no classes"
     shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
@@ -56,8 +56,8 @@ def known_classes(names: tuple[str, ...]) -> str:
 def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
     """Find a class by its name, in any case, or by its number; None if it does not exist.
 
-    Raises InvalidField, naming `field`, if the label names one class and is the number of another. The prefix
-    NAME or NUMBER says which is meant.
+    Raises InvalidField for `field` if the label is the name of one class and the number of another. The prefix NAME or
+    NUMBER selects one of the two.
     """
     text = str(label)
     if text.casefold().startswith(NAME):
@@ -72,15 +72,16 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
 
 
 def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
-    """Name the class of this number: by the number, after NUMBER where another class has that for a name.
+    """Return a label for the class of this number: the number, with the prefix NUMBER if another class has it as a
+    name.
 
-    None is no class.
+    None stands for no class.
     """
     return number if number is None or _named(str(number), names) in (None, number) else f"{NUMBER}{number}"
 
 
 def _named(text: str, names: tuple[str, ...]) -> int | None:
-    """The class of this name; where the text is a number, also of the only name that is the same number, as 01 is 1."""
+    """Return the class with this name. A number also matches the only name with the same value, as 01 is 1."""
     by_name, by_value = _numbers_by_name(names)
     if (exact := by_name.get(text.casefold())) is not None:
         return exact
@@ -105,7 +106,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
 
 @lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
 def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Each class by its name, and by the value of a name that is a number and that no other name has."""
+    """Return class numbers by name, and by value for names that are numbers. Values of several names are left out."""
     values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
     times = Counter(values.values())
     by_value = {value: number for number, value in values.items() if times[value] == 1}
@@ -113,10 +114,11 @@ def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping
 
 
 def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int | None:
-    """Find the class that a prompt names, None for an empty prompt. Raises InvalidField, with the classes there are.
+    """Return the class that a prompt names; None for an empty prompt. Raises InvalidField, which lists the classes.
 
-    A class is named by its name or number. Case does not matter, and hyphens, spaces and underscores are alike: people
-    write `t-shirt` and `T shirt`. That is spelling: a class that is only similar is never taken. field: of the prompt.
+    A prompt is a class's name or number. Case does not matter, and hyphens, spaces and underscores are equal: people
+    write `t-shirt` and `T shirt`. Only the spelling may differ: a class that is only similar is never chosen. field:
+    the name of the prompt's field.
     """
     name, names = prompt.strip(), model.class_names
     if not name and (not model.conditional or model.null_class is not None):
@@ -138,6 +140,6 @@ def _spelled(name: str) -> str:
 
 @lru_cache(maxsize=4)  # a model may have a thousand classes
 def _numbers_by_spelling(names: tuple[str, ...]) -> Mapping[str, int]:
-    """Each class by its spelling, where no other class is spelled alike."""
+    """Return class numbers by normalized name. Names that become equal are left out."""
     times = Counter(map(_spelled, names))
     return {_spelled(name): number for number, name in enumerate(names) if times[_spelled(name)] == 1}

@@ -1,10 +1,10 @@
-"""Parse a form that brings images: files and text fields.
+"""Parse a form with images: its files and text fields.
 
-The whole body, which is bounded, is cut at its boundaries by `bytes.find`: hostile bytes take no steps of Python. Ready
-parsers do not fit. python-multipart's steps through what nearly is a boundary byte by byte, which takes 0.3 s for each
-MB. starlette's is made of it, writes files over 1 MiB to /tmp (small in a container), accepts a form that breaks
-off, does not say which field is too long, and decodes fields by any codec the client names, of which some raise. The
-package `multipart` shares its module's name with an alias that python-multipart installs.
+The body is bounded, and `bytes.find` cuts it at its boundaries, so hostile bytes cause no steps of Python. Existing
+parsers do not fit. python-multipart's parser steps byte by byte through data that nearly is a boundary, which takes
+0.3 s for each MB. starlette's parser uses it. That parser writes files over 1 MiB to /tmp (small in a container),
+accepts a truncated form, does not name a field that is too long, and decodes fields by any codec that the client
+names, some of which raise. The package `multipart` has the module name of an alias that python-multipart installs.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -26,9 +26,9 @@ MAX_PARTS = 128  # a class for each of 64 images, and all other parameters
 MAX_FIELD_BYTES = 1024
 MAX_HEAD_BYTES = 4096  # the headers of a part
 MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
-FORM_BYTES = 64 * 1024  # for what a form has besides its images: boundaries, the parts' headers, the fields
-Part = tuple[str, bool, bytes]  # its name, whether it is a file, as one with a file name is, and its data
-PIECE_BYTES = 2**18  # searched at a time: a search holds the interpreter, for 2 ms at most
+FORM_BYTES = 64 * 1024  # room for a form's boundaries, part headers and fields, beside its images
+Part = tuple[str, bool, bytes]  # name, whether it is a file (has a file name), data
+PIECE_BYTES = 2**18  # bytes of one search, which holds the interpreter for 2 ms at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Form:
 
 
 def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection[str]) -> Form:
-    """Parse a form. files: the fields that may hold an image, of at most max_bytes.
+    """Parse a form. files: names of the fields that may be an image. max_bytes: the bound of each image.
 
     Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage.
     """
@@ -56,8 +56,11 @@ def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection
 
 
 def _parts(body: bytes, delimiter: bytes) -> Iterator[Part]:
-    """Cut a body at its delimiters: lines that begin as one (RFC 2046, section 5.1.1). Raises MalformedForm."""
-    is_first = body.startswith(delimiter[2:])  # without a line break before it
+    """Cut a body into parts at its delimiters. Raises MalformedForm.
+
+    A delimiter is a line that begins with the boundary (RFC 2046, section 5.1.1).
+    """
+    is_first = body.startswith(delimiter[2:])  # the first delimiter may have no line break before it
     at = (0 if is_first else _find(body, delimiter, 0) + 2) + len(delimiter) - 2
     for _ in range(MAX_PARTS + 1):
         if body.startswith(b"--", at):
@@ -76,7 +79,9 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
 
 
 def _part(body: bytes, start: int, end: int) -> Part:
-    """Read what is between two delimiters: the rest of a line, headers, an empty line, data. Raises MalformedForm."""
+    """Parse the bytes between two delimiters: the rest of a line, headers, an empty line, data. Raises
+    MalformedForm.
+    """
     head, empty_line, _ = body[start : min(end, start + MAX_HEAD_BYTES)].partition(b"\r\n\r\n")
     rest, *headers = head.split(b"\r\n")
     if not empty_line or rest.strip(b" \t"):

@@ -1,6 +1,6 @@
-"""From a request to its parameters, in the query and in a JSON body or a form, and what its headers ask for.
+"""Read a request: parameters from the query and from a JSON body or a form, and headers.
 
-Names, types and bounds are checked by the schemas.
+The schemas check names, types and bounds.
 """
 
 import asyncio
@@ -39,12 +39,13 @@ Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=RequestSchema)
 P = ParamSpec("P")
-KEY = re.compile(r"[\x20-\x7e]{1,255}")  # of an Idempotency-Key
-MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
-MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
-SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
+KEY = re.compile(r"[\x20-\x7e]{1,255}")  # an Idempotency-Key
+MAX_MARKS = 4096  # the most MARKS in a body. A request has some forty, plus any in its class names
+# starts of lists, objects and members. Python's garbage collector visits them repeatedly while it makes more
+MARKS = b"[{:"
+SMALL_BYTES = 64 * 1024  # parsed in the event loop, in a millisecond or two; larger bodies are parsed in a thread
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "keep", "show", "webhook_events_filter"})
-# What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
+# Only bytes other than these, such as brackets and quotes, take a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
@@ -52,7 +53,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
     """Pick the offered type of the highest quality in Accept, the earlier one on a tie.
 
     An offered type has the quality of the most specific range that matches it. An empty header accepts anything.
-    Raises NotAcceptable if no type matches. hint: ends its list of types.
+    Raises NotAcceptable if no type matches. hint: text after the list of types in that error.
     """
     accept = ", ".join(request.headers.getlist("accept"))  # several headers are one list
     if not accept.strip():
@@ -77,7 +78,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
 
 
 def qualities(header: str) -> list[tuple[str, float]]:
-    """List the names in a header such as Accept or Accept-Encoding, in small letters, with their quality in 0..1."""
+    """List the names in a header such as Accept or Accept-Encoding, in lower case, each with its quality in 0..1."""
     return [_quality(part) for part in header.split(",") if part.strip()]
 
 
@@ -95,9 +96,9 @@ def _quality(part: str) -> tuple[str, float]:
 
 
 def cache_directives(request: Request) -> frozenset[str]:
-    """Read the directives for caches, as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
+    """Return the cache directives of a request, such as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
 
-    Pragma counts only where there is no Cache-Control (section 5.4).
+    Pragma counts only without Cache-Control (section 5.4).
     """
     headers = request.headers
     directives = parse_http_list(", ".join(headers.getlist("cache-control") or headers.getlist("pragma")))
@@ -105,9 +106,9 @@ def cache_directives(request: Request) -> frozenset[str]:
 
 
 def has_answer(request: Request, etag: str) -> bool:
-    """Say whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
+    """Return whether the client already has this answer (RFC 9110, section 13.1.2; the weak comparison).
 
-    `*` matches whatever a GET or HEAD would answer. The answer to a POST is no resource, and `*` matches none.
+    `*` matches any answer to GET or HEAD. It matches no answer to POST, because that answer is not a resource.
     """
     names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
     return etag in names or ("*" in names and request.method in ("GET", "HEAD"))
@@ -121,10 +122,10 @@ def check_encoding(request: Request) -> None:
 
 
 def key_in_headers(request: Request) -> str | None:
-    """Read the Idempotency-Key; a structured-field string may be quoted or not.
+    """Read the Idempotency-Key, with or without the quotes of a structured-field string. None without the header.
 
-    Raises InvalidField, and MalformedRequest for two of them: only headers that are lists may come twice (RFC 9110,
-    section 5.3).
+    Raises InvalidField, and MalformedRequest for two headers: only list headers may be repeated (RFC 9110, section
+    5.3).
     """
     if not (headers := request.headers.getlist("idempotency-key")):
         return None
@@ -139,7 +140,7 @@ def key_in_headers(request: Request) -> str | None:
 
 
 def media_type_of(request: Request) -> str:
-    """Return the media type of the body, in small letters; empty where the request does not say it."""
+    """Return the media type of the body, in lower case; empty without a Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -149,9 +150,9 @@ def is_form(request: Request) -> bool:
 
 
 async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in query and body. Returns the valid ones, and the errors of the others.
+    """Read the parameters in query and body. Returns the valid parameters, and the errors of the others.
 
-    Raises UnsupportedEncoding, UnsupportedMediaType, and what is wrong with a body.
+    Raises UnsupportedEncoding, UnsupportedMediaType, and the errors of `read_form` and `read_json`.
     """
     check_encoding(request)
     query, errors = from_query(request)
@@ -159,7 +160,7 @@ async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, A
         if name in query:
             bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
             errors.add(InvalidField.of(name, bound, query.pop(name)))
-    if "webhook" in query:  # whose secrets logs and histories would have
+    if "webhook" in query:  # its URL may have secrets, which logs and histories would keep
         errors.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
     if is_form(request):
         form = await read_form(request, limits.max_image_bytes, PICTURES)
@@ -176,13 +177,15 @@ async def parse_call(
     errors: ValidationErrors | None = None,
     context: object = None,
 ) -> Kind:
-    """Check the parameters of a call, in a thread where there is much base64. Raises as RequestSchema.parse."""
+    """Check the parameters of a call, in a thread if they have much base64. Raises the errors of
+    RequestSchema.parse.
+    """
     size_bytes = sum(len(values[name]) for name in PICTURES if isinstance(values.get(name), str))
     return await off_loop(size_bytes, kind.parse, values, bounds, errors, context)
 
 
 def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in the query. Returns the valid ones, and the errors of the others."""
+    """Read the parameters in the query. Returns the valid parameters, and the errors of the others."""
     errors = ValidationErrors()
     return from_items(request.query_params.multi_items(), "the query", errors), errors
 
@@ -190,7 +193,7 @@ def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationError
 def in_query(kind: type[Kind]) -> Any:
     """Make the dependency that reads a call's parameters from the query."""
 
-    async def parse(request: Request) -> Kind:  # FastAPI would run it in a thread otherwise
+    async def parse(request: Request) -> Kind:  # FastAPI runs plain functions in a thread
         values, errors = from_query(request)
         return kind.parse(values, errors=errors)
 
@@ -210,14 +213,14 @@ BARE = [Depends(no_parameters)]  # the dependencies of such a call
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
-    """Parse bytes of a client; many bytes in a thread, so that the event loop answers others meanwhile."""
+    """Run a parser on a client's bytes, in a thread for more than SMALL_BYTES, so that the event loop stays free."""
     if size_bytes <= SMALL_BYTES:
         return parse(*args, **kwargs)
     return await asyncio.to_thread(parse, *args, **kwargs)
 
 
 async def chunks_of(request: Request) -> AsyncIterator[bytes]:
-    """Yield the pieces of a body. Raises JobCancelled if the client goes away first."""
+    """Yield the pieces of a body. Raises JobCancelled if the client disconnects first."""
     try:
         async for chunk in request.stream():
             yield chunk
@@ -226,29 +229,34 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form. files: the fields that may hold an image. Raises as `parse_form`, and JobCancelled."""
+    """Read a form. files: names of the fields that may be an image. Raises JobCancelled and the errors of
+    `parse_form`.
+    """
     body, held = await read_body(request), body_of(request.scope)
     with held.budget.hold(SMALL_BYTES, held.owner) as copies:
-        copies.add(len(body))  # its parts are copied out of it
+        copies.add(len(body))  # parsing copies the parts
         return await off_loop(len(body), parse_form, body, request.headers["content-type"], max_bytes, files)
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a body. Not by `request.body()`, which keeps it as long as the request. Raises as `chunks_of`."""
+    """Read a body. Raises the errors of `chunks_of`.
+
+    `request.body()` would keep the bytes as long as the request.
+    """
     return b"".join([chunk async for chunk in chunks_of(request)])
 
 
 async def read_json(request: Request, max_bytes: int, taken: Collection[str] | None = (JSON,)) -> dict[str, Any]:
-    """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end.
+    """Read a JSON body. max_bytes bounds everything but the pictures; reading stops early at a larger body.
 
-    taken: the media types of bodies that the call takes; a body of another is refused, and one of none is JSON. None:
-    whatever the type, the body is JSON, as where others have defined the call and their clients name none.
+    taken: the media types that the call takes, for the error. A body without a type is JSON, and any type but JSON is
+    refused. None: a body of any type is JSON, because clients of an API that others defined may name none.
 
-    Raises UnsupportedMediaType and what is wrong with a body.
+    Raises UnsupportedMediaType and the errors of `from_body`.
     """
     body, costly_bytes, declared = bytearray(), 0, media_type_of(request)
     async for chunk in chunks_of(request):
-        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may say what it likes
+        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may name any type
             raise UnsupportedMediaType.of(request.headers["content-type"], taken)
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
@@ -258,9 +266,9 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
 
 
 def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationErrors) -> dict[str, Any]:
-    """Turn the items of a query or a form into parameters; lists repeat their name.
+    """Turn the items of a query or a form into parameters. List fields repeat their name.
 
-    Another field that comes twice is left out: a ConflictingField goes into errors.
+    Any other field that is repeated is left out, and a ConflictingField is added to errors.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -278,8 +286,8 @@ def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationE
 def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
     """Parse a JSON object; an empty body has no parameters.
 
-    max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a name
-    that comes twice.
+    max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a
+    repeated name.
     """
     costly = body.translate(None, BASE64)
     if len(costly) > max_bytes:
@@ -301,7 +309,9 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], errors: ValidationErrors) -> dict[str, Any]:
-    """Join query and body. A field with two values is left out: a ConflictingField goes into errors."""
+    """Merge query and body. A field with two different values is left out, and a ConflictingField is added
+    to errors.
+    """
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):
@@ -327,7 +337,7 @@ def _same_scalar(query_value: str, body_value: Any) -> bool:
     if not (NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)):
         return False
     try:
-        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are one guidance
+        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are the same guidance
     except InvalidOperation:  # an exponent of twenty digits
         return False
 
@@ -346,9 +356,9 @@ def _no_constant(name: str) -> None:
 
 
 async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
-    """Wait for something; if the client goes away first, cancel it and raise JobCancelled.
+    """Wait for `wanted`. If the client disconnects first, cancel it and raise JobCancelled.
 
-    The body has been read, or is of no use: then what is wrong with it may be raised too, such as SlowBody.
+    The rest of the body is received and discarded meanwhile, and its errors are raised too, such as SlowBody.
     """
     wait = asyncio.ensure_future(wanted)
     gone = asyncio.ensure_future(_disconnected(request))

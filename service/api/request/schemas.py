@@ -1,6 +1,6 @@
 """The parameters of each kind of call, as pydantic models that check names, types and bounds.
 
-What depends on the model is in specs.py, which makes plain values of them.
+Checks that depend on the model are in specs.py, which turns these models into plain values.
 """
 
 import binascii
@@ -59,23 +59,27 @@ MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
-DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # ours, by those of diffusers
-BOUND = "x-bound"  # in the JSON schema of a field: what it must be, in words, where they do not follow from its type
-DEFAULT = "x-default"  # in the JSON schema of a field: what it is where it is left out, in words
+DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # our names by the names of diffusers
+BOUND = "x-bound"  # key in a field's JSON schema: the bound in words, where the type does not give it
+DEFAULT = "x-default"  # key in a field's JSON schema: the default in words
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 SETTINGS = ("sampler", "steps", "guidance")
-# Parameters that decide what the settings are where those are left out.
+# Parameters that decide the default settings.
 DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
 BIT_DEPTHS = (8, 16, 32)
-MAX_ITEMS = 16  # of a list that is looked at, unless more are allowed
-OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # whose bounds depend on the model alone
+MAX_ITEMS = 16  # the most items of a list that are checked, unless its bound allows more
+OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # parameters with bounds that depend only on the model
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
-# One spelling for each value, in text as in JSON: Python's int and float, and pydantic's bool, know many more.
+# Each value has one accepted spelling, in text and in JSON. Python's int and float and pydantic's bool accept many
+# more.
 
 
 def _whole(value: object) -> int:
-    """To JSON Schema, and so to OpenAPI, 5.0 is an integer; above 2^53 a float may not be the number that was sent."""
+    """Return an integer, or a float with an integer value. Raises ValueError.
+
+    JSON Schema, and so OpenAPI, counts 5.0 as an integer. Above 2^53 a float may differ from the number that was sent.
+    """
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
@@ -104,7 +108,7 @@ def _boolean(value: object) -> bool:
 
 
 def _image_bytes(value: object, info: ValidationInfo) -> bytes:
-    """Decode base64, or a data: URL with it (RFC 2397); bytes, from a form's file, stay as they are."""
+    """Decode base64, or a data: URL that contains it (RFC 2397). Bytes come from a form's file and stay unchanged."""
     if isinstance(value, bytes):
         return value
     field = info.field_name or ""
@@ -117,12 +121,12 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
             raise InvalidImage.of(field, ENCODED_IMAGE, f"a data: URL without base64: {head}")
     try:
         return binascii.a2b_base64("".join(encoded.split()), strict_mode=True)
-    except ValueError as error:  # binascii.Error, or the complaint about a letter that is not ASCII
+    except ValueError as error:  # binascii.Error, or the error for a character that is not ASCII
         raise InvalidImage.of(field, ENCODED_IMAGE, f"{value[:40]!r} ({error})") from None
 
 
 def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value  # of a query
+    return [value] if isinstance(value, str) else value  # a query with one item gives text
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -132,15 +136,15 @@ def _each_once(values: list[Any]) -> list[Any]:
 
 
 def in_words(default: str, bound: str = "") -> Any:
-    """Say a field's default in words, and its bound where it does not follow from the type.
+    """Describe a field's default in words, and its bound where the type does not give it.
 
-    A `default` in the OpenAPI document would be sent by generated clients.
+    Generated clients would send a `default` that stands in the OpenAPI document.
     """
     words = {DEFAULT: default, BOUND: bound}
     return Field(json_schema_extra={name: text for name, text in words.items() if text})
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
+Whole = Annotated[int, BeforeValidator(_whole)]  # refuses text, which has another meaning in the same field
 AsInteger = BeforeValidator(_integer)
 Int = Annotated[int, AsInteger]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
@@ -172,19 +176,19 @@ EachOnce = Annotated[
 Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
 
 
-# --- bounds: each is stated once, as JSON Schema, then checked, described and worded ---
+# --- bounds: each is stated once, as JSON Schema, for checks, the OpenAPI document and error messages ---
 
 
 class Bound(NamedTuple):
-    """A bound that narrows a parameter further than its own field, by the JSON Schema type of its values."""
+    """A bound narrower than the one in the parameter's field: a schema for each JSON Schema type of its values."""
 
-    integer: Schema | None = None  # also of the items of its lists
+    integer: Schema | None = None  # also bounds the items of lists
     string: Schema | None = None
     array: Schema | None = None
-    words: str = ""  # where they do not follow from the rest
+    words: str = ""  # the bound in words, where the schemas do not give it
 
     def of_kind(self, kind: str) -> Schema:
-        """Return what narrows the values of a type of JSON Schema."""
+        """Return the schema that bounds values of a JSON Schema type; empty for no bound."""
         return getattr(self, kind, None) or {}
 
     def allows(self, value: int | str) -> bool:
@@ -243,13 +247,13 @@ def _bounds(
 
 
 def max_items(schema: Schema, bound: Bound) -> int:
-    """Return how many items of a list are looked at, at most. schema: of its field."""
+    """Return the most items of a list that are checked. schema: the field's JSON Schema."""
     kinds = (bound.of_kind("array"), *schema.get("anyOf", [schema]))
     return max(MAX_ITEMS, *(int(each.get("maxItems", 0)) for each in kinds))
 
 
 def words_of(schema: Schema, bound: Bound) -> str:
-    """Say what a parameter must be. schema: of its field."""
+    """Describe in words what a parameter must be. schema: the field's JSON Schema."""
     kind = next(each for each in schema.get("anyOf", [schema]) if each["type"] != "null")
     if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
         return str(words)
@@ -287,9 +291,10 @@ def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name parameters as POST /sample does; returns them, and the name that was given, by ours.
+    """Rename parameters to the names of POST /sample. Returns the parameters, and the names in the request by our
+    names.
 
-    names: ours, by the others. Raises ConflictingField for a parameter that is given by two names.
+    names: our names by the other API's names. Raises ConflictingField for a parameter that is given by two names.
     """
     given_as: dict[str, str] = {}
     for name, value in given.items():
@@ -300,7 +305,7 @@ def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[di
 
 @contextmanager
 def named_as_given(given_as: Mapping[str, str]) -> Iterator[None]:
-    """Name a parameter in an error as the request does. given_as: see `by_our_names`."""
+    """Make errors in the block name parameters as the request does. given_as: the second result of `by_our_names`."""
     try:
         yield
     except (InvalidField, InvalidImage) as error:
@@ -322,7 +327,7 @@ class RequestSchema(BaseModel):
     """The parameters of one kind of call."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    other_names: ClassVar[Collection[str]] = ()  # that are taken too, and are not those of fields
+    other_names: ClassVar[Collection[str]] = ()  # accepted names that are not fields
 
     @classmethod
     def parse(
@@ -334,8 +339,8 @@ class RequestSchema(BaseModel):
     ) -> Self:
         """Check names and types, and the bounds that the fields declare.
 
-        bounds: those that depend on the model. errors: what is wrong already. context: for the validators of the class.
-        Raises UnknownField, InvalidField or InvalidImage, with all that is wrong.
+        bounds: the bounds that depend on the model. errors: errors found earlier. context: passed to the class's
+        validators. Raises UnknownField, InvalidField or InvalidImage, which carries all errors.
         """
         errors, bounds, parsed = errors or ValidationErrors(), bounds or {}, None
         with errors.collect():
@@ -343,7 +348,7 @@ class RequestSchema(BaseModel):
         given = {name: value for name, value in values.items() if name in cls.model_fields}
         for name, value in list(given.items()):
             most = max_items(_schema_of(cls)[name], bounds.get(name, Bound()))
-            if isinstance(value, list) and len(value) > most:  # pydantic would look at each item
+            if isinstance(value, list) and len(value) > most:  # pydantic would check each item
                 words = cls.words(name, bounds)
                 detail = f"{name} must be {words}, got a list of {len(value)}"
                 errors.add(InvalidField(detail, field=name, value=given.pop(name), bound=words))
@@ -353,20 +358,20 @@ class RequestSchema(BaseModel):
             for each in wrong.errors(include_url=False, include_input=False):
                 name, error = str(each["loc"][0]), each.get("ctx", {}).get("error")
                 given.pop(name, None)
-                if name in errors:  # a list that is left out, where it is required
+                if name in errors:  # a required list that was removed above
                     continue
                 if not isinstance(error, ServiceError):
                     error = InvalidField.of(name, cls.words(name, bounds), values.get(name))
                 errors.add(error)
         if parsed is None or errors:
             right = {name: value for name, value in given.items() if name not in (*PICTURES, *errors)}
-            with suppress(ValidationError):  # what is required may be wrong
+            with suppress(ValidationError):  # a required parameter may be among the invalid ones
                 cls.model_validate(right, context=context).check_bounds(bounds, errors)
             errors.raise_all()
         return parsed
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
-        """Add the parameters that are out of the model's bounds, whatever the others are."""
+        """Add an error for each parameter outside the model's bounds."""
         for name in OF_MODEL:
             value = getattr(self, name, None)
             if value is not None and name in bounds and not bounds[name].allows(value):
@@ -374,7 +379,7 @@ class RequestSchema(BaseModel):
 
     @classmethod
     def words(cls, name: str, bounds: Bounds) -> str:
-        """Say what a parameter must be."""
+        """Describe in words what a parameter must be."""
         return words_of(_schema_of(cls)[name], bounds.get(name, Bound()))
 
 
@@ -384,7 +389,7 @@ def _schema_of(kind: type[RequestSchema]) -> Mapping[str, Schema]:
 
 
 class Sampling(RequestSchema):
-    """How to sample. GET /model tells the bounds that vary by model."""
+    """Parameters of sampling. GET /model lists the bounds that depend on the model."""
 
     n: Annotated[Int, in_words("1")] = 1
     """The number of images. The server's `--max-n` sets the maximum."""
@@ -392,12 +397,13 @@ class Sampling(RequestSchema):
         Int | None,
         in_words("recommended for the model, or `good_steps` of the sampler in `GET /model`"),
     ] = None
-    """The number of denoising steps. T at most, and fewer for a sampler that takes more passes than steps: see
-    `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for."""
+    """The number of denoising steps, at most T. A sampler that takes more passes than steps allows fewer: see
+    `max_steps` in `GET /model`. Samplers of tables take only the steps that they have tables for.
+    """
     sampler: Annotated[
         str | None, in_words("recommended for the model; where `steps` is given, `default_sampler` of `GET /model`")
     ] = None
-    """The sampler. `sampler_details` of `GET /model` says when to take which."""
+    """The sampler. `sampler_details` of `GET /model` says when to use each."""
     eta: Annotated[Share | None, in_words("0")] = None
     """The noise that `ddim` adds at each step. Other samplers refuse it."""
     seed: Annotated[Seed | None, in_words("drawn")] = None
@@ -427,8 +433,9 @@ class Sampling(RequestSchema):
     timestep_spacing: Annotated[str | None, in_words("by sampler, in `timestep_spacings` of `GET /model`")] = None
     """How the steps are spread over the timesteps. Samplers of tables refuse it."""
     nearest: Annotated[Bool | None, in_words("false")] = None
-    """With a sampler of tables (`tuned`, `consistency`): take the nearest steps and guidance that have a table, where
-    those asked for have none. Other samplers refuse it."""
+    """With a sampler of tables (`tuned`, `consistency`): whether to take the nearest steps and guidance that have a
+    table, if the requested ones have none. Other samplers refuse it.
+    """
     table: Annotated[
         str | None, Field(pattern="^[0-9a-f]{16}$"), in_words("any", "16 hexadecimal digits, in small letters")
     ] = None
@@ -439,7 +446,7 @@ class Sampling(RequestSchema):
     """Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered 504."""
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
-        """Add the parameters that are out of the model's bounds, whatever the others are."""
+        """Add an error for each parameter outside the model's bounds."""
         super().check_bounds(bounds, errors)
         if self.index > MAX_INDEX + 1 - self.n:
             errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
@@ -450,7 +457,7 @@ class Sampling(RequestSchema):
 
 
 class Edit(RequestSchema):
-    """What to begin with instead of noise."""
+    """Parameters of an edit, which starts from an image instead of noise."""
 
     strength: Annotated[PositiveShare | None, in_words("none")] = None
     """With `image`: the share of the denoising steps that run again."""
@@ -462,7 +469,7 @@ class Edit(RequestSchema):
 
 
 class SampleRequest(Edit, Sampling):
-    """What to sample, and how."""
+    """Parameters of sampling and of edits, shared by all calls that make images."""
 
     class_label: Annotated[
         Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None, in_words("no class")
@@ -504,7 +511,7 @@ class FloatsRequest(RequestSchema):
 
 
 class PreviewRequest(RequestSchema):
-    """The frames of a running job: how often, of what, and how encoded."""
+    """Parameters of a running job's frames: their rate, content and format."""
 
     every: Annotated[Every | None, in_words("none")] = None
     """Send a frame after every so many steps, counted in passes."""
@@ -539,7 +546,7 @@ class PreviewRequest(RequestSchema):
 
     @property
     def shows(self) -> tuple[Show, ...]:
-        """What is shown, in the order asked for."""
+        """The kinds of image in the frames, in the order of the request."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
     @property
@@ -549,14 +556,14 @@ class PreviewRequest(RequestSchema):
 
 
 class StreamCall(PreviewRequest, SampleRequest):
-    """What a message of a WebSocket asks for."""
+    """Parameters of a job in a WebSocket message."""
 
     keep_open: Annotated[Bool, in_words("false")] = False
     """After the job, wait for another one instead of closing."""
 
 
 class SampleCall(FloatsRequest, SampleRequest):
-    """What POST /sample and GET /sample ask for. The context of its validators is the media type of the answer."""
+    """Parameters of POST /sample and GET /sample. The context of its validators is the media type of the answer."""
 
     every: Annotated[Every | None, in_words("no frames")] = None
     """With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, counted in
@@ -592,24 +599,25 @@ class SampleCall(FloatsRequest, SampleRequest):
 
     @property
     def shows(self) -> tuple[Show, ...]:
-        """What is shown, in the order asked for."""
+        """The kinds of image in the frames, in the order of the request."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
 
 class JobCall(SampleRequest):
-    """What POST /jobs asks for: what to sample, and who is told of the job (Cog's names).
+    """Parameters of POST /jobs: a sample, and a webhook with the names of Cog.
 
-    The context of its validators is the receivers that may be told beside public ones; None: nobody may be told.
+    The context of its validators is the AllowedReceivers, or None if the server sends no webhooks.
     """
 
     webhook: Annotated[Url | None, in_words("none")] = None
-    """The URL that is sent the job when something happens to it. Only for durable jobs, and only in the body, not in
-    the query."""
+    """The URL that receives the job at each of its events. Only for durable jobs, and only in the body, not in the
+    query.
+    """
     webhook_events_filter: Annotated[
         Event | Annotated[EachOnce[Event], Field(max_length=len(EVENTS))] | None,
         in_words("all", f"a list of {', '.join(EVENTS)}, each at most once"),
     ] = None
-    """The events that `webhook` is told."""
+    """The events that are sent to `webhook`."""
 
     @field_validator("webhook", mode="before")
     @classmethod
@@ -617,7 +625,7 @@ class JobCall(SampleRequest):
         if value is None:
             return value
         if not isinstance(value, str):
-            raise refused("text", "")  # it may have a URL somewhere, and errors are logged
+            raise refused("text", "")  # the value may contain a URL, and errors are logged
         if not isinstance(info.context, AllowedReceivers):
             raise refused(OFF, value)
         Receiver.parse(value, info.context)
@@ -632,7 +640,7 @@ class JobCall(SampleRequest):
 
     @property
     def receiver(self) -> Webhook | None:
-        """Who is told of the job, and of what."""
+        """The webhook of the job; None without one."""
         if self.webhook is None:
             return None
         named = self.webhook_events_filter or list(EVENTS)

@@ -1,4 +1,4 @@
-"""From the parameters of a request to a spec: what depends on the model, and on each other, is checked here. Pure."""
+"""Make a spec from a request's parameters. Checks that depend on the model or on several parameters are here. Pure."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ from tminus.service.errors import BodyTooLarge, InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 
-SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+SEED_BITS = 53  # JavaScript's numbers hold a drawn seed exactly
 Labels = tuple[int | None, ...] | None
 
 
 def spec_of(
     parameters: SampleRequest, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits
 ) -> SampleSpec:
-    """Check the parameters against the model and the limits, and fill in what was left out.
+    """Check the parameters against the model and the limits, and fill in the defaults.
 
-    Raises InvalidField, with all that is wrong, and BodyTooLarge.
+    Raises InvalidField, which carries all errors, and BodyTooLarge.
     """
     errors, bounds = ValidationErrors(), bounds_of(model, limits)
     parameters.check_bounds(bounds, errors)
@@ -41,7 +41,7 @@ def spec_of(
     interval = parameters.guidance_interval
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < model.num_timesteps):
         errors.add(InvalidField.of("guidance_interval", parameters.words("guidance_interval", bounds), interval))
-    if "sampler" in errors:  # all else depends on it
+    if "sampler" in errors:  # all other checks depend on it
         errors.check()
     can_guide = model.null_class is not None and labels is not None and None not in labels
     settings = settings_of(parameters.decisive(), model, can_guide=can_guide)
@@ -106,7 +106,7 @@ def _check_edit(max_image_bytes: int, model: ModelInfo, parameters: SampleReques
 
 
 def check_uploads(model: ModelInfo) -> None:
-    """Raise InvalidField for a model with more channels than a picture holds."""
+    """Raise InvalidField if the model has more channels than a picture holds."""
     if not model.fits_pictures:
         bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
@@ -125,7 +125,7 @@ def _check_guidance(parameters: SampleRequest, guidance: float, model: ModelInfo
 
 
 def refuse_float_depth(spec: SampleSpec, model: ModelInfo, where: str) -> None:
-    """Raise InvalidField for floats, where pictures alone are given."""
+    """Raise InvalidField if the spec asks for floats. where: why the answer has pictures only, for the error."""
     if spec.depth == 32:
         depths = " or ".join(str(depth) for depth in bit_depths(model.channels) if depth != 32)
         raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
@@ -148,17 +148,17 @@ def with_inputs(spec: SampleSpec, parameters: SampleRequest, inputs: Inputs | No
 
 
 def settings_of(given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool) -> Recommended:
-    """Return the sampler, steps and guidance that a request takes. Whether there are such is for others to check.
+    """Return the sampler, steps and guidance of a request, with defaults filled in. They are not checked here.
 
-    given: its parameters by name, without those that it leaves out. can_guide: whether each of its images has a class,
-    and the model a null class.
+    given: the parameters in the request, by name. can_guide: whether each image has a class, and the model a null
+    class.
     """
     return replace(_left_out(given, model, can_guide), **{name: given[name] for name in SETTINGS if name in given})
 
 
 def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Recommended:
     own = model.recommended
-    if "table" in given and model.tables:  # of another hash it is refused, whichever table stands here
+    if "table" in given and model.tables:  # a wrong hash is refused later, so any table will do
         named = [table for table in model.tables if table.hash == given["table"]]
         return _settings_of_table((named or model.tables)[0])
     sampler = given.get("sampler", model.default_sampler if "steps" in given else own.sampler)
@@ -173,12 +173,12 @@ def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Re
         return _settings_of_table(nearest(tables, own.steps, own.guidance))
     usual = usual_settings(model.num_timesteps)
     if given.keys() & {"sampler", "nearest"} or usual.sampler not in model.samplers:
-        return own  # which is refused, or the nearest table is taken
+        return own  # refused later, unless the nearest table is taken
     return replace(usual, guidance=own.guidance)
 
 
 def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Recommended:
-    """Return the settings with the guidance that there is a table for, and its steps where none are named."""
+    """Return the settings with the guidance of a fitting table, and with its steps if the request names none."""
     tables = [table for table in model.tables if table.sampler == settings.sampler]
     if "steps" in given and not given.get("nearest"):
         tables = [table for table in tables if table.steps == settings.steps]
@@ -186,13 +186,13 @@ def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInf
     if not fitting and can_guide and "guidance" not in given:
         fitting = tables
     if not fitting:
-        return settings  # which is refused
+        return settings  # refused later
     table = nearest(fitting, settings.steps, settings.guidance)
     return replace(settings, steps=given.get("steps", table.steps), guidance=table.guidance)
 
 
 def tables_for(given: Mapping[str, Any], model: ModelInfo, sampler: str, guidance: float) -> list[Table]:
-    """Return the tables of a sampler for this guidance, where what else a request asks for can be had of a table."""
+    """Return a sampler's tables for this guidance; none if the request sets timestep_spacing."""
     if "timestep_spacing" in given:  # a table has its own timesteps
         return []
     return [table for table in model.tables if (table.sampler, table.guidance) == (sampler, guidance)]
@@ -203,7 +203,7 @@ def _settings_of_table(table: Table) -> Recommended:
 
 
 def named_by(given: Mapping[str, Any]) -> str:
-    """Say which settings a request names itself, for the metric: table, both, sampler, steps or none."""
+    """Return which settings the request names, for the metric: table, both, sampler, steps or none."""
     if "table" in given:
         return "table"
     if given.keys() >= {"sampler", "steps"}:
@@ -215,7 +215,7 @@ def named_by(given: Mapping[str, Any]) -> str:
 
 
 def _table_of(parameters: SampleRequest, model: ModelInfo, settings: Recommended) -> Table | None:
-    """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
+    """Return the checkpoint's table for this request; None for a sampler without tables. Raises InvalidField."""
     sampler = settings.sampler
     if sampler not in TABLE_SAMPLERS:
         for name in ("nearest", "table"):
@@ -233,9 +233,9 @@ def _table_of(parameters: SampleRequest, model: ModelInfo, settings: Recommended
 def choose_table(
     model: ModelInfo, settings: Recommended, *, take_nearest: bool = False, table_hash: str | None = None
 ) -> Table:
-    """Choose the table for these settings.
+    """Choose the table for these settings. Raises InvalidField, which lists the tables.
 
-    take_nearest: of the tables that are guided, or not, as asked. Raises InvalidField, which lists what there is.
+    take_nearest: whether the nearest table will do. A guided request never gets an unguided table, and conversely.
     """
     sampler, steps, guidance = settings.sampler, settings.steps, settings.guidance
     tables = [table for table in model.tables if table.sampler == sampler]
@@ -258,7 +258,7 @@ def choose_table(
 
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:
-    """List the parameters that make this spec again, but for the pixels; the way back from `spec_of`."""
+    """Return the parameters that make this spec again, without the pixels: the inverse of `spec_of`."""
     parameters = spec.to_json()
     parameters["class_label"] = parameters.pop("class_labels")
     if spec.sampler != "ddim":
