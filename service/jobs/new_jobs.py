@@ -1,6 +1,6 @@
-"""Accepts durable jobs: one for each Idempotency-Key, within the quotas of the API key.
+"""Accepts durable jobs: one per Idempotency-Key, within the quotas of the API key.
 
-A job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
+An accepted job is finished whatever happens to the client or to this process (lifecycle.py).
 """
 
 import asyncio
@@ -20,26 +20,27 @@ from tminus.service.work import Outlook
 from tminus.service.worker.running_job import NewJob
 from tminus.service.worker.worker import Worker
 
-# Events that one receiver of an owner may be owed: a look for what is due goes through them. And when to look again.
+# Most undelivered events for one receiver of an owner, since each search for due events reads them; Retry-After beyond
+# it.
 MOST_OWED, OWED_S = 10_000, 60
 
 
 class _KeyTaken(Exception):
-    """Another job has the Idempotency-Key. An exception, so that no quota is charged."""
+    """Another job has the Idempotency-Key. It is an exception so that no quota is charged."""
 
 
 class NewJobs:
-    """Accepts jobs, or leaves them to a replica with room. In the event loop's thread only."""
+    """Accepts jobs, or leaves them to a replica with room. Used in the event loop's thread only."""
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
-        self._entering: dict[str, str] = {}  # jobs that are being accepted, with whose they are
-        # Of each key, held while its job is looked for and added; other keys do not wait for a store that is slow.
+        self._entering: dict[str, str] = {}  # owners of jobs that are being accepted, by job id
+        # One lock per key, held while the key's job is looked up and added. Other keys do not wait for a slow store.
         self._keyed = WeakValueDictionary[str, asyncio.Lock]()
-        self._counts: list[tuple[str, set[str]]] = []  # that are being made, of whose jobs, and what was found so far
+        self._counts: list[tuple[str, set[str]]] = []  # counts in progress: the owner, and the jobs found so far
 
     def number_here(self, owner: str) -> int:
-        """How many jobs of an owner have not ended that this process knows."""
+        """Return the number of an owner's unfinished jobs that this process knows."""
         return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
 
     async def number_elsewhere(self, owner: str) -> int:
@@ -68,10 +69,11 @@ class NewJobs:
         *,
         charged: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> tuple[JobView, bool]:
-        """Accept a job as a durable one. Returns it, and whether the key was used before: it is the earlier job then.
+        """Accept a durable job. Return it, and whether the key was used before: then it is the earlier job.
 
-        webhook: who is told of it. charged: is entered if a new job is made, not for a repeat, and left by an exception
-        if it is not accepted. Raises KeyReused, StorageFailed, and what Worker.submit does.
+        webhook: the receiver of its events. charged: a context that is entered for a new job, not for a repeat, and
+        that exits with an exception if the job is not accepted. Raises KeyReused, StorageFailed, and the errors of
+        Worker.submit.
         """
         lifecycle = self._jobs.of_model(new.work.model)
 
@@ -81,13 +83,13 @@ class NewJobs:
 
         if key is None:
             return await create(), False
-        # Here and not in the stores: those of other weights do not know of each other's keys.
+        # The lock is here and not in the stores, since stores of different weights do not share keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
             try:
                 return await create(), False
-            except _KeyTaken:  # by a job of another server, at the same time
+            except _KeyTaken:  # another server added a job with the key at the same time
                 found = await self._find_by_key(key, lifecycle.served.name)
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
@@ -99,7 +101,7 @@ class NewJobs:
         return error if leases is None else await leases.soonest(error, new.work)
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
-        """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
+        """Make the record of a job, and accept the job. Raises _KeyTaken and the errors of `create`."""
         if lifecycle.retention.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
@@ -116,10 +118,10 @@ class NewJobs:
             webhook=webhook,
             ahead_us=ahead_us,
         )
-        self._entering[new.id] = new.owner  # before anybody else can count
+        self._entering[new.id] = new.owner  # before the first await, so that every count includes the job
         try:
             if webhook is not None:
-                receiver = webhook.receiver  # what others are owed is theirs
+                receiver = webhook.receiver  # events of other owners do not count
                 if await lifecycle.store.call(JobStore.number_owed, new.owner, receiver, MOST_OWED) >= MOST_OWED:
                     raise Overloaded(
                         f"{MOST_OWED} events wait for the receiver {receiver} to take them",
@@ -130,7 +132,7 @@ class NewJobs:
             del self._entering[new.id]
         if outlook is None:
             raise _KeyTaken
-        if new.id not in self._known(new.owner):  # it is left to any, perhaps since a count has looked at its store
+        if new.id not in self._known(new.owner):  # left to any replica, perhaps after a count has read its store
             for whose, found in self._counts:
                 if whose == new.owner:
                     found.add(new.id)
@@ -138,7 +140,9 @@ class NewJobs:
         return replace(view, position=outlook.position, eta_s=outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
+        """Submit a new job to the worker or leave it to other replicas, and store it. Return None if its key has a job
+        by now.
+        """
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store
             self._worker.state.check_open()
@@ -168,7 +172,7 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused if by another request, or model."""
+        """Find the job that was created with a key. Raises KeyReused if its request or model was another."""
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):
