@@ -1,10 +1,11 @@
-"""The crash report: a file by which the next start learns how a process died, and on which jobs it worked.
+"""The crash report: a file that shows the next start how a process died, and on which jobs it worked.
 
-A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
-disk. After a power cut, which no job has caused, there may be nothing.
+The file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to
+the disk. After a power cut, which no job has caused, the file may be empty.
 
-A crash counts against the jobs of that moment, see job_runner.py. Two deaths count nothing: a kill from outside, unless
-the process hung, and a bus error, since a mapped file was cut or cannot be read (such as a converted network's).
+A crash counts against the jobs that the process worked on (job_runner.py). Two causes do not count: a kill from
+outside, unless the process hung; and a bus error, since it means that a mapped file (such as a converted network's)
+was cut or cannot be read.
 """
 
 import faulthandler
@@ -26,28 +27,27 @@ from tminus.service.worker.ticks import WorkerThread
 
 log = logging.getLogger(__name__)
 
-# What the file has at which byte: the machine, whether the process hangs, the jobs of each part, and what the signal
-# handler adds.
+# Byte offsets in the file: the machine, whether the process hangs, the jobs of each thread, and faulthandler's output.
 MACHINE_AT, HANG_AT, PARTS_AT, SIGNAL_AT = 0, 192, {"codes": 256, "steps": 1024}, 2**17
 HANGS = b"\1"
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
-POLL_INTERVAL_S = 0.5  # how often to look whether the process hangs
+POLL_INTERVAL_S = 0.5  # between two checks whether the process hangs
 OF_MAPPED_FILE = "Bus error"  # faulthandler's name of SIGBUS
-WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
+WRITE_S = 0.2  # a longer write is not waited for: a folder that is frozen or away must not stop the steps
 
 
 @dataclass(frozen=True, slots=True)
 class CrashReport:
-    """The end of a process that did not take its file with it."""
+    """Report left by a process that crashed or was killed. A clean shutdown deletes the file."""
 
-    cause: str | None  # what went wrong in the process; None where it was killed from outside, as far as can be told
-    jobs: frozenset[str]  # that may be the cause: what the process worked on there
+    cause: str | None  # the failure of the process; None if it was, by all signs, killed from outside
+    jobs: frozenset[str]  # jobs that may be the cause: jobs of the thread that failed, or all current jobs
     traceback: str = ""
 
 
 def prefix_of(*what: str) -> str:
-    """Return how a server's file names begin. Servers with the same settings have the same prefix."""
+    """Return the prefix of a server's file names. Servers with the same settings have the same prefix."""
     return "process-" + sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
@@ -55,40 +55,41 @@ class CrashFile:
     """Owns the file of this process, and the handler of the signals that end it.
 
     faulthandler writes a fatal signal into the file. An OOM kill is recognised by the kernel's count of such kills. A
-    thread of its own writes what the others work on, so that a disk that hangs stops none of them.
+    separate thread writes the current jobs, so that a disk that hangs stops no other thread.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        """Make the file. Raises OSError where that fails."""
+        """Create the file. Raises OSError if that fails."""
         self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        if not os.fstat(self._descriptor).st_nlink:  # another start took it for one that was left, before it was locked
+        # another start took the file for a leftover and deleted it before the lock
+        if not os.fstat(self._descriptor).st_nlink:
             raise FileNotFoundError(f"another start has deleted {self._file}")
-        os.posix_fallocate(self._descriptor, 0, BYTES)  # a disk that is full later has room for it
+        os.posix_fallocate(self._descriptor, 0, BYTES)  # reserves the space: the disk may be full later
         os.pwrite(self._descriptor, json.dumps(_machine()).encode() + b"\0", MACHINE_AT)
         os.lseek(self._descriptor, SIGNAL_AT, os.SEEK_SET)
         faulthandler.enable(self._descriptor)
         self._changed = threading.Condition()
-        self._unwritten: dict[int, bytes] = {}  # by its place
+        self._unwritten: dict[int, bytes] = {}  # by offset in the file
         self._worked_on: dict[WorkerThread, frozenset[str]] = {}
         self._hangs = self._closed = self._late = self._told = False
         self._stalled_s: Callable[[], float] = lambda: 0.0
         threading.Thread(target=self._write, name="tminus-crash-file", daemon=True).start()
 
     def watch(self, stalled_s: Callable[[], float]) -> None:
-        """Note from now on whether the process hangs. stalled_s: for how long; any thread may call it."""
+        """Record from now on whether the process hangs. stalled_s: seconds that it has hung, or 0; must be thread-safe."""
         self._stalled_s = stalled_s
 
     def work_on(self, part: WorkerThread, jobs: Collection[str]) -> None:
-        """Note what the thread that calls works on from now on. Nothing is raised where the disk cannot keep it."""
+        """Record the jobs that the calling thread works on from now on. Does not raise if the disk fails."""
         text, place = "\n".join([f"{threading.get_ident():x}", *jobs]).encode(), PARTS_AT[part]
         room = SIGNAL_AT - PARTS_AT["steps"] if part == "steps" else PARTS_AT["steps"] - PARTS_AT["codes"]
         with self._changed:
             self._worked_on[part] = frozenset(jobs)
             self._unwritten[place] = text[: room - 1] + b"\0"
             self._changed.notify_all()
-            if self._late:  # the disk hangs still
+            if self._late:  # the disk still hangs
                 return
             self._late = not self._changed.wait_for(lambda: place not in self._unwritten or self._closed, WRITE_S)
             if self._late:
@@ -110,7 +111,7 @@ class CrashFile:
                 self._tell(error)
             with self._changed:
                 self._late = False
-                if self._unwritten.get(place) is text:  # or else there is a newer one, after a disk that hung
+                if self._unwritten.get(place) is text:  # else a newer text replaced it while the disk hung
                     del self._unwritten[place]
                     self._changed.notify_all()
 
@@ -132,9 +133,10 @@ class CrashFile:
             log.warning("if a job ends this process, another may be taken for it: %s: %s", self._file, reason)
 
     def close(self) -> frozenset[str]:
-        """Delete the file: the process ends when it was asked to. Return the jobs to count a crash against if it hangs.
+        """Delete the file for a clean shutdown. Return the jobs to count a crash against: none unless the process
+        hangs.
 
-        The file's descriptor stays, as a thread that hangs may have it.
+        The file's descriptor stays open, since a thread that hangs may use it.
         """
         faulthandler.disable()
         with self._changed:
@@ -146,20 +148,20 @@ class CrashFile:
 
 
 def take_crash_reports(folder: Path, prefix: str) -> list[CrashReport]:
-    """Read, and delete, the files of processes that are there no more."""
+    """Read and delete the files of processes that no longer run."""
     reports = []
     for file in sorted(folder.glob(f"{prefix}-*{SUFFIX}")):
-        with suppress(OSError), file.open("r+b") as opened:  # NFS locks only what may be written
+        with suppress(OSError), file.open("r+b") as opened:  # NFS locks only files that are opened for writing
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
             data = opened.read()
-            file.unlink()  # first: a crash must not be counted twice
-            with suppress(ValueError, KeyError, TypeError):  # a file whose process died before it wrote anything
+            file.unlink()  # before parsing: a crash must not be counted twice
+            with suppress(ValueError, KeyError, TypeError):  # the process died before it wrote anything
                 reports.append(_parse_report(data))
     return reports
 
 
 def log_crash_reports(reports: Sequence[CrashReport]) -> None:
-    """Log how processes before this one ended."""
+    """Log how earlier processes ended."""
     for report in reports:
         jobs = listed(sorted(report.jobs)) or "no durable job"
         if report.cause is None:
@@ -180,11 +182,11 @@ def _parse_report(data: bytes) -> CrashReport:
         thread, *jobs = text_at(place).split("\n")
         worked_on[thread] = frozenset(jobs)
     every_job = frozenset[str]().union(*worked_on.values())
-    if data[HANG_AT:].startswith(HANGS):  # whatever ended it then
+    if data[HANG_AT:].startswith(HANGS):  # a hang comes first, whatever ended the process afterwards
         return CrashReport("it hung", every_job)
     of_signal = data[SIGNAL_AT:].decode(errors="replace")
     if found := re.search(r"Fatal Python error: (.+)", of_signal):
-        # Without a current thread it was one of a library's, which works for either part.
+        # Without a current thread, the signal hit a library's thread, which may work for either part.
         by = re.search(r"^Current thread 0x0*([0-9a-f]+).*\n((?: .*\n)*)", of_signal, re.MULTILINE)
         return CrashReport(found[1], worked_on.get(by[1], frozenset()) if by else every_job, by[2] if by else "")
     began, now = json.loads(text_at(MACHINE_AT)), _machine()
@@ -194,7 +196,7 @@ def _parse_report(data: bytes) -> CrashReport:
 
 
 def _machine() -> dict[str, str | int]:
-    """Which start of the machine this is, and how many processes it has killed for want of memory since."""
+    """Return the machine's boot id, and the number of OOM kills since that boot."""
     boot, kills = "", 0
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,6 +1,6 @@
-"""The durable jobs that this process holds: their states, which state may follow which, and the tasks that run them.
+"""Durable jobs that this process holds: their states, the transitions between states, and the tasks that run jobs.
 
-job_runner.py takes a job from one state to the next. In the event loop's thread only.
+job_runner.py takes a job from one state to the next. Used in the event loop's thread only.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from tminus.service.worker.worker import Worker
 
 
 class HeldState(Enum):
-    """Where a job is between its acceptance, or its claim, and its end."""
+    """State of a job between its acceptance or claim and its end."""
 
-    WAITING = auto()  # until the worker has room for it
+    WAITING = auto()  # the worker has no room for the job yet
     IN_WORKER = auto()  # the worker has the job, or its images are being read
-    LEFT = auto()  # for another start: this process has no room for it, or its worker ends or has crashed
-    ENDING = auto()  # it has ended, and the store does not have the end yet
-    ENDED = auto()  # the store has the end
-    LOST = auto()  # another replica has the job, or it was cancelled or deleted at another
+    LEFT = auto()  # left for another start: this process has no room for it, or its worker ends or has crashed
+    ENDING = auto()  # the job has ended, and its outcome is not stored yet
+    ENDED = auto()  # its outcome is stored
+    LOST = auto()  # another replica holds the job, or has cancelled or deleted it
 
 
 TRANSITIONS: dict[HeldState, frozenset[HeldState]] = {
@@ -39,12 +39,12 @@ LAST_STATES = {state for state, following in TRANSITIONS.items() if not followin
 
 @dataclass(slots=True)
 class ModelOfJobs:
-    """The model whose jobs these are. It may change while no job runs."""
+    """The model that a job belongs to. It may change while no job runs."""
 
     number: int
     info: ModelInfo
     limits: Limits
-    retired: bool = False  # whether the model is served no more
+    retired: bool = False  # whether the model is no longer served
 
     @property
     def name(self) -> str:
@@ -54,21 +54,21 @@ class ModelOfJobs:
 
 @dataclass(slots=True, eq=False)
 class HeldJob:
-    """A durable job that is held here."""
+    """A durable job that this process holds."""
 
     record: JobRecord
     model: ModelOfJobs
     state: HeldState = HeldState.WAITING
-    ending: JobRecord | None = None  # how it ended, from ENDING on
-    over: asyncio.Event = field(default_factory=asyncio.Event)  # set in the last states
+    ending: JobRecord | None = None  # the record with the outcome, from ENDING on
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # set in ENDED and LOST
     viewers: dict[Watch, Mailbox] = field(default_factory=dict)
 
     def may_become(self, state: HeldState) -> bool:
-        """Whether a state may follow the current one."""
+        """Return whether `state` may follow the current state."""
         return state in TRANSITIONS[self.state]
 
     def become(self, state: HeldState) -> None:
-        """Enter the next state. Mailboxes of a job that takes no more steps here are closed."""
+        """Enter the next state. The viewers' mailboxes close when the job takes no more steps in this process."""
         assert self.may_become(state), f"{self.state} -> {state}"
         self.state = state
         if state in LAST_STATES:
@@ -79,12 +79,12 @@ class HeldJob:
 
 
 class HeldJobs:
-    """Owns the durable jobs of one model that are held here, and who watches them."""
+    """Owns the durable jobs of one model that this process holds, and their viewers."""
 
     def __init__(self, worker: Worker, model: ModelOfJobs) -> None:
         self._worker, self._model = worker, model
         self._jobs: dict[str, HeldJob] = {}
-        self.idle = asyncio.Event()  # set while no job is held that this process ends
+        self.idle = asyncio.Event()  # set while every held job is LEFT, or there is none
         self.idle.set()
 
     def __iter__(self) -> Iterator[HeldJob]:
@@ -108,7 +108,7 @@ class HeldJobs:
         return job
 
     def move(self, job: HeldJob, state: HeldState) -> None:
-        """Move a job to its next state. In a last state it is held no more."""
+        """Move a job to its next state. A job in ENDED or LOST is no longer held."""
         job.become(state)
         if state is HeldState.IN_WORKER:
             for watch in job.viewers:
@@ -119,23 +119,23 @@ class HeldJobs:
             self.idle.set()
 
     def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        """Show a job to a viewer. The mailbox is closed when the job takes no more steps here."""
+        """Add a viewer to a job. Its mailbox closes when the job takes no more steps in this process."""
         job.viewers[watch] = mailbox
         if job.state is HeldState.IN_WORKER:
             self._worker.watch(job.record.id, watch)
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
-        """Show a job to a viewer no more."""
+        """Remove a viewer from a job."""
         job.viewers.pop(watch, None)
         self._worker.unwatch(job.record.id, watch)
 
 
 class Tasks:
-    """Owns the tasks that work on one model's jobs, and ends them with the process."""
+    """Owns the tasks that work on one model's jobs. Ends them when the process ends."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
-        self._given_up: set[asyncio.Task[None]] = set()  # those of them that `close` cancels
+        self._given_up: set[asyncio.Task[None]] = set()  # tasks that `close` cancels
         self._closing = asyncio.Event()
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -150,7 +150,7 @@ class Tasks:
         task.add_done_callback(self._given_up.discard)
 
     async def pause(self, seconds: float) -> None:
-        """Sleep. Raises Draining when the process ends."""
+        """Sleep. Raises Draining once `close` is called."""
         try:
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
@@ -161,6 +161,6 @@ class Tasks:
     async def close(self) -> None:
         """End every pause, and wait until all tasks have ended."""
         self._closing.set()
-        for task in self._given_up:  # each may wait for an object store or a receiver that does not answer
+        for task in self._given_up:  # each may wait for an object store or a webhook receiver that does not answer
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,13 +1,13 @@
-"""Runs each durable job of a model from acceptance, or from when it was claimed, to its end. Commands are in jobs.py.
+"""Runs each durable job of a model from its acceptance or claim to its end. Clients' commands are in jobs.py.
 
-One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
+One task per job waits for the worker's result and stores the outcome, whatever happens to the client.
 
-A job may end the server, by a crash of the worker or of the whole process. The store counts such a crash against the
-jobs that were worked on then. A job with a count steps in ticks of its own: the next crash shows whether it is the
-cause. A kill from outside counts nothing, unless the server hung.
+A job may crash the worker or the whole process. The store counts each crash against the jobs that were being worked
+on. A job with a count steps in ticks of its own, so the next crash shows whether that job is the cause. A kill from
+outside does not count, unless the server hung.
 
-Servers that share a store take over each other's jobs before a restart has counted anything. Those jobs are suspects:
-they step in ticks of their own too, and a server takes on one after another (shared_store.py).
+Servers that share a store take over each other's jobs before a restart has counted the crash. Jobs taken over are
+suspects: they also step in ticks of their own, and a server takes them on one at a time (shared_store.py).
 """
 
 import asyncio
@@ -45,16 +45,16 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-ROOM_S = 0.2  # until a worker without slots is asked again
-LOAD_RETRY_S = 15.0  # until a model that could not be loaded is tried again
-READ_RETRY_S = 1.0  # until a store that is away is asked again for a job that goes on
-FILE_AWAY_S = 60.0  # for a file to come back: the other jobs of an earlier process wait behind this one
-MOST_CRASHES = 2  # of the server, after which a job fails
+ROOM_S = 0.2  # until a full worker is tried again
+LOAD_RETRY_S = 15.0  # until a failed load of the model is retried
+READ_RETRY_S = 1.0  # until a failed read of a resumed job is retried
+FILE_AWAY_S = 60.0  # longest wait for a store in a file: all other jobs of the earlier process wait behind this one
+MOST_CRASHES = 2  # crashes of the server after which a job fails
 FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
 
 
 class JobRunner:
-    """Takes each held job from one state to the next. In the event loop's thread only."""
+    """Takes each held job from one state to the next. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -76,11 +76,11 @@ class JobRunner:
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether the model is served and not in memory, so that a job waits for it."""
+        """Whether the model is served but not in memory. Its jobs wait until it is loaded."""
         return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
-        """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many wait."""
+        """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many jobs wait."""
         left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:
@@ -91,9 +91,9 @@ class JobRunner:
         return Outlook(waiting, left_s)
 
     def accept(self, record: JobRecord, ticket: Ticket | None) -> None:
-        """Run a job that the store keeps.
+        """Run a job that is in the store.
 
-        ticket: of the worker. Without one the job enters the worker when the model is in memory.
+        ticket: the worker's ticket. A job without a ticket enters the worker when the model is in memory.
         """
         job = self._hold(record)
         if ticket is not None:
@@ -101,12 +101,12 @@ class JobRunner:
         self._tasks.spawn(self._run(job, ticket))
 
     def take_on(self, claimed: Claimed) -> list[HeldJob]:
-        """Run jobs that were claimed, from their last snapshots on. Returns the jobs that were not held before."""
+        """Run claimed jobs from their last snapshots. Return the jobs that were not held before."""
         if claimed.damaged:
             self._metrics.count("tminus_durable_jobs_ended_total", "failed", by=claimed.damaged)
         found = [self._hold(record) for record in claimed.jobs if self._held.find(record.id) is None]
         for job in found:
-            with traced("resume", {"tminus.job.id": job.record.id}):  # the spans of the job's task are parts of this
+            with traced("resume", {"tminus.job.id": job.record.id}):  # parent of the spans of the job's task
                 if job.record.crashes >= MOST_CRASHES:
                     self._tasks.spawn(self._fail(job, EngineFailed(FAILED_BY_CRASHES)))
                 else:
@@ -117,14 +117,14 @@ class JobRunner:
         return found
 
     def cancel(self, job: HeldJob) -> None:
-        """Give a job up. `job.over` is set when its end is kept."""
+        """Cancel a job. `job.over` is set once its outcome is stored."""
         if job.state is HeldState.IN_WORKER:
             self._worker.cancel(job.record.id, "deleted")
         else:
             self._tasks.spawn(self._end(job, "cancelled"))
 
     def lose(self, job: HeldJob) -> None:
-        """Stop working on a job that another replica has now, or has ended."""
+        """Stop working on a job that another replica holds or has ended."""
         if not job.may_become(HeldState.LOST):
             return
         log.warning("job %s is not held any more: nothing is made of it here", job.record.id)
@@ -141,20 +141,20 @@ class JobRunner:
         return job
 
     async def _leave(self, job: HeldJob) -> None:
-        """Leave a job that this process does not end to others, or to a later start."""
-        if not job.may_become(HeldState.LEFT):  # a client has cancelled it, or it is not held any more
+        """Leave a job that this process cannot end to another replica or a later start."""
+        if not job.may_become(HeldState.LEFT):  # a client has cancelled the job, or it is no longer held
             return
         self._held.move(job, HeldState.LEFT)
         if self._store.shared:
-            with suppress(StorageFailed):  # then its lease ends
+            with suppress(StorageFailed):  # its lease then expires
                 await self._store.call(SharedStore.release, job.record.id)
-            if job.may_become(HeldState.ENDING):  # nothing else has become of it meanwhile
+            if job.may_become(HeldState.ENDING):  # its state has not changed meanwhile
                 self._held.move(job, HeldState.LOST)
 
     # --- one job ---
 
     async def _run(self, job: HeldJob, ticket: Ticket | None) -> None:
-        """Bring a job to its end, and keep that. Without a ticket the worker does not have it yet."""
+        """Run a job to its end, and store the outcome. ticket: None if the worker does not have the job yet."""
         try:
             if ticket is None:
                 rows = job.record.spec.n
@@ -165,7 +165,7 @@ class JobRunner:
                 async with self._resuming:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
-            images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
+            images = await asyncio.to_thread(result.read)  # waits for a GPU, so it must not block the store's thread
             await self._end(job, "done", images, fingerprint=self._model.info.fingerprint)
         except JobCancelled:
             await self._end(job, "cancelled")
@@ -179,14 +179,15 @@ class JobRunner:
             await self._fail(job, ServiceError())
 
     async def _resume(self, job: HeldJob) -> Ticket:
-        """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
+        """Submit a job of an earlier process to the worker once there is room. Raises the error that ends the job."""
         record = job.record
         isolated = record.crashes > 0 or record.suspect
-        await self._ensure_loaded(job)  # a snapshot is found by the fingerprint, which is known only then
+        # first: snapshots are found by the fingerprint, which is known once the model is loaded
+        await self._ensure_loaded(job)
         check_table(record.spec, self._model.info)
         work = work_of(record.spec, self._model.info, self._model.number)
         snapshot, inputs = await self._read(record)
-        while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
+        while record.id in self._worker.jobs:  # this process lost the job before, and the worker has not dropped it yet
             await self._tasks.pause(ROOM_S)
         while True:
             if job.state is not HeldState.WAITING:
@@ -217,9 +218,9 @@ class JobRunner:
         return ticket
 
     async def _ensure_loaded(self, job: HeldJob) -> None:
-        """Wait until the model is in memory, or the job is not to be worked on any more. Raises Draining.
+        """Wait until the model is in memory or the job has left WAITING. Raises Draining or EngineFailed.
 
-        A checkpoint that cannot be loaded is tried again.
+        Any other failure to load the checkpoint is retried.
         """
         while self.is_unloaded and job.state is HeldState.WAITING:
             try:
@@ -233,9 +234,9 @@ class JobRunner:
                 await self._tasks.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
-        """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed where they cannot be read.
+        """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed if they cannot be read.
 
-        A store that is away is waited for: the job is held, and what is kept of it is not damaged.
+        While the store is away, the read is retried: the job is held, and its stored data is not damaged.
         """
         until_s = math.inf if self._store.shared else time.monotonic() + FILE_AWAY_S
         call, has_inputs = self._store.call, record.spec.image_sha256 is not None
@@ -251,18 +252,19 @@ class JobRunner:
     async def _fail(self, job: HeldJob, error: ServiceError) -> None:
         """Record a job as failed.
 
-        After a crash of the worker leave it for the next start, unless this job causes the crashes.
+        After a crash of the worker, a job that does not cause the crashes is left for the next start.
         """
         if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
-                job.become(HeldState.LEFT)  # it stays held, so that it does not begin again before the next start
+                job.become(HeldState.LEFT)  # the job stays held, so that it does not begin again before the next start
             return
         await self._end(job, "failed", problem=error.problem())
 
     async def _causes_crashes(self, job: HeldJob) -> bool:
-        """Count the crash of the worker. Return whether this job causes the crashes, and must fail.
+        """Count the crash of the worker. Return whether this job causes the crashes and must fail.
 
-        Each job of the crash counts it for all, since the store may fail for one; the store counts it once.
+        Each job of the crash reports the crash for all of them, since the store may fail for one. The store counts it
+        once.
         """
         crashed = self._worker.state.jobs_of_the_crash
         if job.record.id not in crashed:
@@ -274,7 +276,7 @@ class JobRunner:
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
-        """Keep how a job ended, unless another task does, or the job is not held any more."""
+        """Store the outcome of a job, unless another task does or the job is no longer held."""
         if not job.may_become(HeldState.ENDING):
             return
         finished_us = self._store.now_us()

@@ -1,6 +1,6 @@
 """Jobs for clients: accepted, found, followed, cancelled and deleted.
 
-A durable job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
+An accepted durable job is finished whatever happens to the client or to this process (lifecycle.py).
 """
 
 import asyncio
@@ -39,13 +39,13 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", *OUTCOMES)
-FORECAST_S = 1.0  # how old a forecast may be
+FORECAST_S = 1.0  # maximum age of a forecast
 POLL_INTERVAL_S = 1.0  # between two look-ups of a job that another server may hold
-CANCEL_S = 10.0  # for a tick to end, and the store to keep that
-RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # images that were read, for others who ask for the same job
-# A look for due events goes through all events that a receiver is owed.
-MOST_OWED = 10_000  # events that one receiver of an owner may be owed
-OWED_S = 60  # until a client with more may try again
+CANCEL_S = 10.0  # longest wait until the tick ends and the store has the cancellation
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # cache of images, for repeated requests of the same job
+# Each search for due events reads all undelivered events of a receiver.
+MOST_OWED = 10_000  # most undelivered events for one receiver of an owner
+OWED_S = 60  # Retry-After beyond it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +57,29 @@ class JobView:
     model_name: str
     state: str  # one of STATES
     durable: bool
-    step: int | None  # how many steps its rows have taken on average, where that is known
-    position: int | None = None  # jobs that go before it, where that is known
+    step: int | None  # mean number of steps that its rows have taken; None if unknown
+    position: int | None = None  # number of jobs ahead of it; None if unknown
     eta_s: float | None = None
-    deliveries: tuple[Delivery, ...] = ()  # to its webhook, if it has one and they are known
+    deliveries: tuple[Delivery, ...] = ()  # deliveries to its webhook; empty if it has none or they are unknown
 
 
 def kept_view(record: JobRecord, model: ModelOfJobs) -> JobView:
-    """View a durable job of a model by its record alone."""
-    # A job without an outcome that is not live here is another replica's, waits for one, or is being accepted now.
+    """View a durable job of a model from its record alone."""
+    # A job without an outcome that is not held here is held by another replica, waits for a replica, or is being
+    # accepted.
     step = record.spec.num_passes if record.outcome == "done" else None if record.outcome or record.held else 0
     state = record.outcome or ("running" if record.held else "waiting")
     return JobView(record, model.number, model.name, state, True, step)
 
 
 def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
-    """View a durable job that was held here when the worker was asked for its status."""
+    """View a durable job that was held here when its status was read from the worker."""
     record, model = job.record, (job.model.number, job.model.name)
-    if record.outcome is not None:  # it has ended since
+    if record.outcome is not None:  # the job has ended since
         return kept_view(record, job.model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
-    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # it has ended, and that is being kept
+    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # the job has ended, and its outcome is being stored
         step = None if job.ending is not None and job.ending.outcome != "done" else record.spec.num_passes
         return JobView(record, *model, "running", True, step, 0, 0.0)
     return JobView(record, *model, "waiting", True, 0)
@@ -92,21 +93,21 @@ def passing_view(status: JobStatus) -> JobView:
 
 
 class JobStatuses:
-    """Owns the last forecast of waiting and running jobs. In the event loop's thread only.
+    """Owns the last forecast of waiting and running jobs. Used in the event loop's thread only.
 
-    State and step are read from the worker each time, which is cheap. A forecast among many jobs takes a while, so
-    there is one of all jobs a second, in another thread, however many ask.
+    State and step are read from the worker each time, which is cheap. A forecast over many jobs is slow, so another
+    thread makes one for all jobs at most once a second, and all requests share it.
     """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._forecasting = asyncio.Lock()
         self._forecast: dict[str, JobStatus] = {}
-        self._forecast_s = float("-inf")  # when it was made, by the event loop's clock
+        self._forecast_s = float("-inf")  # time of the forecast by the event loop's clock
 
     async def of(self, job_id: str) -> JobStatus | None:
-        """Return the status of one job; None if the worker does not have it (any more)."""
-        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # needs no forecast
+        """Return the status of one job; None if the worker does not have it."""
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # this check needs no new forecast
             return None
         return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
 
@@ -124,20 +125,21 @@ class JobStatuses:
 
 
 class Jobs:
-    """Answers for running jobs from the worker, and for ended jobs from the stores.
+    """Looks up running jobs in the worker, and ended jobs in the stores.
 
-    Owns which models' jobs there are: those of the models that are loaded, and of earlier ones whose jobs are kept. In
-    the event loop's thread only.
+    Owns the lifecycles of all models with jobs: loaded models, and earlier models whose jobs are kept. Used in the
+    event loop's thread only.
     """
 
     def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
         self._worker, self._statuses = worker, statuses
-        self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
-        self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of images, by the job
+        self._lifecycles: dict[int, Lifecycle] = {}  # by model number
+        # held while a job's images are read, by job id
+        self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._recent: TTLCache[str, Pixels] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=lambda images: images.nbytes)
 
     def put(self, lifecycle: Lifecycle) -> None:
-        """Take on the jobs of one more model."""
+        """Add the jobs of a model."""
         self._lifecycles[lifecycle.served.number] = lifecycle
 
     def of_model(self, model: int) -> Lifecycle:
@@ -153,32 +155,32 @@ class Jobs:
         del self._lifecycles[model]
 
     def store_failure(self, *, of_shared: bool = True) -> StorageFailed | None:
-        """Why nothing can be written at the moment to a store of a model that is served.
+        """Return the failure of a served model's store that cannot be written at the moment, or None.
 
-        of_shared: also to one that other servers share.
+        of_shared: whether to include stores that other servers share.
         """
         stores = [each.store for each in list(self._lifecycles.values()) if not each.served.retired]
         served = (store.failure for store in stores if of_shared or not store.shared)
         return next((failure for failure in served if failure is not None), None)
 
     def _held(self, job_id: str, sees: str | None = None) -> HeldJob | None:
-        """Look up a durable job that has not ended and is held here."""
+        """Look up an unfinished durable job that is held here."""
         found = (job for each in self._lifecycles.values() if (job := each.held.find(job_id)) is not None)
         return next((job for job in found if sees in (None, job.record.owner)), None)
 
     def by_store(self, job_id: str = "") -> list[Lifecycle]:
-        """Return one lifecycle for each store, the latest: after a reload of the same weights two have the same store.
+        """Return the latest lifecycle of each store: after a reload of the same weights, two lifecycles share a store.
 
-        job_id: of the job that is looked for; none where it is of characters that no database takes.
+        job_id: the job to look for. An id with a NUL character is in no store, since no database accepts it.
         """
         if "\x00" in job_id:
             return []
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
-    # Below, `sees` is the owner whose jobs are looked at, or None for those of all: others' are not found.
+    # Below, `sees` is the owner whose jobs are visible; None makes all jobs visible. Other owners' jobs are not found.
 
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
-        """View a durable job that was just read from its store."""
+        """View a durable job whose record was just read from its store."""
         view = kept_view(record, lifecycle.served)
         if (job := self._held(record.id)) is not None:
             view = held_view(job, await self._statuses.of(record.id))
@@ -194,7 +196,7 @@ class Jobs:
         return told
 
     async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
-        """Say what became of the jobs' webhooks, as far as the stores can say it now."""
+        """Add the deliveries to webhooks to the views, where their store can be read."""
         known: dict[str, tuple[Delivery, ...]] = {}
         for model in {view.model for view in views if view.record.webhook is not None}:
             asked = [view.record.id for view in views if view.record.webhook is not None and view.model == model]
@@ -205,13 +207,13 @@ class Jobs:
         return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
 
     async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
-        """View a job as its webhook is told of it. Raises JobNotFound, and StorageFailed."""
+        """View a job for its webhook. Raises JobNotFound and StorageFailed."""
         record = await lifecycle.store.call(JobStore.get, job_id)
         if record is None:
             raise _not_found(job_id)
         if record.outcome is None:
             return await self.find(job_id, None)
-        # Not by `find`, to which a job that has ended just now may still be one that runs.
+        # Not `find`, in which a job that has just ended may still be running.
         (view,) = await self.with_deliveries([kept_view(record, lifecycle.served)])
         return view
 
@@ -237,7 +239,7 @@ class Jobs:
         return view
 
     async def ended(self, job_id: str, sees: str | None) -> JobView:
-        """Wait until a durable job has ended. Raises JobNotFound, and Draining where this server ends first."""
+        """Wait until a durable job has ended. Raises JobNotFound, and Draining if this server shuts down first."""
         while (view := await self.find_durable(job_id, sees)).record.outcome is None:
             if self._worker.state.draining:
                 raise Draining
@@ -250,9 +252,9 @@ class Jobs:
     async def page(
         self, before: Place | None, states: Collection[str], limit: int, sees: str | None, model_name: str | None = None
     ) -> list[JobView]:
-        """List jobs in these states, the newest first, from the first that is older than `before`.
+        """List the newest jobs in these states that are older than `before`, newest first.
 
-        model_name: only those of models of this name.
+        model_name: list only jobs of models with this name.
         """
         lifecycles = [each for each in self.by_store() if model_name in (None, each.served.name)]
         found: dict[str, JobView] = {}
@@ -264,7 +266,8 @@ class Jobs:
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
                 for view in await _kept_views(lifecycle, before, states, limit, sees):
-                    if view.record.id not in found or view.record.outcome is not None:  # here more is known of it
+                    # the view of a job that is held here has more details, until the job ends
+                    if view.record.id not in found or view.record.outcome is not None:
                         found[view.record.id] = view
         views = [
             view
@@ -293,14 +296,15 @@ class Jobs:
                 images = await lifecycle.store.images(job_id)
             if images is None:  # deleted since it was looked up
                 raise _not_found(job_id)
-            with suppress(ValueError):  # larger than all that is kept
+            with suppress(ValueError):  # larger than the whole cache
                 self._recent[job_id] = images
         return images
 
     async def cancel(self, job_id: str, sees: str | None) -> JobView:
-        """Give a durable job up, if it has not ended; what has ended stays as it is.
+        """Cancel a durable job. A job that has ended stays as it is.
 
-        Raises JobNotFound, and StorageFailed where its end cannot be kept: it may go on at the next start.
+        Raises JobNotFound, and StorageFailed if the cancellation cannot be stored: the job may then go on at the next
+        start.
         """
         job = self._held(job_id, sees)
         if job is None:
@@ -311,14 +315,15 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await job.over.wait()
         except TimeoutError:
-            if job.ending is not None and job.ending.outcome != "cancelled":  # its result takes long to be kept
+            # the job ended otherwise, and its result takes long to store
+            if job.ending is not None and job.ending.outcome != "cancelled":
                 if lifecycle.leases is not None:
                     await lifecycle.leases.cancel(job.record)
                 if (view := await self.find_durable(job_id, sees)).record.outcome is not None:
                     return view
                 raise StorageFailed("the job has ended, and its result cannot be stored at the moment") from None
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
-        if job.state is HeldState.LOST:  # another replica has it by now
+        if job.state is HeldState.LOST:  # another replica holds or has ended the job
             return await self._cancel_elsewhere(job_id, sees)
         (view,) = await self.with_deliveries([kept_view(job.record, job.model)])
         return view
@@ -331,7 +336,7 @@ class Jobs:
         return view
 
     async def delete(self, job_id: str, sees: str | None) -> None:
-        """Delete a job; one that has not ended is cancelled first. Raises JobNotFound."""
+        """Delete a job. A job that has not ended is cancelled first. Raises JobNotFound."""
         if self._held(job_id) is not None:
             view = await self.cancel(job_id, sees)
             await self._lifecycles[view.model].store.delete(job_id)
@@ -347,28 +352,33 @@ class Jobs:
         raise _not_found(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """Return the address of the replica that works on a job, if it is another and has one. Raises StorageFailed."""
+        """Return the address of another replica that works on a job; None without such an address. Raises
+        StorageFailed.
+        """
         lifecycle = self._lifecycles.get(view.model)
-        if lifecycle is None or not view.record.held or self._held(view.record.id):  # a file's records are not held
+        # a file store marks no record as held
+        if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
         return await lifecycle.store.call(SharedStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
-        """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or is not held here."""
+        """Add a viewer to a job, and close its mailbox when the job ends. Return None if the job has ended or is not
+        held here.
+        """
         job = self._held(job_id)
         if job is not None:
             self._lifecycles[job.model.number].held.watch(job, watch, mailbox)
         return job
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
-        """Show a job to a viewer no more."""
-        job.viewers.pop(watch, None)  # its lifecycle may be forgotten by now
+        """Remove a viewer from a job."""
+        job.viewers.pop(watch, None)  # the job's lifecycle may be gone by now
         self._worker.unwatch(job.record.id, watch)
 
 
 @contextmanager
 def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
-    """Go on without a store that fails, if its model is served no more: others are not to suffer from it."""
+    """Log StorageFailed if the store's model is no longer served, so that jobs of other models stay reachable."""
     try:
         yield
     except StorageFailed as error:
@@ -380,7 +390,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
 async def _kept_views(
     lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
 ) -> list[JobView]:
-    """View jobs of one store: those that have ended and, where it is shared, the others too. Raises StorageFailed."""
+    """View jobs of one store: ended jobs and, if the store is shared, unfinished jobs. Raises StorageFailed."""
     outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
     is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
     if is_open:
@@ -393,7 +403,7 @@ async def _kept_views(
 
 
 async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:
-    """End a job of a shared store that has not ended, if there is one and what is kept of it is not damaged."""
+    """Cancel an unfinished job of a shared store. Do nothing if there is no such job or its data is damaged."""
     if lifecycle.leases is None:
         return
     try:
@@ -412,11 +422,11 @@ def _not_found(job_id: str) -> JobNotFound:
 
 
 class _KeyTaken(Exception):
-    """Another job has the Idempotency-Key. An exception, so that no quota is charged."""
+    """Another job has the Idempotency-Key. It is an exception so that no quota is charged."""
 
 
 class NewJobs:
-    """Accepts jobs, or leaves them to a replica with room. In the event loop's thread only."""
+    """Accepts jobs, or leaves them to a replica with room. Used in the event loop's thread only."""
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
@@ -468,13 +478,13 @@ class NewJobs:
 
         if key is None:
             return await create(), False
-        # Here and not in the stores: those of other weights do not know of each other's keys.
+        # The lock is here and not in the stores, since stores of different weights do not share keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
             try:
                 return await create(), False
-            except _KeyTaken:  # by a job of another server, at the same time
+            except _KeyTaken:  # another server added a job with the key at the same time
                 found = await self._find_by_key(key, lifecycle.served.name)
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
@@ -486,7 +496,7 @@ class NewJobs:
         return error if leases is None else await leases.soonest(error, new.work)
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
-        """Make the record of a job, and let the job in. Raises _KeyTaken beside what `create` does."""
+        """Make the record of a job, and accept the job. Raises _KeyTaken and the errors of `create`."""
         if lifecycle.retention.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
@@ -497,10 +507,10 @@ class NewJobs:
             new.id, new.spec, created_us, deadline_us,
             owner=new.owner, webhook=webhook, ahead_us=created_us - now_us(),
         )  # fmt: skip
-        self._entering[new.id] = new.owner  # before anybody else can count
+        self._entering[new.id] = new.owner  # before the first await, so that every count includes the job
         try:
             if webhook is not None:
-                receiver = webhook.receiver  # what others are owed is theirs
+                receiver = webhook.receiver  # events of other owners do not count
                 if await lifecycle.store.call(JobStore.number_owed, new.owner, receiver, MOST_OWED) >= MOST_OWED:
                     raise Overloaded(
                         f"{MOST_OWED} events wait for the receiver {receiver} to take them",
@@ -511,7 +521,7 @@ class NewJobs:
             del self._entering[new.id]
         if outlook is None:
             raise _KeyTaken
-        if new.id not in self._known(new.owner):  # it is left to any, perhaps since a count has looked at its store
+        if new.id not in self._known(new.owner):  # left to any replica, perhaps after a count has read its store
             for whose, found in self._counts:
                 if whose == new.owner:
                     found.add(new.id)
@@ -519,7 +529,9 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
+        """Submit a new job to the worker or leave it to other replicas, and store it. Return None if its key has a job
+        by now.
+        """
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store
             self._worker.state.check_open()
@@ -549,7 +561,7 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused if by another request, or model."""
+        """Find the job that was created with a key. Raises KeyReused if its request or model was another."""
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):

@@ -1,8 +1,8 @@
-"""Membership in a cluster: which of the replicas that share a store works on which job.
+"""Membership in a cluster: decides which replica of a shared store works on which job.
 
-A replica claims new jobs that nobody holds and that would not wait for long behind shorter ones here. It claims the
-jobs of a replica that is gone one after another. It renews the leases of the jobs that it holds, and notices which ones
-it lost. A new job that would wait here is left in the store, to whichever replica has room first.
+A replica claims new jobs that nobody holds, unless they would wait for long behind shorter jobs here. It claims the
+jobs of a replica that is gone one at a time. It renews the leases of the jobs that it holds, and drops jobs whose
+leases are lost. A new job that would wait here is left in the store, for the first replica with room.
 """
 
 import asyncio
@@ -27,18 +27,18 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-AHEAD_S = 8.0  # of work: a replica leaves a job to others before which it has as much to do
-LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # how old the load of all replicas may be, and how long a request waits for it
-LIMITS = ("backlog_s", "jobs", "rows")  # of one server, which another may not have reached
-CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
-RENEWALS = 3  # in the time of a lease
+AHEAD_S = 8.0  # seconds of work: a job with as much work ahead of it here is left to other replicas
+LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # maximum age of the load of all replicas, and longest wait of a request for it
+LIMITS = ("backlog_s", "jobs", "rows")  # limits of one server, which another server may not have reached
+CLAIM_S = 1.0  # between two searches for jobs that nobody holds
+RENEWALS = 3  # renewals in the time of one lease
 
 
 class Leases:
-    """One model's part in a cluster: what it holds of a shared store. In the event loop's thread only.
+    """Claims one model's jobs from a shared store, and renews their leases. Used in the event loop's thread only.
 
-    While the database is away, what is held is worked on: nobody else can claim it either. When it is there again, the
-    next renewal says what is still held.
+    While the database is away, held jobs are worked on: no other replica can claim them either. When the database is
+    back, the next renewal returns the jobs that are still held.
     """
 
     def __init__(
@@ -58,30 +58,31 @@ class Leases:
         self._tasks, self._metrics = tasks, metrics
         self._own_tables = frozenset(table.hash for table in model.info.tables)
         store.holders.append(held.ids)
-        self._ended = False  # claims and renews no more
+        self._ended = False  # whether claiming and renewing have stopped
         self._renewing: asyncio.Task[None] | None = None
-        self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
-        self._asked_s = -math.inf  # when that was
-        self._retry_queue = RetryQueue()  # clients that were told since then when another replica has room
-        # The shortest job that the last claim left: only shorter ones go before it.
-        self._least_waiting = math.inf  # its places
+        # load of all replicas when it was last read; None while the database is away
+        self.load: ClusterLoad | None = None
+        self._asked_s = -math.inf  # time of the last attempt to read the load
+        self._retry_queue = RetryQueue()  # clients that got a Retry-After for another replica since the last attempt
+        # The shortest job that the last claim left in the store. Only shorter jobs may go before it.
+        self._least_waiting = math.inf  # the job's places
 
     # --- from the first renewal until the model is unloaded ---
 
     async def start(self) -> None:
-        """Renew, so that others know that this replica lives; then renew and claim until `end`."""
+        """Renew once, so that other replicas know of this one. Then renew and claim until `end`."""
         with suppress(StorageFailed):
             await self._renew()
         self._renewing = asyncio.create_task(self._renew_until_ended())
         self._tasks.spawn(self._claim_until_ended())
 
     def end(self) -> None:
-        """Claim and renew no more: the model is unloaded."""
+        """Stop claiming and renewing, since the model is unloaded."""
         self._ended, self.load = True, None
         self._store.holders.remove(self._held.ids)
 
     async def close(self) -> None:
-        """Renew no more: what jobs made is kept."""
+        """Stop renewing. Call it when all results are stored."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
@@ -94,11 +95,11 @@ class Leases:
                     await self._renew()
             except StorageFailed:
                 self.load = None
-            except Exception:  # a replica that does not renew works for nothing
+            except Exception:  # go on: a replica that does not renew loses its jobs
                 log.exception("the leases of jobs could not be renewed")
 
     async def _renew(self) -> None:
-        """Hold what is held for one more lease, lose what is not held any more, and look at the others."""
+        """Renew the leases of held jobs, drop jobs whose leases are lost, and read the load of all replicas."""
         async with self._store.turn:
             had, admission = list(self._held), self._admission
             pace = ReplicaPace(admission.places_per_s(self._model.number), admission.backlog_s)
@@ -121,7 +122,7 @@ class Leases:
                 await self._tasks.pause(CLAIM_S)
 
     async def _claim(self) -> None:
-        """Take on what nobody holds, if its results could be kept."""
+        """Claim and run jobs that nobody holds, if their results can be stored."""
         try:
             if not (self._ended or self._retention.cannot_keep or (self._model.retired and self._others_serve)):
                 async with self._store.turn:
@@ -135,12 +136,14 @@ class Leases:
             log.exception("jobs could not be claimed")
 
     async def _claim_after(self, suspect: HeldJob) -> None:
-        """Claim as soon as a suspect is over: the next one waits for that."""
+        """Claim again as soon as a suspect is over, since the next suspect waits for that."""
         await suspect.over.wait()
         await self._claim()
 
     async def claim(self) -> Claimed:
-        """Hold what nobody holds and there is room for. The caller has the store's turn, and runs the jobs at once."""
+        """Claim jobs that nobody holds, as far as there is room. The caller holds the store's turn and runs the jobs at
+        once.
+        """
         if not self._worker.state.ready or any(job.state is HeldState.WAITING for job in self._held):
             return Claimed()
         begun_places = AHEAD_S * self._admission.places_per_s(self._model.number)
@@ -153,11 +156,11 @@ class Leases:
 
     @property
     def _others_serve(self) -> bool:
-        """Whether these weights are loaded a second time, as after a reload of the same ones."""
+        """Whether these weights are loaded twice, as after a reload of the same weights."""
         return len(self._store.holders) > 1
 
     async def last_is_claimed(self) -> bool:
-        """Whether no job of these weights is left that this replica, which serves them no more, should take on."""
+        """Return whether no job of these weights is left to claim. For a replica that no longer serves the weights."""
         try:
             return self._others_serve or (await self._store.call(SharedStore.load)).jobs == 0
         except StorageFailed:
@@ -166,7 +169,9 @@ class Leases:
     # --- jobs of any replica ---
 
     async def cancel(self, record: JobRecord) -> bool:
-        """End a job that another replica holds, or nobody; False if it has ended. Its holder learns it by renewing."""
+        """Cancel a job that another replica or nobody holds. Return False if it has ended. Its holder notices when it
+        renews.
+        """
         if not await self._store.call(SharedStore.cancel, record.id):
             return False
         if (job := self._held.find(record.id)) is not None:
@@ -178,12 +183,14 @@ class Leases:
     # --- new jobs ---
 
     def takes(self, work: Work) -> bool:
-        """Whether a new job is worked on here; else it is left to whichever replica has room first."""
+        """Return whether this replica works on a new job. Otherwise the job is left to the first replica with room."""
         intake = self._admission.intake(self._model.number, AHEAD_S)
         return work.places < self._least_waiting and intake.has_room(work.places)
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
-        """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
+        """Store a job that any replica may claim. Return None if another job has the key. Raises the errors of
+        Admission.enter.
+        """
         self._worker.state.check_open()
         load, has_picture = await self._store.call(SharedStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(
@@ -192,11 +199,11 @@ class Leases:
         return outlook if await self._store.add(record, key, new.inputs, held=False) else None
 
     async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
-        """The refusal of a job that stays where it came in, with the least Retry-After of all replicas."""
-        if error.of_owner or error.field not in LIMITS:  # of these nothing is known of others
+        """Return the refusal of a job that is not durable, with the least Retry-After of all replicas."""
+        if error.of_owner or error.field not in LIMITS:  # these limits of other replicas are unknown
             return error
         now_s = time.perf_counter()
-        if now_s > self._asked_s + LOAD_S:  # not for each of a flood
+        if now_s > self._asked_s + LOAD_S:  # not for each request of a flood
             with suppress(StorageFailed, TimeoutError):
                 async with asyncio.timeout(LOAD_WAIT_S):
                     await self._look()

@@ -1,4 +1,4 @@
-"""The durable jobs of one model while it is served: puts together what runs, claims and keeps them."""
+"""Puts together the parts that run, claim and keep one model's durable jobs while the model is served."""
 
 import asyncio
 from contextlib import suppress
@@ -18,7 +18,7 @@ from tminus.service.worker.worker import Worker
 
 
 class Lifecycle:
-    """Starts and ends the parts, and tells them what becomes of the model. In the event loop's thread only."""
+    """Starts and ends the parts, and passes changes of the model to them. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Lifecycle:
         metrics: Metrics,
         load_queue: LoadQueue,
     ) -> None:
-        """Serve the jobs of one model's weights. model: its number. load_queue: loads a model that a job needs."""
+        """Serve the jobs of one model's weights. model: its number. load_queue: loads the model when a job needs it."""
         self.store, self.served, self.tasks = store, ModelOfJobs(model, info, limits), Tasks()
         self.held = HeldJobs(worker, self.served)
         self.retention = Retention(store, self.held, self.tasks)
@@ -41,23 +41,25 @@ class Lifecycle:
             self.leases = Leases(
                 store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
-        self._taken_on = asyncio.Event()  # when the jobs of an earlier process have been found
+        self._taken_on = asyncio.Event()  # set once the jobs of an earlier process are found
         self._taken_on.set()
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
-        """Note that the model has changed. Jobs that end from now on have the new fingerprint."""
+        """Record a change of the model. Jobs that end from now on have the new fingerprint."""
         self.served.info, self.served.limits = info, limits or self.served.limits
 
     @property
     def needs_model(self) -> bool:
-        """Whether a job is in the worker, or waits for it and not until the model is in memory."""
+        """Whether a job is in the worker, or waits for room in it. A job that waits for the model to be loaded does not
+        count.
+        """
         states = (HeldState.IN_WORKER,) if self.runner.is_unloaded else (HeldState.IN_WORKER, HeldState.WAITING)
         return any(job.state in states for job in self.held)
 
     async def start(self, *, take_on: bool = True) -> None:
-        """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.
+        """Take on unfinished jobs of an earlier process. If the store cannot be opened yet, retry in the background.
 
-        take_on: False where the jobs of this store that have not ended are another Lifecycle's.
+        take_on: False if another Lifecycle has the unfinished jobs of this store.
         """
         if self.leases is not None:
             await self.leases.start()
@@ -80,7 +82,7 @@ class Lifecycle:
                 self._taken_on.set()
 
     async def idle(self) -> None:
-        """Wait until there is no job that has not ended, or that this process cannot end."""
+        """Wait until all jobs have ended, except jobs that this process cannot end."""
         await self._taken_on.wait()
         with suppress(Draining):
             while True:
@@ -90,7 +92,7 @@ class Lifecycle:
                 await self.tasks.pause(CLAIM_S)
 
     async def close(self) -> None:
-        """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
+        """Store the outcomes of jobs, as far as the store can. Call it when the worker has ended, or there are no jobs."""
         await self.tasks.close()
-        if self.leases is not None:  # until now: a result may take longer to write than a lease lasts
+        if self.leases is not None:  # last: a result may take longer to store than a lease lasts
             await self.leases.close()

@@ -1,4 +1,4 @@
-"""Keeps snapshots and ends of durable jobs and the events that webhooks are owed, and deletes old jobs."""
+"""Stores snapshots and outcomes of durable jobs and undelivered events of webhooks, and deletes old jobs."""
 
 import asyncio
 import logging
@@ -21,28 +21,29 @@ from tminus.service.worker.loaded_model import ReadSnapshot
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0  # until a store that failed is asked again
+RETRY_S = 5.0  # until a failed call of the store is retried
 SWEEP_S = 10.0
-LATE_S = 60.0  # for the last attempt to deliver a webhook to end
+LATE_S = 60.0  # for the last attempt to deliver an event to end
 
 
 class Retention:
-    """Keeps how jobs ended, and deletes old jobs. In the event loop's thread only."""
+    """Stores the outcomes of jobs, and deletes old jobs. Used in the event loop's thread only."""
 
     def __init__(self, store: AsyncStore, held: HeldJobs, tasks: Tasks) -> None:
         self._store, self._held, self._tasks = store, held, tasks
-        self._fails = False  # the last attempt to keep an end failed
+        self._fails = False  # whether the last attempt to store an outcome failed
 
     @property
     def cannot_keep(self) -> bool:
-        """Whether jobs have ended whose ends cannot be kept."""
+        """Whether jobs have ended whose outcomes cannot be stored at the moment."""
         fails = self._fails or self._store.failure  # of two stores one may still take small results
         return bool(fails) and any(job.state is HeldState.ENDING for job in self._held)
 
     async def keep_end(self, job: HeldJob, ended: JobRecord, images: Pixels | None) -> None:
-        """Keep how a job ended, trying until the store can. Raises LeaseLost, and Draining when the process ends.
+        """Store the outcome of a job, and retry until it is stored. Raises LeaseLost, and Draining when the process
+        ends.
 
-        Until it is kept, clients are not told of it; a restart would run the job again.
+        Clients get the outcome only once it is stored, since a restart before that runs the job again.
         """
         job.ending = ended
         self._held.move(job, HeldState.ENDING)
@@ -54,7 +55,7 @@ class Retention:
                 raise
             except Exception as error:
                 self._fails = True
-                if not isinstance(error, StorageFailed):  # which the store has logged
+                if not isinstance(error, StorageFailed):  # the store has logged its own failures
                     log.exception("the end of job %s could not be kept", ended.id)
                 await self._tasks.pause(RETRY_S)
         self._fails = False
@@ -62,14 +63,14 @@ class Retention:
         self._held.move(job, HeldState.ENDED)
 
     def owe_start(self, job: HeldJob) -> None:
-        """Owe the event "start" to a job's webhook, once the job has taken a step."""
+        """Add the event "start" for a job's webhook once the job has taken a step."""
         mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
         watch = Watch(Pace(every=1), (), mailbox.put)
         self._held.watch(job, watch, mailbox)
         self._tasks.spawn_until_closed(self._owe_start(job, watch, mailbox))
 
     async def _owe_start(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        begun = await mailbox.take() is not None  # else it has ended, or is another server's
+        begun = await mailbox.take() is not None  # else the job has ended, or another server has it
         self._held.unwatch(job, watch)
         if begun:
             with suppress(StorageFailed):  # then it is owed when the job is done
@@ -82,12 +83,12 @@ class Retention:
             with suppress(StorageFailed):
                 await self._store.check()
                 now_us, again = self._store.now_us(), True
-                while again:  # in parts, so that other calls of the store come between
+                while again:  # in parts, so that other calls of the store can run in between
                     again = await self._store.sweep(now_us - keep_us, limits.keep_jobs_bytes, now_us - owed_us)
             await asyncio.sleep(SWEEP_S)
 
 
-SHARE = 0.005  # how much of the time snapshots may cost
+SHARE = 0.005  # largest share of the time that snapshots may cost
 LEAST_S = 2.0  # between two rounds
 
 
@@ -105,20 +106,20 @@ class SnapshotKeeper:
         self._busy = False  # while a round is under way
 
     def change(self, fingerprint: str) -> None:
-        """Keep snapshots under another fingerprint from now on."""
+        """Store snapshots under another fingerprint from now on."""
         self._fingerprint = fingerprint
 
     def due(self, now_s: float) -> bool:
-        """Whether to take snapshots now."""
+        """Return whether to take snapshots now."""
         return not self._busy and now_s >= self._next_s
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Keep a round of snapshots, by job id; cost_s: what it has cost the worker's thread already."""
+        """Store a round of snapshots, by job id. cost_s: seconds that it has cost the worker's thread so far."""
         self._busy = True
         self._thread.submit(self._keep, snapshots, began_s, cost_s)
 
     def close(self) -> None:
-        """Keep what was taken. Blocks until then; call it before the store is closed."""
+        """Store the snapshots that were taken. Blocks until then; call it before the store is closed."""
         self._thread.shutdown()
 
     def _keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
@@ -128,13 +129,13 @@ class SnapshotKeeper:
         except Exception:
             log.exception("snapshots could not be read")
         else:
-            # After an error, a crash costs the steps since the last snapshot that was kept.
+            # After an error, a crash costs the steps since the last snapshot that was stored.
             error, save_s = self._store.save(read_snapshots, self._fingerprint)
             cost_s += save_s
             if error is None:
                 self._metrics.snapshotted(len(read_snapshots))
-            elif not isinstance(error, StorageFailed):  # which the store has logged
+            elif not isinstance(error, StorageFailed):  # the store has logged its own failures
                 log.error("snapshots could not be kept", exc_info=error)
         cost_s += time.thread_time() - started_s
         self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
-        self._busy = False  # last: from here on the worker's thread reads the time
+        self._busy = False  # last: the worker's thread reads _next_s once this is False
