@@ -1,10 +1,44 @@
 """The base class of configurations: reads fields from JSON; checks name the field, its bound and its value."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 MAX_COUNT = 2**31 - 1  # the largest 32-bit integer
 LARGEST = 1e30  # bound of a number that is not a count
+MAX_LIST = 16
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer, and not True."""
+    return type(value) is int and 1 <= value <= MAX_COUNT
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and not a boolean."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The bound of a field, in its annotation: what a value must be, and whether it is."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Bound("a positive integer", is_count)]
+OptionalCount = Annotated[int | None, Bound("a positive integer or null", lambda v: v is None or is_count(v))]
+Counts = Annotated[
+    tuple[int, ...],
+    Bound(
+        f"a list of 1 to {MAX_LIST} positive integers",
+        lambda v: isinstance(v, tuple) and 1 <= len(v) <= MAX_LIST and all(map(is_count, v)),
+    ),
+]
+Number = Annotated[float, Bound("a number", is_number)]
+PositiveNumber = Annotated[float, Bound("a positive number", lambda v: is_number(v) and v > 0)]
+Flag = Annotated[bool, Bound("true or false", lambda v: isinstance(v, bool))]
 
 
 class Checked:
@@ -15,44 +49,17 @@ class Checked:
     KIND: ClassVar[str] = ""
     """The prefix of its messages."""
 
+    def __post_init__(self) -> None:
+        """Check the bounds of the annotations. A config with more checks calls this first."""
+        for field, hint in get_type_hints(type(self), include_extras=True).items():
+            for bound in getattr(hint, "__metadata__", ()):
+                if isinstance(bound, Bound):
+                    self.require(bound.holds(getattr(self, field)), field, bound.text)
+
     def require(self, ok: bool, field: str, bound: str) -> None:
         """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
         if not ok:
             raise ValueError(f"{self.KIND}{field} must be {bound}, got {getattr(self, field)!r:.100}")
-
-    def require_counts(self, *fields: str) -> None:
-        """Each of these fields must be a positive integer."""
-        for field in fields:
-            self.require(is_count(getattr(self, field)), field, "a positive integer")
-
-    def require_optional_counts(self, *fields: str) -> None:
-        """Each of these fields must be a positive integer or null."""
-        for field in fields:
-            value = getattr(self, field)
-            self.require(value is None or is_count(value), field, "a positive integer or null")
-
-    def require_lists(self, *fields: str, most: int = 16) -> None:
-        """Each of these fields must be a list of one or more positive integers."""
-        for field in fields:
-            value = getattr(self, field)
-            ok = isinstance(value, tuple) and 1 <= len(value) <= most and all(map(is_count, value))
-            self.require(ok, field, f"a list of 1 to {most} positive integers")
-
-    def require_numbers(self, *fields: str) -> None:
-        """Each of these fields must be a finite number."""
-        for field in fields:
-            self.require(is_number(getattr(self, field)), field, "a number")
-
-    def require_positive_numbers(self, *fields: str) -> None:
-        """Each of these fields must be a finite number above 0."""
-        for field in fields:
-            value = getattr(self, field)
-            self.require(is_number(value) and value > 0, field, "a positive number")
-
-    def require_flags(self, *fields: str) -> None:
-        """Each of these fields must be true or false."""
-        for field in fields:
-            self.require(isinstance(getattr(self, field), bool), field, "true or false")
 
     def require_among(self, field: str, *names: str) -> None:
         """The field must be one of these names."""
@@ -60,7 +67,7 @@ class Checked:
         self.require(isinstance(value, str) and value in names, field, f"among {', '.join(names)}")
 
     def require_names(self, field: str, count: int, *names: str) -> None:
-        """The field must be a list of this length, of names from `allowed`."""
+        """The field must be a list of this length, each one of `names`."""
         value = getattr(self, field)
         ok = isinstance(value, tuple) and len(value) == count and all(name in names for name in value)
         self.require(ok, field, f"a list of {count} names among {', '.join(names)}")
@@ -72,16 +79,6 @@ class Checked:
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}, **more)
         except TypeError as error:
             raise ValueError(f"{cls.KIND}{error}") from error
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is a positive integer, and not True."""
-    return type(value) is int and 1 <= value <= MAX_COUNT
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and not a boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:

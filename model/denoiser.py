@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from tminus.model.config import Checked, given_fields
+from tminus.model.config import Checked, Count, OptionalCount, given_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +19,11 @@ class NetConfig(Checked):
 
     sample_size: int | tuple[int, int] | None = None
     """The side of the input, or (height, width); None if the config does not say."""
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Count = 3
+    out_channels: Count = 3
     """The output's channels; twice the input's if the variance is learned."""
-    num_class_embeds: int | None = None
+    num_class_embeds: OptionalCount = None
     """The number of classes with the null class, which is the last; None for a network without classes."""
-
-    def __post_init__(self) -> None:
-        self.require_counts("in_channels", "out_channels")
-        self.require_optional_counts("num_class_embeds")
 
     @property
     def class_name(self) -> str:

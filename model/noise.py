@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS, TABLE
-from tminus.model.config import Checked, given_fields, is_off
+from tminus.model.config import Checked, Count, Flag, Number, PositiveNumber, given_fields, is_off
 from tminus.model.scheduler_kinds import (
     FAMILY_OF,
     FIELDS_OF_ANY,
@@ -165,34 +165,34 @@ class NoiseConfig(Checked):
 
     KIND: ClassVar[str] = "scheduler config: "
 
-    num_train_timesteps: int = DEFAULT_TIMESTEPS
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    num_train_timesteps: Count = DEFAULT_TIMESTEPS
+    beta_start: Number = 1e-4
+    beta_end: Number = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     variance_type: str = "fixed_small"
     prediction_type: str = "epsilon"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    thresholding: bool = False
+    clip_sample: Flag = True
+    clip_sample_range: PositiveNumber = 1.0
+    thresholding: Flag = False
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
-    rescale_betas_zero_snr: bool = False
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
-    rho: float = 7.0
+    set_alpha_to_one: Flag = True
+    rescale_betas_zero_snr: Flag = False
+    sigma_min: Number = 0.002
+    sigma_max: Number = 80.0
+    sigma_data: PositiveNumber = 0.5
+    rho: PositiveNumber = 7.0
     sigma_schedule: str = "karras"
     precondition_type: str = "edm"
-    """The next six are for EDM and consistency models, whose noise levels are a ramp of sigmas instead of betas."""
-    shift: float = 1.0
-    """For flow matching."""
-    sampling_eps: float = 1e-5
-    snr: float = 0.15
+    """The six above are for EDM and consistency models, whose noise levels are a ramp of sigmas instead of betas."""
+    shift: PositiveNumber = 1.0
+    """The shift of flow matching."""
+    sampling_eps: PositiveNumber = 1e-5
+    snr: PositiveNumber = 0.15
     correct_steps: int = 1
-    """The next three are for score_sde's VE models. The last two belong to the corrector, which is not run."""
-    divides_by_time: bool = False
+    """The three above are for score_sde's VE models. snr and correct_steps are for the corrector, never run."""
+    divides_by_time: Flag = False
     """Whether the network's output is divided by its time, as in diffusers' U-Nets with a Fourier embedding.
 
     load_checkpoint sets it from the network's config; no scheduler_config.json contains it.
@@ -201,12 +201,8 @@ class NoiseConfig(Checked):
     """The sampler of the scheduler's class (scheduler_kinds.py), for requests without a sampler."""
 
     def __post_init__(self) -> None:
+        Checked.__post_init__(self)
         require, among = self.require, self.require_among
-        self.require_flags("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr")
-        self.require_flags("divides_by_time")
-        self.require_numbers("beta_start", "beta_end", "sigma_min", "sigma_max")
-        self.require_positive_numbers("clip_sample_range", "sigma_data", "rho", "shift", "sampling_eps", "snr")
-        self.require_counts("num_train_timesteps")
         offset = self.steps_offset
         require(isinstance(offset, int) and not isinstance(offset, bool), "steps_offset", "an integer")
         betas = () if self.trained_betas is None else self.trained_betas

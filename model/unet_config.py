@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tminus.model.config import given_fields, is_count, is_off
+from tminus.model.config import Count, Counts, Number, OptionalCount, PositiveNumber, given_fields, is_count, is_off
 from tminus.model.denoiser import NetConfig
 from tminus.model.layers import ACTIVATIONS
 
@@ -41,45 +41,40 @@ class UNetConfig(NetConfig):
 
     center_input_sample: bool = False
     time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
-    freq_shift: float = 0
+    time_embedding_dim: OptionalCount = None
+    freq_shift: Number = 0
     flip_sin_to_cos: bool = True
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    mid_block_scale_factor: float = 1
+    block_out_channels: Counts = (224, 448, 672, 896)
+    layers_per_block: Count = 2
+    mid_block_scale_factor: PositiveNumber = 1
     downsample_padding: int = 1
     downsample_type: str = "conv"
     upsample_type: str = "conv"
-    dropout: float = 0.0
+    dropout: Number = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8
-    norm_num_groups: int | None = 32
+    attention_head_dim: OptionalCount = 8
+    norm_num_groups: OptionalCount = 32
     """None only for a network of Skip blocks, see `groups`."""
-    attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-5
+    attn_norm_num_groups: OptionalCount = None
+    norm_eps: PositiveNumber = 1e-5
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     class_embed_type: str | None = None
     num_train_timesteps: int | None = None
-    num_heads: int | None = None
+    num_heads: OptionalCount = None
     """The number of heads of every attention, whatever its width; overrides attention_head_dim."""
-    time_proj_dim: int | None = None
+    time_proj_dim: OptionalCount = None
     """The width of the timestep's sines and cosines; None means the first of block_out_channels."""
-    timestep_scale: float = 1.0
+    timestep_scale: PositiveNumber = 1.0
     """The factor of timesteps: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
-        self.require_counts("layers_per_block", *(() if self.has_skip_blocks else ("norm_num_groups",)))
-        self.require_optional_counts("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
-        self.require_optional_counts("norm_num_groups", "num_heads", "time_proj_dim")
-        self.require_lists("block_out_channels")
-        self.require_positive_numbers("timestep_scale", "norm_eps", "mid_block_scale_factor")
-        self.require_numbers("dropout", "freq_shift")
         require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups or 1
+        require(self.has_skip_blocks or self.norm_num_groups is not None, "norm_num_groups", "a positive integer")
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         down, up = (SKIP_DOWN_BLOCKS, SKIP_UP_BLOCKS) if self.has_skip_blocks else (DOWN_BLOCKS, UP_BLOCKS)
@@ -93,7 +88,7 @@ class UNetConfig(NetConfig):
         require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
         self.require_among("time_embedding_type", "positional", "fourier", "learned")
         if self.time_embedding_type == "learned":
-            self.require_counts("num_train_timesteps")
+            require(is_count(self.num_train_timesteps), "num_train_timesteps", "a positive integer")
         self.require_among("downsample_type", "conv", "resnet")
         self.require_among("upsample_type", "conv", "resnet")
         require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.config import Checked
+from tminus.model.config import Checked, Count, Counts
 from tminus.model.files import write_atomically, write_json
 from tminus.model.pixels import to_model_range
 from tminus.model.training.data import ImageSet
@@ -44,15 +44,14 @@ class ClassifierConfig(Checked):
     KIND: ClassVar[str] = "classifier config: "
 
     channels: int
-    size_px: tuple[int, int]
-    num_classes: int
-    widths: tuple[int, int, int] = (24, 48, 96)
-    feature_dim: int = 96
+    size_px: Counts
+    num_classes: Count
+    widths: Counts = (24, 48, 96)
+    feature_dim: Count = 96
 
     def __post_init__(self) -> None:
+        Checked.__post_init__(self)
         self.require(self.channels in (1, 3, 4), "channels", "1, 3 or 4")
-        self.require_counts("num_classes", "feature_dim")
-        self.require_lists("widths", "size_px")
         self.require(len(self.widths) == 3, "widths", "three numbers")
         sides = len(self.size_px) == 2 and min(self.size_px) >= MIN_SIDE
         self.require(sides, "size_px", f"two sides of {MIN_SIDE} or more")

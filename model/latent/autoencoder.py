@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.config import Checked, given_fields, is_count, is_off
+from tminus.model.config import (
+    Checked,
+    Count,
+    Counts,
+    Flag,
+    Number,
+    OptionalCount,
+    PositiveNumber,
+    given_fields,
+    is_count,
+    is_off,
+)
 from tminus.model.files import AUTOENCODERS, CheckpointError, first_line, read_json, write_json
 from tminus.model.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
 from tminus.model.pixels import MAX_CHANNELS, to_model_range
@@ -50,45 +61,39 @@ class AutoencoderConfig(Checked):
     KIND: ClassVar[str] = "autoencoder config: "
 
     kind: str = KL
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Count = 3
+    out_channels: Count = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    block_out_channels: Counts = (64,)
+    layers_per_block: Count = 1
     act_fn: str = "silu"
-    latent_channels: int = 4
+    latent_channels: Count = 4
     sample_size: int | tuple[int, int] = 32
-    norm_num_groups: int = 32
-    scaling_factor: float = USUAL_SCALE
+    norm_num_groups: Count = 32
+    scaling_factor: PositiveNumber = USUAL_SCALE
     """Latents are multiplied by this before they enter the denoising network: 1 / their standard deviation."""
-    shift_factor: float = 0.0
+    shift_factor: Number = 0.0
     """Latents are shifted by minus this before they are scaled; AutoencoderKL only."""
-    mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    num_vq_embeddings: int = 256
-    vq_embed_dim: int | None = None
+    mid_block_add_attention: Flag = True
+    use_quant_conv: Flag = True
+    use_post_quant_conv: Flag = True
+    num_vq_embeddings: Count = 256
+    vq_embed_dim: OptionalCount = None
 
     def __post_init__(self) -> None:
+        Checked.__post_init__(self)
         require, widths, groups = self.require, self.block_out_channels, self.norm_num_groups
         self.require_among("kind", VQ, KL)
-        self.require_counts("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "latent_channels")
-        self.require_counts("num_vq_embeddings")
-        self.require_optional_counts("vq_embed_dim")
         require(self.in_channels == self.out_channels, "out_channels", f"in_channels ({self.in_channels})")
         require(self.in_channels <= MAX_CHANNELS, "in_channels", f"at most {MAX_CHANNELS}")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
         require(all(map(is_count, sizes)), "sample_size", "a positive integer or two")
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
-        self.require_lists("block_out_channels")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             self.require_names(field, len(widths), *known)
         self.require_among("act_fn", *ACTIVATIONS)
-        self.require_positive_numbers("scaling_factor")
-        self.require_numbers("shift_factor")
-        self.require_flags("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
 
     @property
     def factor(self) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tminus.model.config import Count, Counts, is_count
 from tminus.model.denoiser import Denoiser, NetConfig
 
 WIDTHS = (64, 128, 256, 256)
@@ -23,13 +24,12 @@ class Dome272Config(NetConfig):
     CLASS_NAME: ClassVar[str] = "Dome272UNet"
     KIND: ClassVar[str] = "Dome272UNet config: "
 
-    time_dim: int = 256
-    middle: tuple[int, ...] = (512, 512, 256)
+    time_dim: Count = 256
+    middle: Counts = (512, 512, 256)
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
-        self.require_counts("sample_size", "time_dim")
-        self.require_lists("middle")
+        self.require(is_count(self.sample_size), "sample_size", "a positive integer")
         self.require(self.time_dim % 2 == 0, "time_dim", "even")
         fits = len(self.middle) <= 3 and self.middle[-1] == WIDTHS[-1]
         self.require(fits, "middle", f"at most three widths, the last {WIDTHS[-1]}")

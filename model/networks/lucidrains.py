@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tminus.model.config import Count, Counts, is_count
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.layers import sinusoidal_embedding
 
@@ -21,19 +22,18 @@ class LucidrainsConfig(NetConfig):
     CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
     KIND: ClassVar[str] = "LucidrainsUnet config: "
 
-    dim: int
-    init_dim: int
-    level_widths: tuple[int, ...]
-    attn_heads: tuple[int, ...]
-    attn_dim_head: tuple[int, ...]
+    dim: Count
+    init_dim: Count
+    level_widths: Counts
+    attn_heads: Counts
+    attn_dim_head: Counts
     full_attn: tuple[bool, ...]
     """Whether a level has full attention; else its attention is linear in the number of pixels."""
-    num_mem_kv: int = 4
+    num_mem_kv: Count = 4
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
-        self.require_counts("sample_size", "dim", "init_dim", "num_mem_kv")
-        self.require_lists("level_widths", "attn_heads", "attn_dim_head")
+        self.require(is_count(self.sample_size), "sample_size", "a positive integer")
         self.require(self.num_class_embeds is None, "num_class_embeds", "null: it knows no classes")
         self.require(self.dim >= 4 and self.dim % 2 == 0, "dim", "even and 4 or more")
         for field in ("level_widths", "attn_heads", "attn_dim_head", "full_attn"):

@@ -5,7 +5,6 @@ As in model/training/train.py all random numbers of step k are seeded by (seed, 
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,13 @@ from tminus.model.checkpoint import TMINUS_FILE
 from tminus.model.files import write_json
 from tminus.model.latent.autoencoder import Autoencoder, AutoencoderConfig, latents_of, save_autoencoder
 from tminus.model.pixels import to_model_range
+from tminus.model.training.config import AutoencoderTrainConfig
 from tminus.model.training.data import ImageSet, evenly
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, step_seed
+from tminus.model.training.run import Run, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices
 
 COMMITMENT = 0.25  # of the encoder to its codes (van den Oord et al. 2017, eq. 3)
 SCALE_IMAGES = 512  # of the training data, whose latents say by how much latents are scaled
-
-
-@dataclass(frozen=True, slots=True)
-class AutoencoderTrainConfig(RunConfig):
-    """The settings of a run of `train-autoencoder`."""
-
-    kl_weight: float = 1e-3  # of the divergence from N(0, I), nats a latent value; an AutoencoderKL has it
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        self.require(self.kl_weight >= 0, "kl_weight", "0 or more")
 
 
 def train_autoencoder(

@@ -6,16 +6,15 @@ step k are seeded by (seed, k).
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import MAX_GUIDANCE, Recommended
+from tminus.model.catalogue import Recommended
 from tminus.model.checkpoint import save_checkpoint
 from tminus.model.consistency import SAMPLER, consistency_table
 from tminus.model.denoiser import Denoiser
@@ -26,16 +25,16 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import RGBA
 from tminus.model.sampler_tables import write_table
 from tminus.model.samplers import Plan, table_plan
+from tminus.model.training.config import DistillConfig
 from tminus.model.training.data import ImageSet
 from tminus.model.training.network_features import FrechetLoss
-from tminus.model.training.run import Run, RunConfig, TrainError, averaged, example_pass, step_seed
+from tminus.model.training.run import Run, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import product_of
 from tminus.model.training.teacher import REFERENCE, Teacher, Trajectories
 from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
-MAX_STEPS = 4  # that a student is made for
 LEVELS = (0.3, 0.05, 0.7)  # of alpha_bar, where the second step of two begins, and what three and four add
 HUBER = 0.03  # c of the loss, in units of the model's range
 
@@ -75,45 +74,6 @@ def student_points(alpha_bar: Tensor, steps: int) -> list[int]:
         free = [k for k in range(len(alpha_bar)) if k not in chosen]
         chosen.append(min(free, key=lambda k: abs(float(alpha_bar[k]) - level)))
     return sorted(chosen)
-
-
-@dataclass(frozen=True, slots=True)
-class DistillConfig(RunConfig):
-    """The settings of a run of `distill`."""
-
-    class_dropout: float = 0.1  # how often the null class replaces a label; it is not guided
-    guidance: float = 1.0  # the teacher's, which the student has in its weights
-    student_steps: tuple[int, ...] = (1, 2, 3, 4)  # the numbers of steps that it gets tables for
-    teacher_sampler: str = "dpmpp_2m"
-    teacher_steps: int = 20
-    trajectories: int = 512  # that the teacher solves at a time
-    uses: int = 16  # of the noise of each, at the mean
-    first_share: float = 0.6  # of a batch: pure noise, from which all images begin
-    frechet_weight: float = 3.0  # of the distance between distributions
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        self.require_shares("class_dropout", "first_share")
-        self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
-        self.require(0 <= self.frechet_weight < math.inf, "frechet_weight", "0 or more")
-        self.require_counts("teacher_steps", "trajectories", "uses")
-        steps = self.student_steps
-        bound = f"different numbers in 1..{MAX_STEPS}"
-        self.require(
-            0 < len(set(steps)) == len(steps) and all(1 <= n <= MAX_STEPS for n in steps), "student_steps", bound
-        )
-        self.require(max(steps) <= self.teacher_steps, "teacher_steps", f"{max(steps)} or more, the student's steps")
-        self.require(self.num_first >= 1, "first_share", f"at least 1/{self.batch_size}, one of a batch")
-
-    @property
-    def num_first(self) -> int:
-        """How many of a batch are pure noise; all of them, where the student has one step alone."""
-        return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
-
-    @property
-    def round_steps(self) -> int:
-        """Optimiser steps between two sets of trajectories."""
-        return max(1, self.uses * self.trajectories // self.num_first)
 
 
 def distill(

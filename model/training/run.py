@@ -10,7 +10,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.config import Checked
 from tminus.model.denoiser import Denoiser
 from tminus.model.files import write_atomically, write_text
 from tminus.model.machine import threads_left
+from tminus.model.training.config import RunConfig
 from tminus.model.training.curve import LossCurve, loss_svg
 from tminus.model.training.data import listed
 
@@ -32,11 +31,9 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training-state.safetensors"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
-USUAL_BATCH = 64
-FIRST_LOOK = 50  # step of the first sheet; the next ones come at twice, four times as many, until they are regular
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
-Config = TypeVar("Config", bound="RunConfig")
+Config = TypeVar("Config", bound=RunConfig)
 Net = TypeVar("Net", bound=nn.Module)
 FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
 
@@ -108,50 +105,6 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 class TrainError(ValueError):
     """A run cannot start or continue; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunConfig(Checked):
-    """The settings of any run. A resumed run may change only FREE_TO_CHANGE."""
-
-    steps: int
-    batch_size: int = USUAL_BATCH
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
-    ema_decay: float = 0.999
-    grad_clip: float = 1.0
-    seed: int = 0
-    precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
-    compile: bool = False
-    threads: int = 0  # of torch on a CPU, which move bits; 0: as many as there are free cores when the run begins
-    save_every: int = 200
-    sheet_every: int = 1000
-
-    def require_shares(self, *fields: str) -> None:
-        """Each of these fields must be a share of one."""
-        for field in fields:
-            self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
-
-    def __post_init__(self) -> None:
-        self.require_counts("steps", "batch_size", "save_every", "sheet_every")
-        self.require(0 <= self.learning_rate < math.inf, "learning_rate", "0 or more")
-        self.require(self.grad_clip > 0, "grad_clip", "above 0")
-        self.require_shares("decay_fraction", "ema_decay")
-        for field in ("warmup_steps", "threads"):
-            self.require(getattr(self, field) >= 0, field, "0 or more")
-        self.require_among("precision", "auto", "fp32", "bf16")
-
-    def looks_at(self, step: int) -> bool:
-        """Say whether a sheet is drawn after this step: each `sheet_every`, and some early ones."""
-        early, rest = divmod(step, FIRST_LOOK)
-        return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero."""
-        warm = (step + 1) / max(1, self.warmup_steps)
-        left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
-        return self.learning_rate * min(warm, left, 1.0)
 
 
 class Run:

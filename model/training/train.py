@@ -4,9 +4,7 @@ All random numbers of step k are seeded by (seed, k), so a run that is stopped a
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import MAX_GUIDANCE, SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
 from tminus.model.checkpoint import Checkpoint, Labels, TminusJson, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.latent.autoencoder import Autoencoder, check_place, hash_autoencoder
 from tminus.model.loss import draw_timesteps, l_simple, lognormal_timesteps, velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.parametrization import as_ours
+from tminus.model.training.config import TrainConfig
 from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.held_out import HeldOutLoss, unlike
 from tminus.model.training.muon import Muon
-from tminus.model.training.run import USUAL_BATCH, Run, RunConfig, TrainError, averaged, example_pass, step_seed
+from tminus.model.training.run import Run, TrainError, averaged, example_pass, step_seed
 from tminus.model.training.targets import (
     Batch,
     GuidedTarget,
@@ -40,40 +39,6 @@ from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit
 
 GUIDANCE = 1.5  # to begin with, of a network that has learned a null class
-LARGE_SET, LARGE_STEPS = 60_000, 15_000  # Fashion-MNIST, and what it takes
-FEWEST_STEPS = 500  # after which a few dozen images are known
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig(RunConfig):
-    """The settings of a run of `train`."""
-
-    class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
-    flip: bool = False
-    weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
-    stable_target: bool = False  # the mean of x_0 given x_t in place of x_0, see targets.StableTarget
-    timestep_sampling: str = "uniform"  # as Ho et al., or lognormal: see loss.lognormal_timesteps
-    optimizer: str = "adam"  # or muon, which learns more in a step
-    guidance: float = 1.0  # to be folded into the weights: they learn what those of init_from predict with it
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        self.require_shares("class_dropout")
-        self.require_among("weighting", "simple", "velocity")
-        self.require_among("timestep_sampling", "uniform", "lognormal")
-        self.require_among("optimizer", "adam", "muon")
-        self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
-
-
-def usual_batch(num_images: int) -> int:
-    """Return the usual batch size, or half the images if fewer: a larger batch teaches little more."""
-    return max(1, min(USUAL_BATCH, num_images // 2))
-
-
-def usual_steps(num_images: int) -> int:
-    """Choose a number of steps: LARGE_STEPS for LARGE_SET images, less by the square root for fewer."""
-    steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
-    return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))
 
 
 def train(

@@ -1,8 +1,9 @@
 """Options that several commands have, and the types of options."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
@@ -91,6 +92,22 @@ def options(*several: Option) -> Option:
         return command
 
     return decorate
+
+
+def config_options(config: type[Any]) -> Option:
+    """Make an option of each field of a dataclass whose annotation has a text, which --help shows."""
+    hints = get_type_hints(config, include_extras=True)
+    made = []
+    for field in dataclasses.fields(config):
+        hint, flag = hints[field.name], f"--{field.name.replace('_', '-')}"
+        default = None if field.default is dataclasses.MISSING else field.default
+        usual = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        for text in getattr(hint, "__metadata__", ()):
+            if isinstance(text, str):
+                kind = hint.__origin__ if default is None else None
+                is_flag = hint.__origin__ is bool
+                made.append(click.option(flag, type=kind, is_flag=is_flag, default=usual, help=text))
+    return options(*made)
 
 
 def integers(flag: str, text: str) -> tuple[int, ...]:

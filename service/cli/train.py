@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.model.catalogue import TEACHERS
+from tminus.model.training.config import (
+    AutoencoderTrainConfig,
+    DistillConfig,
+    TrainConfig,
+    usual_batch,
+    usual_steps,
+)
 from tminus.service.cli.options import (
     BACKGROUND,
     CHECKPOINT_TYPE,
@@ -15,6 +21,7 @@ from tminus.service.cli.options import (
     FOLDER_TYPE,
     THREADS,
     Option,
+    config_options,
     integers,
     options,
 )
@@ -48,7 +55,6 @@ CHANNELS = click.option(
     help="Channels of a folder's images; 4 is RGBA  [default: 1 if all of them are grey, else 3]",
 )
 OUT = click.option("--out", type=FOLDER_TYPE, required=True, help="Folder of the run; a run in it is resumed")
-STEPS = click.option("--steps", default=10_000, help="Optimiser steps in all")
 LAYERS = click.option("--layers", default=1, help="Layers in each block")
 GROUPS = click.option("--groups", default=8, help="Groups of the group norms")
 
@@ -59,33 +65,13 @@ def size(default: int) -> Option:
     return click.option("--size", "size_px", default=default, help=what)
 
 
-def run_options(*, learning_rate: float, warmup_steps: int, decay_fraction: float, sheets: str) -> Option:
-    """Return the options of every training run. sheets: what --sheet-every counts the steps between."""
-    return options(
-        click.option("--learning-rate", default=learning_rate, help="Highest learning rate"),
-        click.option("--warmup-steps", default=warmup_steps, help="Steps over which the learning rate rises from zero"),
-        click.option(
-            "--decay-fraction",
-            default=decay_fraction,
-            help="Share of the run, at its end, over which the learning rate falls to zero",
-        ),
-        click.option(
-            "--ema-decay", default=0.999, help="Decay of the moving average of the weights, which the checkpoint gets"
-        ),
-        click.option("--grad-clip", default=1.0, help="Largest L2 norm of the gradient"),
-        click.option("--seed", default=0, help="Seed of all that is random in the run"),
-        click.option(
-            "--precision",
-            type=click.Choice(["auto", "fp32", "bf16"]),
-            default="auto",
-            help="Number format; auto takes the faster one",
-        ),
-        click.option("--compile", is_flag=True, help="Compile the networks with torch.compile"),
-        THREADS,
-        click.option("--save-every", default=200, help="Steps between saves"),
-        click.option("--sheet-every", default=1000, help=f"Steps between {sheets}"),
-        DEVICE,
-    )
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="Number format; auto takes the faster one",
+)
+ON_MACHINE = options(PRECISION, THREADS, DEVICE)
 
 
 @click.command(short_help="Train a model on a folder of images.")
@@ -107,37 +93,7 @@ def run_options(*, learning_rate: float, warmup_steps: int, decay_fraction: floa
 @OUT
 @click.option("--latent", type=FOLDER_TYPE, help="Autoencoder on whose latents to train; it also sets --channels")
 @click.option("--init-from", type=CHECKPOINT_TYPE, help="Checkpoint to begin from: a folder or a hub id")
-@click.option(
-    "--steps",
-    type=int,
-    help="Optimiser steps in all  [default: those of the run, or 500 to 15000 by the number of images]",
-)
-@click.option(
-    "--batch-size",
-    type=int,
-    help="Images in an optimiser step  [default: those of the run, or 64, or half of the "
-    "images if they are fewer than 128]",
-)
-@click.option("--optimizer", default="adam", help="Optimiser: adam, or muon, which learns more in a step")
-@click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which guidance needs")
-@click.option(
-    "--weighting",
-    default="simple",
-    help="Weighting of the loss over t: simple, or velocity, where errors near t = T count more (with --prediction "
-    "epsilon)",
-)
-@click.option(
-    "--stable-target",
-    is_flag=True,
-    help="Learn the mean of x_0 over all training images that x_t may come from, a target that varies less",
-)
-@click.option(
-    "--timestep-sampling",
-    default="uniform",
-    help="How t is drawn: uniform, or lognormal, which draws low noise more often",
-)
-@click.option("--guidance", default=1.0, help="Scale of guidance to fold into the weights of --init-from; 1 is off")
-@click.option("--flip", is_flag=True, help="Mirror half of the images")
+@config_options(TrainConfig)
 @click.option(
     "--widths", default="32,64,128", help="Channels at each resolution (block_out_channels), separated by commas"
 )
@@ -155,12 +111,7 @@ def run_options(*, learning_rate: float, warmup_steps: int, decay_fraction: floa
 )
 @click.option("--timesteps", default=1000, help="Number T of timesteps")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), default="v_prediction", help="What the network predicts")
-@run_options(
-    learning_rate=1e-3,
-    warmup_steps=100,
-    decay_fraction=0.2,
-    sheets="sample sheets, and between measurements of the held-out images",
-)
+@ON_MACHINE
 def train(**flags: Any) -> None:
     """Train a model on a folder of images, or resume a run.
 
@@ -179,7 +130,6 @@ def train(**flags: Any) -> None:
     from tminus.model.samplers import compile_plan
     from tminus.model.training.data import listed
     from tminus.model.training.run import saved_config
-    from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
     from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
@@ -285,15 +235,8 @@ def _architecture(flags: dict[str, Any], data: "ImageSet", latent: "AutoencoderC
 @LAYERS
 @GROUPS
 @click.option("--codes", default=1024, help="Size of a VQModel's codebook")
-@click.option("--kl-weight", default=1e-3, help="Weight of the divergence of an AutoencoderKL's latents from N(0, I)")
-@STEPS
-@click.option("--batch-size", default=32, help="Images in an optimiser step")
-@run_options(
-    learning_rate=1e-3,
-    warmup_steps=200,
-    decay_fraction=0.5,
-    sheets="sheets, which show images above their reconstructions",
-)
+@config_options(AutoencoderTrainConfig)
+@ON_MACHINE
 def train_autoencoder(**flags: Any) -> None:
     """Train an autoencoder for latent diffusion, or resume a run.
 
@@ -306,7 +249,6 @@ def train_autoencoder(**flags: Any) -> None:
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.latent.autoencoder import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
-    from tminus.model.training.autoencoder import AutoencoderTrainConfig
     from tminus.model.training.autoencoder import train_autoencoder as run
     from tminus.service.engine.devices import choose_device
 
@@ -348,26 +290,8 @@ def train_autoencoder(**flags: Any) -> None:
 )
 @DATA_DIR
 @BACKGROUND
-@click.option("--guidance", default=1.0, help="Scale of guidance of the teacher, which the student learns; 1 is off")
-@click.option(
-    "--student-steps", default="1,2,3,4", help="Numbers of sampling steps that the student learns, separated by commas"
-)
-@click.option(
-    "--teacher-sampler",
-    default="dpmpp_2m",
-    help=f"Sampler of the teacher: {', '.join(TEACHERS)}",
-)
-@click.option("--teacher-steps", default=20, help="Steps of the teacher's sampler")
-@click.option("--trajectories", default=512, help="Trajectories that the teacher computes at a time")
-@click.option("--uses", default=16, help="How often each trajectory is used, on average")
-@click.option("--first-share", default=0.6, help="Share of a batch that starts from pure noise")
-@click.option(
-    "--frechet-weight", default=3.0, help="Weight of the distance between the distributions of images; 0 is off"
-)
-@STEPS
-@click.option("--batch-size", default=64, help="Images in an optimiser step")
-@click.option("--class-dropout", default=0.1, help="Share of labels replaced by the null class, which is not guided")
-@run_options(learning_rate=3e-4, warmup_steps=100, decay_fraction=0.5, sheets="sample sheets")
+@config_options(DistillConfig)
+@ON_MACHINE
 def distill(**flags: Any) -> None:
     """Train a student that samples in 1 to 4 steps, or resume a run.
 
@@ -380,7 +304,6 @@ def distill(**flags: Any) -> None:
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.training.distill import DistillConfig
     from tminus.model.training.distill import distill as run
     from tminus.service.engine.devices import choose_device
 

@@ -78,7 +78,7 @@ class CrashFile:
         threading.Thread(target=self._write, name="tminus-crash-file", daemon=True).start()
 
     def watch(self, stalled_s: Callable[[], float]) -> None:
-        """Record from now on whether the process hangs. stalled_s: seconds that it has hung, or 0; must be thread-safe."""
+        """Record from now on whether the process hangs. stalled_s: seconds that it has hung, or 0; thread-safe."""
         self._stalled_s = stalled_s
 
     def work_on(self, part: WorkerThread, jobs: Collection[str]) -> None:

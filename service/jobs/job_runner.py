@@ -80,7 +80,7 @@ class JobRunner:
         return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
-        """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many jobs wait."""
+        """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many wait."""
         left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:

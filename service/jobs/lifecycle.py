@@ -92,7 +92,7 @@ class Lifecycle:
                 await self.tasks.pause(CLAIM_S)
 
     async def close(self) -> None:
-        """Store the outcomes of jobs, as far as the store can. Call it when the worker has ended, or there are no jobs."""
+        """Store the outcomes of jobs, as far as the store can. Call it after the worker has ended, or without jobs."""
         await self.tasks.close()
         if self.leases is not None:  # last: a result may take longer to store than a lease lasts
             await self.leases.close()

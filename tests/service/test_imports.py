@@ -36,6 +36,7 @@ PURE_MODEL = {
     *(f"tminus.model{name}" for name in ("", ".catalogue", ".config", ".files", ".hub", ".pixels", ".sampler_tables")),
     *("tminus.model.archives", "tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
     *("tminus.model.formats", "tminus.model.formats.flags"),
+    *("tminus.model.training", "tminus.model.training.config"),
 }
 MAY_RENDER_HTTP = {"tminus.service.api.answers.problems"}
 

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, VQModel
 from tests.model.training.test_train import assert_same_bits, state_of, toy_images
 from tminus.model.latent.autoencoder import VQ, Autoencoder, AutoencoderConfig, load_autoencoder
 from tminus.model.pixels import to_model_range
-from tminus.model.training.autoencoder import AutoencoderTrainConfig, reconstruction_loss, train_autoencoder
+from tminus.model.training.autoencoder import reconstruction_loss, train_autoencoder
+from tminus.model.training.config import AutoencoderTrainConfig
 from tminus.model.training.data import ImageSet
 
 pytestmark = pytest.mark.slow

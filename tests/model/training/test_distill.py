@@ -22,9 +22,9 @@ from tminus.model.samplers import Plan, compile_plan, denoise, sample, solve
 from tminus.model.training import distill as distill_module
 from tminus.model.training import network_features as frechet_module
 from tminus.model.training import teacher as teacher_module
+from tminus.model.training.config import DistillConfig, TrainConfig
 from tminus.model.training.data import ImageSet
 from tminus.model.training.distill import (
-    DistillConfig,
     consistency_plan,
     distill,
     predict_x0,
@@ -33,7 +33,7 @@ from tminus.model.training.distill import (
     student_points,
 )
 from tminus.model.training.run import STATE_FILE, TrainError
-from tminus.model.training.train import TrainConfig, train
+from tminus.model.training.train import train
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 

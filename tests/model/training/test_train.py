@@ -30,9 +30,10 @@ from tminus.model.samplers import sample
 from tminus.model.training import run as run_file
 from tminus.model.training import targets as targets_module
 from tminus.model.training import train as train_module
+from tminus.model.training.config import TrainConfig, usual_batch, usual_steps
 from tminus.model.training.data import ImageSet
 from tminus.model.training.run import STATE_FILE, Ema, TrainError, read_state, write_state
-from tminus.model.training.train import TrainConfig, batch_indices, train, usual_batch, usual_steps
+from tminus.model.training.train import batch_indices, train
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 
@@ -669,7 +670,7 @@ def test_every_epoch_covers_each_image_once(num_images: int, batch_size: int) ->
 
 
 def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
-    config = TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
+    config = TrainConfig(steps=1000, batch_size=64, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
     rates = [config.learning_rate_at(step) for step in range(1001)]
     assert rates[0] == pytest.approx(1e-5)
     assert rates[49] == pytest.approx(5e-4)

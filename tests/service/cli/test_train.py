@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.service.cli.running import refusal, run
 from tminus.model.checkpoint import load_checkpoint
-from tminus.model.training.train import TrainConfig, usual_batch, usual_steps
+from tminus.model.training.config import TrainConfig, usual_batch, usual_steps
 from tminus.service.cli.train import CONTINUOUS, PREDICTIONS
 
 SMALL = ("--size", "8", "--widths", "8,8", "--groups", "4", "--head-dim", "4", "--device", "cpu", "--precision", "fp32")
