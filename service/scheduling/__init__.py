@@ -1,1 +1,1 @@
-"""Which rows step next, which jobs are accepted, when they will end. Pure: no torch, no asyncio, no clock."""
+"""Chooses the rows of each tick, accepts jobs, and predicts their ends. Pure: no torch, no asyncio, no clock."""

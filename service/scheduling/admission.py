@@ -1,6 +1,7 @@
-"""Accept or refuse jobs. A job's cost is known on arrival, so a refusal can say when to try again. No torch.
+"""Accepts or refuses jobs. A job's cost is known on arrival, so a refusal can say when to try again. No torch.
 
-Any thread may ask; the worker's takes work off. Time is an argument: seconds of any clock that does not go back.
+Any thread may call it; the worker's thread removes finished work. Times are arguments, in seconds of a monotonic
+clock.
 """
 
 import math
@@ -26,43 +27,44 @@ from tminus.service.scheduling.room import (
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
 
-RENEW_S = 5.0  # how old a forecast of room may get: jobs that have left since only make it too careful
-ROUNDING = 1e-6  # of a second
+RENEW_S = 5.0  # maximum age of a room forecast: jobs that have left since only make it more careful
+ROUNDING = 1e-6  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """The accepted jobs at one moment, in order of arrival, and how long ticks take."""
+    """The accepted jobs at one moment, in order of arrival, and the duration of ticks."""
 
     jobs: Sequence[Pending]
     load: Load
     speeds: Mapping[int, Speed]
-    service_time_s: Mapping[str, float]  # by owner
+    service_time_s: Mapping[str, float]  # keyed by owner
 
 
 class Admission:
-    """Owns the ledger of accepted work, and how long ticks take. Refuses jobs over the limits, or that would be late.
+    """Owns the ledger of accepted work and the speed of ticks. Refuses jobs that exceed a limit or would end too late.
 
-    Jobs and backlog are counted and limited over all models. Each model has slots for rows of its own.
+    Jobs and backlog are limited over all models together. Each model has its own slots for rows.
     """
 
     def __init__(self, limits: Limits, times: OwnerTimes | None = None, *, shared: bool = False) -> None:
         """limits: only max_jobs and max_backlog_s are used. times: shared with the schedulers.
 
-        shared: whether there may be several owners.
+        shared: whether jobs may have several owners.
         """
         self._limits, self._times, self._shared = limits, times or OwnerTimes(), shared
         # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
-        # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread and after
-        # it has begun a job. Here a job counts from its admission, in another thread.
+        # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread and only
+        # after a job has begun. Here a job counts from its admission, in another thread.
         self._jobs: dict[str, Pending] = {}
-        self._speeds: dict[int, Speed] = {}  # by model
-        # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
+        self._speeds: dict[int, Speed] = {}  # keyed by model
+        # Held while one request is being admitted; guards the attributes below. Taken before _lock.
         self._admitting = threading.Lock()
-        self._retry_queues: defaultdict[str | None, RetryQueue] = defaultdict(RetryQueue)  # by owner; None is all
-        self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # by owner
-        # By owner, each with the time when it was made; none after a job came in.
+        # keyed by owner; None is for all
+        self._retry_queues: defaultdict[str | None, RetryQueue] = defaultdict(RetryQueue)
+        self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
+        # Room forecasts by owner, each with its time; emptied when a job comes in.
         self._forecasts: dict[str | None, tuple[BacklogForecast, float]] = {}
 
     # --- from any thread ---
@@ -81,8 +83,8 @@ class Admission:
 
         has_picture: whether it starts from a picture.
 
-        An idle server takes any job within the bounds. Overloaded carries a Retry-After that is spread over clients. No
-        place is reserved.
+        An idle server accepts any job within the bounds. Overloaded carries a Retry-After that differs between
+        clients; it reserves no place.
         """
         with self._admitting:
             server = self._now(owner)
@@ -106,7 +108,7 @@ class Admission:
         deadline_s: float | None = None,
         has_picture: bool = False,
     ) -> Outlook:
-        """Predict a job that the first replica with room takes on. It is not counted here. Raises as `enter` does."""
+        """Predict a job that any replica with room may run. It is not counted here. Raises as `enter` does."""
         with self._admitting:
             server = self._now()
             job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
@@ -120,9 +122,9 @@ class Admission:
             return Outlook(load.jobs, eta_s)
 
     def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
-        """Count a job that an earlier process accepted. Neither backlog nor deadline refuses it.
+        """Count a job that an earlier process accepted, whatever the backlog and its deadline.
 
-        Raises Overloaded while there are no slots for it. The Retry-After is no forecast.
+        Raises Overloaded while there are no slots for it. Its Retry-After is not a forecast.
         """
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
@@ -148,12 +150,12 @@ class Admission:
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds of accepted work that is left, at the rate of full ticks."""
+        """Predicted seconds of remaining accepted work, at the rate of full ticks."""
         load = self._now().load
         return load.ticks_s + load.autoencoder_s
 
     def places_per_s(self, model: int) -> float:
-        """Return how many places of a model are done in a second of full ticks."""
+        """Return the places per second of a model in full ticks."""
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
@@ -164,7 +166,7 @@ class Admission:
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return a model's Intake: at most `ahead_s` of work may go before a job."""
+        """Return a model's Intake, with room for jobs that at most `ahead_s` seconds of work precede."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)
@@ -173,7 +175,7 @@ class Admission:
 
     @property
     def tick_time_ratio(self) -> float:
-        """The ratio of tick time now to that at the start, for the model that has slowed down most."""
+        """The duration of ticks relative to the start, for the model that has slowed down most."""
         with self._lock:
             return max((speed.correction for speed in self._speeds.values()), default=1.0)
 
@@ -196,7 +198,7 @@ class Admission:
             self._speeds[model] = speed
 
     def remove(self, model: int) -> None:
-        """Forget a model that has no jobs and gets none."""
+        """Forget a model that has no jobs and will get none."""
         with self._lock:
             assert all(job.work.model != model for job in self._jobs.values())
             self._speeds.pop(model, None)
@@ -206,7 +208,7 @@ class Admission:
     def stepped(
         self, model: int, jobs: Iterable[JobRows], places: int, seconds: float, *, overlaps: bool = False
     ) -> None:
-        """Take a tick's work off the ledger, and learn how fast the machine is now.
+        """Remove a tick's work from the ledger, and learn the machine's present speed.
 
         places: 0 if the seconds are no measurement. overlaps: whether it began while another tick was in flight.
         """
@@ -219,14 +221,14 @@ class Admission:
                 self._speeds[model] = self._speeds[model].observe(places, seconds, overlaps=overlaps)
 
     def decoded(self, job_id: str) -> None:
-        """Take one decoded image of a latent model off the ledger."""
+        """Remove one decoded image of a latent model from the ledger."""
         with self._lock:
             if (job := self._jobs.get(job_id)) is not None:
                 decode_s = self._speeds[job.work.model].decode_s
                 self._jobs[job_id] = replace(job, autoencoder_s=max(0.0, job.autoencoder_s - decode_s))
 
     def leave(self, job_id: str) -> None:
-        """Take an ended job off the ledger. Nothing happens if it is not here."""
+        """Remove an ended job from the ledger. An unknown job is ignored."""
         with self._lock:
             self._jobs.pop(job_id, None)
 
@@ -234,7 +236,7 @@ class Admission:
 
     def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
         """Raise Overloaded for a job that would exceed a limit."""
-        if not server.load.jobs:  # the clients that were refused may be gone
+        if not server.load.jobs:  # after an idle time the refused clients may be gone
             self._retry_queues.clear()
         speed = server.speeds[job.work.model]
         overload = find_overload(server.load, job.work, self._limits, speed)
@@ -257,7 +259,7 @@ class Admission:
         self._forecasts.clear()
 
     def _forget_gone(self, now_s: float) -> None:
-        """Forget owners that are gone, once they are the majority."""
+        """Forget owners without jobs, once they are the majority."""
         owners = {None, *(job.owner for job in self._read()[0])}
         if len(self._retry_queues) + len(self._arrivals) > 8 * len(owners) + 16:
             queues = {key: queue for key, queue in self._retry_queues.items() if key in owners}
@@ -268,7 +270,7 @@ class Admission:
     # --- the forecast ---
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
-        """Lengthen an ETA by the shorter work that is expected to overtake the job."""
+        """Lengthen an ETA by the shorter jobs that will probably overtake the job."""
         if not speed.policy.times.points:
             return outlook
         shorter = self._arrivals[job.owner].share(job.places_left * speed.place_s, now_s)
@@ -279,7 +281,7 @@ class Admission:
             return tuple(self._jobs.values()), dict(self._speeds)
 
     def _now(self, owner: str = "") -> _Moment:
-        """Return the accepted jobs as they are now. owner: the requesting owner."""
+        """Return the accepted jobs as they are now. owner: the owner of the request."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
@@ -288,7 +290,7 @@ class Admission:
 def _pending(
     job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
 ) -> Pending:
-    """Make the ledger's entry of a new job. Raises InvalidField if even an idle server could not do it in time."""
+    """Make the ledger's entry of a new job. Raises InvalidField if even an idle server would be too late."""
     speed = server.speeds[work.model]
     if work.rows > speed.max_rows:
         raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)

@@ -1,7 +1,7 @@
-"""Predicts when each job will end and how many go before it. Pure: no torch, no asyncio, no clock, no lock.
+"""Predicts when each job will end and how many jobs precede it. Pure: no torch, no asyncio, no clock, no lock.
 
 The forecast runs the schedulers themselves ahead of the clock, on jobs without latents. Most ticks are like the one
-before, so it takes strides of many ticks at once.
+before, so it advances by strides of many ticks.
 """
 
 from bisect import bisect_left, insort
@@ -15,29 +15,29 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler
 from tminus.service.work import Batch, Outlook, Work
 
-# A stride is at most this part of the time so far, or of the steps until a row ends. So no time is wrong by much more
-# than that. Figures: docs/scheduling.md.
+# A stride is at most this part of the time so far, or of the steps until a row ends. This also bounds the relative
+# error of a predicted time. Figures: docs/scheduling.md.
 FINE = 32
-EARLY = 4  # this part of the jobs in a batch may end within a stride, and leave their places empty
+EARLY = 4  # one job in this many of a batch may end within a stride and leave its places empty
 
-LEARNING_RATE = 0.02  # a slow average: one tick says little
+LEARNING_RATE = 0.02  # a slow average, as a single tick varies
 OUTLIER = 4.0  # a tick counts as at most this many times slower or faster than predicted
 MAX_CORRECTION = 100.0
 
 WINDOW_S = 10.0
-WINDOWS = 6  # their median counts, so a short burst does not
-MOST_SHARE = 0.9  # a larger share would give a useless ETA
+WINDOWS = 6  # the median of the windows counts, so a short burst does not
+MOST_SHARE = 0.9  # a larger share would make the ETA useless
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What admission and forecast know about a model."""
+    """The measured speed of a model, for admission and forecast."""
 
-    policy: BatchPolicy  # until ticks are measured, no job is refused for its time
-    max_rows: int  # images that its engine holds
-    decode_s: float = 0.0  # of one image of a latent model
+    policy: BatchPolicy  # without measured ticks no job is refused for its time
+    max_rows: int  # the most images that its engine holds
+    decode_s: float = 0.0  # for one image of a latent model
     encode_s: float = 0.0
-    correction: float = 1.0  # how many times as long ticks take now as at the start
+    correction: float = 1.0  # the duration of ticks now, relative to the start
 
     @property
     def place_s(self) -> float:
@@ -50,15 +50,15 @@ class Speed:
         return self.tick_s(self.policy.full_batch)
 
     def tick_s(self, places: int, *, overlaps: bool = False) -> float:
-        """Predict how long a tick takes, in seconds.
+        """Predict the duration of a tick, in seconds.
 
-        overlaps: whether another tick is in flight. The time then counts from the end of that tick.
+        overlaps: whether another tick is in flight. The time then counts from that tick's end.
         """
         times = self.policy.times
         return self.correction * times.seconds(places) * ((times.overlapped or 1.0) if overlaps else 1.0)
 
     def observe(self, places: int, seconds: float, *, overlaps: bool = False) -> "Speed":
-        """Learn from a tick."""
+        """Update the correction from a tick."""
         predicted_s = self.tick_s(places, overlaps=overlaps)
         if predicted_s <= 0 or not seconds >= 0:
             return self
@@ -74,11 +74,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job as the forecast needs it. Its rows are assumed to be level, as the scheduler keeps them."""
+    """A job as the forecast sees it. All its rows count as equally advanced; the scheduler keeps them nearly so."""
 
     job_id: str
     work: Work
-    places_left: int  # of all its rows
+    places_left: int  # over all its rows
     autoencoder_s: float = 0.0  # left to encode and decode, for a latent model
     owner: str = ""
 
@@ -99,17 +99,17 @@ class Stride:
     """The result of several ticks that are alike."""
 
     model: int
-    places: Mapping[str, int]  # by job
-    ended: Mapping[str, float]  # the jobs that ended, and when
+    places: Mapping[str, int]  # keyed by job
+    ended: Mapping[str, float]  # the time at which each finished job ended
 
 
 class Simulation:
-    """Simulates the jobs of all models, if no other job comes. Owns the simulated time and the jobs left then."""
+    """Simulates the jobs of all models, assuming that no other job comes. Owns the simulated time and the jobs left."""
 
     def __init__(
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], service_time_s: Mapping[str, float] | None = None
     ) -> None:
-        """jobs: in order of arrival. speeds: of their models, by number. service_time_s: by owner."""
+        """jobs: in order of arrival. speeds: by model number. service_time_s: by owner."""
         self._speeds, self._model_scheduler = speeds, ModelScheduler[int]()
         self._times = OwnerTimes()
         self._schedulers: dict[int, Scheduler] = {}
@@ -161,9 +161,9 @@ class Simulation:
         return Stride(model, places, ended)
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
-        """Return how many ticks from now on count as alike, and how many ticks each job needs to its end."""
+        """Return how many coming ticks count as alike, and how many ticks each job needs to its end."""
         busy = len(self._model_scheduler.busy())
-        whole = True  # whether the batch has all rows of its jobs, so no other row has a turn until one ends
+        whole = True  # whether the batch has all rows of its jobs; then no other row steps until one ends
         alike, last = [], {}
         for job_id, rows, _ in batch.jobs:
             work, steps = self._works[job_id], {step for step, _ in rows}
@@ -173,7 +173,7 @@ class Simulation:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._times.has_one_owner:  # else others take turns with the batch
+        if busy == 1 and self._times.has_one_owner:  # otherwise other jobs alternate with the batch
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks
@@ -181,7 +181,7 @@ class Simulation:
 
 
 def _alike(work: Work, step: int) -> int:
-    """Return the number of steps of equal cost from this one on: until guidance goes on or off, or the end."""
+    """Return the number of steps with the same cost as this one: until guidance starts or stops, or the end."""
     guided = work.guided
     return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 
@@ -192,12 +192,12 @@ def forecast(
     until: str | None = None,
     service_time_s: Mapping[str, float] | None = None,
 ) -> dict[str, Outlook]:
-    """Predict each job's outlook, by its id, if no other job comes.
+    """Predict each job's outlook, by its id, assuming that no other job comes.
 
-    jobs: in order of arrival. until: a job; the forecast ends with it. service_time_s: by owner.
+    jobs: in order of arrival. until: stop when this job ends. service_time_s: by owner.
     """
     simulation = Simulation(jobs, speeds, service_time_s)
-    outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # only to be delivered
+    outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # these only wait for delivery
     shortest_first = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].policy.place_s)
     ranks = {job.job_id: rank for rank, job in enumerate(shortest_first)}
     running = simulation.running()
@@ -212,10 +212,10 @@ def forecast(
 
 
 def _add_autoencoder_time(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
-    """Add the autoencoder's time, which takes finished jobs one by one, the least served owner's first."""
+    """Add the autoencoder's time. It takes finished jobs one by one, the least served owner's first."""
     latent = [job for job in jobs if job.autoencoder_s and job.job_id in outlooks]
     coming = deque(sorted(latent, key=lambda job: outlooks[job.job_id].eta_s))
-    waiting: defaultdict[str, deque[Pending]] = defaultdict(deque)  # by owner
+    waiting: defaultdict[str, deque[Pending]] = defaultdict(deque)  # keyed by owner
     service_time_s: Counter[str] = Counter()
     free_s = 0.0
     while coming or waiting:
@@ -234,27 +234,27 @@ def _add_autoencoder_time(outlooks: dict[str, Outlook], jobs: Sequence[Pending])
 
 
 def stretch(share: float, least_share: float) -> float:
-    """Return how many times as long a job takes while shorter ones take a share of the machine.
+    """Return the factor by which a job slows down while shorter jobs take a share of the machine.
 
-    least_share: the share that the job gets in any case.
+    least_share: the share that the job always keeps.
     """
     return 1 / max(1 - min(share, MOST_SHARE), least_share)
 
 
 class Arrivals:
-    """Owns the sizes of the jobs that were accepted in the last minute, so that an ETA can expect more such work.
+    """Records the sizes of the jobs accepted in the last minute, so that an ETA can expect more such work.
 
-    A job is overtaken by each later one with less work than it has left. If such jobs take a share of the machine, it
+    Every later job with less work than a job has left overtakes it. If such jobs take a share of the machine, the job
     takes 1 / (1 - share) times as long: the busy period of a queue with priorities (Kleinrock 1976, vol. 2, sec. 3.3).
     """
 
     def __init__(self) -> None:
         self._current, self._sizes = 0, list[float]()  # the number of the current window, and the sizes in it
-        # For each window that is over: its number, its sizes in order, and their cumulative sums.
+        # For each past window: its number, its sizes in ascending order, and their cumulative sums.
         self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
 
     def add(self, work_s: float, now_s: float) -> None:
-        """Note an accepted job."""
+        """Record an accepted job."""
         self._advance_clock(now_s)
         self._sizes.append(work_s)
 

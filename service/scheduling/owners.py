@@ -1,16 +1,16 @@
-"""Fair shares among the owners of jobs: the owner with the least service goes first. Pure: no torch, no clock.
+"""Shares time fairly among the owners of jobs: the owner with the least service goes first. Pure: no torch, no clock.
 
 An owner is the name of an API key, or empty. Its service time is counted in seconds of the machine. Each place goes to
-the owner with the least service, so that all owners that ask for more than they get have the same (the max-min fair
-shares of fair queueing: Demers, Keshav and Shenker 1989). An owner that was idle is behind the others by up to BURST_S,
-and goes first until it has caught up.
+the owner with the least service, which levels out all owners that want more than they get (the max-min fair shares of
+fair queueing: Demers, Keshav and Shenker 1989). An idle owner falls behind the others by up to BURST_S, and then goes
+first until it has caught up.
 """
 
 import heapq
 import threading
 from collections.abc import Iterable, Mapping
 
-BURST_S = 10.0  # how far an owner may be behind the one with the most service
+BURST_S = 10.0  # the most that an owner may be behind the owner with the most service
 
 
 class OwnerTimes:
@@ -18,11 +18,11 @@ class OwnerTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._service_time_s: dict[str, float] = {}  # also of owners without jobs, until no owner has one
+        self._service_time_s: dict[str, float] = {}  # includes owners without jobs, until no owner has one
         self._jobs: dict[str, int] = {}
 
     def join(self, owner: str) -> None:
-        """Note that an owner has one more job."""
+        """Count one more job of an owner."""
         with self._lock:
             if owner not in self._jobs:
                 service_time_s = self._on_joining(owner)
@@ -32,14 +32,14 @@ class OwnerTimes:
             self._jobs[owner] += 1
 
     def leave(self, owner: str) -> None:
-        """Note that a job of an owner has ended."""
+        """Count one job of an owner less."""
         with self._lock:
             self._jobs[owner] -= 1
             if not self._jobs[owner]:
                 del self._jobs[owner]
 
     def stepped(self, seconds: Mapping[str, float], ticks: int = 1) -> None:
-        """Note the seconds that each owner is charged for a tick, or for each of several."""
+        """Charge each owner its seconds of a tick, or of each of several ticks."""
         with self._lock:
             for owner, charged_s in seconds.items():
                 self._service_time_s[owner] = self._service_time_s.get(owner, 0.0) + ticks * charged_s
@@ -50,11 +50,11 @@ class OwnerTimes:
                         self._service_time_s[owner] = least_s
 
     def service_time_s(self, owner: str) -> float:
-        """Return the service time of an owner, counted from the same moment for all owners that have jobs."""
+        """Return an owner's service time, counted from one moment for all owners with jobs."""
         return self._service_time_s.get(owner, 0.0)
 
     def of(self, owners: Iterable[str]) -> dict[str, float]:
-        """Return the service time of each owner, or the time that it will begin with once it has a job."""
+        """Return each owner's service time, or the time that it starts with once it has a job."""
         with self._lock:
             return {owner: self._on_joining(owner) for owner in owners}
 
@@ -87,7 +87,7 @@ def allot(places: int, place_s: float, wants: Mapping[str, int], service_time_s:
         had, turn, owner = heapq.heappop(heap)
         ahead_s = heap[0][0] - had if heap else float("inf")
         left = min(wants[owner] - allotted[owner], places)
-        # All places that it gets before another owner's turn, at once.
+        # The owner gets all places before the next owner's turn at once.
         count = left if ahead_s >= left * place_s else min(left, int(ahead_s / place_s) + 1)
         allotted[owner] += count
         places -= count

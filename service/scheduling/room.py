@@ -1,4 +1,4 @@
-"""Whether a server or its replicas have room for a job, and when a refused one should come again. Pure: no clock.
+"""Decides whether a server or its replicas have room for a job, and when a refused client should retry. Pure: no clock.
 
 A refusal reserves no room, since a client may not come back. It only gives each client a different time.
 """
@@ -14,27 +14,27 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Pending, Simulation, Speed, Stride
 from tminus.service.work import Work
 
-PARTS = 1000  # a forecast of room is exact to this part of the time between two events
-MARGIN = 1.05  # on forecast times, as the forecast is good to 5 %
-SPREAD_S = 300.0  # the length of the retry queue at most; later clients get a time within it
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly
-ROUNDING = 1e-6  # of seconds and of limits
+PARTS = 1000  # a room forecast is exact to this part of the time between two events
+MARGIN = 1.05  # factor on forecast times, since the forecast errs by up to 5 %
+SPREAD_S = 300.0  # the most that the retry queue reaches ahead; later clients get a time within it
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly
+ROUNDING = 1e-6  # for comparisons of seconds and of limits
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The quantities that limits bound, for all jobs or for those of one owner."""
+    """The quantities that the limits bound, for all jobs or for one owner's jobs."""
 
     jobs: int = 0
-    rows: Mapping[int, int] = field(default_factory=dict)  # by model, since each model has slots of its own
+    rows: Mapping[int, int] = field(default_factory=dict)  # keyed by model, since each model has its own slots
     ticks_s: float = 0.0  # left, in full ticks
     autoencoder_s: float = 0.0  # left to encode and decode, for latent models
-    own: "Load | None" = None  # the part of the requesting owner, if several share the server
+    own: "Load | None" = None  # the part of the request's owner, if several share the server
 
     def decoding(self, part: float, at_first: "Load") -> "Load":
         """Return this load with `part` of the autoencoder's time in the first load."""
         autoencoder_s = part * at_first.autoencoder_s
-        jobs = max(self.jobs, 1) if autoencoder_s > ROUNDING else self.jobs  # a server that decodes is not empty
+        jobs = max(self.jobs, 1) if autoencoder_s > ROUNDING else self.jobs  # a server that decodes is not idle
         own = None if self.own is None or at_first.own is None else self.own.decoding(part, at_first.own)
         return replace(self, jobs=jobs, autoencoder_s=autoencoder_s, own=own)
 
@@ -49,9 +49,9 @@ class Load:
 
 
 def load_of(jobs: Sequence[Pending], speeds: Mapping[int, Speed], owner: str | None = None) -> Load:
-    """Add up the load of jobs. owner: the requesting owner, if several share the server."""
+    """Add up the load of jobs. owner: the owner of the request, if several share the server."""
     rows: Counter[int] = Counter()
-    places: Counter[int] = Counter()  # by model, so that whole numbers are added
+    places: Counter[int] = Counter()  # keyed by model, so that integers are added
     for job in jobs:
         rows[job.work.model] += job.work.rows
         places[job.work.model] += job.places_left
@@ -62,19 +62,19 @@ def load_of(jobs: Sequence[Pending], speeds: Mapping[int, Speed], owner: str | N
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """A limit that would be exceeded, and the value that would exceed it."""
+    """A limit that a job would exceed, and the value that would exceed it."""
 
     field: str
     value: float
     limit: float
-    of_owner: bool = False  # whether it limits one owner, not all jobs
+    of_owner: bool = False  # whether the limit is for one owner
 
 
 def find_overload(load: Load, work: Work, limits: Limits, speed: Speed) -> Overload | None:
     """Return the first limit that one more job would exceed. An idle server has room for any job.
 
     load: of the jobs here. speed: of the new job's model. If several owners share the server, an owner with jobs may
-    hold at most SHARE of what the others leave, so that there is always some room for others.
+    hold at most SHARE of what the others leave, so that the others always have some room.
     """
     if not load.jobs:
         return None
@@ -95,8 +95,7 @@ def find_overload(load: Load, work: Work, limits: Limits, speed: Speed) -> Overl
 class BacklogForecast:
     """How the accepted work decreases if no other job comes: the load after each stride of a simulation.
 
-    The autoencoder is assumed to work without a pause from now on. If its time is what exceeds a limit, it seldom waits
-    for latents.
+    The autoencoder counts as always busy from now on. If its time exceeds a limit, it seldom waits for latents.
     """
 
     def __init__(
@@ -108,13 +107,13 @@ class BacklogForecast:
         service_time_s: Mapping[str, float] | None = None,
         owner: str | None = None,
     ) -> None:
-        """service_time_s: by owner. owner: the requesting owner, if several share the server."""
+        """service_time_s: by owner. owner: the owner of the request, if several share the server."""
         self._limits, self._speeds, self._owner = limits, speeds, owner
         simulation = Simulation(jobs, speeds, service_time_s)
         self._jobs = {job.job_id: job for job in jobs}
-        # A job waits for the running tick before it begins, and for one more until it is seen to be done.
+        # A job waits for the running tick before it begins, and for one more tick before its end is noticed.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        # An image stays on the ledger until it is fully decoded.
+        # An image stays in the ledger until it is fully decoded.
         decodes_s = starts_s + max(speed.decode_s for speed in speeds.values())
         at_first = load_of(jobs, speeds, owner)
         load = load_of([job for job in jobs if job.places_left > 0], speeds, owner)
@@ -139,7 +138,7 @@ class BacklogForecast:
         stepped = [job for job_id in stride.places if owner in (None, (job := self._jobs[job_id]).owner)]
         ended = [job for job in stepped if job.job_id in stride.ended]
         ended_rows = sum(job.work.rows for job in ended)
-        rows = {**load.rows, stride.model: load.rows.get(stride.model, 0) - ended_rows}  # one owner may have none
+        rows = {**load.rows, stride.model: load.rows.get(stride.model, 0) - ended_rows}  # an owner may have no rows
         done_s = self._speeds[stride.model].place_s * sum(stride.places[job.job_id] for job in stepped)
         return replace(load, jobs=load.jobs - len(ended), rows=rows, ticks_s=load.ticks_s - done_s)
 
@@ -154,12 +153,12 @@ class BacklogForecast:
         if at == 0:
             return room_s
         before_s, before = self._points[at - 1]
-        # Between two points the work decreases evenly, and jobs and rows are those of the first.
+        # Between two points the work decreases linearly, while jobs and rows stay as at the first point.
         part = bisect_left(range(PARTS), True, key=lambda part: fits(_between(before, load, part / PARTS)))
         return before_s + part / PARTS * (room_s - before_s)
 
     def share_s(self, overload: Overload, work: Work, speed: Speed) -> float:
-        """Return the seconds until there is room for one more such job under the limit that it exceeds."""
+        """Return the seconds until the limit that a job exceeds has room for it."""
         if overload.field == "backlog_s":
             return MARGIN * (work.places * speed.place_s + work.autoencoder_s)
         starts_s, load = self._points[0]
@@ -169,7 +168,7 @@ class BacklogForecast:
 
 
 def _between(before: Load, after: Load, part: float) -> Load:
-    """Interpolate the load when a part of the time between two points has passed."""
+    """Interpolate the load between two points. part: the share of the time that has passed."""
     own = None if before.own is None else _between(before.own, after.own or Load(), part)
     ticks_s = before.ticks_s + part * (after.ticks_s - before.ticks_s)
     autoencoder_s = before.autoencoder_s + part * (after.autoencoder_s - before.autoencoder_s)
@@ -177,14 +176,14 @@ def _between(before: Load, after: Load, part: float) -> Load:
 
 
 class RetryQueue:
-    """Retry times that lie ahead, each after the one before."""
+    """The retry times of refused clients, each later than the one before."""
 
     def __init__(self) -> None:
         self._end_s = -math.inf
         self._beyond = 0  # clients that found the queue too long
 
     def next_s(self, room_s: float, share_s: float) -> float:
-        """Return when one more client should come, once there is room."""
+        """Return the retry time of one more client, once there is room."""
         due_s = max(room_s, self._end_s)
         if due_s > room_s + SPREAD_S:
             self._beyond += 1
@@ -197,12 +196,12 @@ class RetryQueue:
 class ClusterLoad:
     """The work of all replicas of a model, as their last renewals reported it."""
 
-    replicas: int = 0  # that live
-    places_per_s: float = 0.0  # of all replicas
-    held_s: float = 0.0  # seconds of work that a replica holds, on average
-    jobs: int = 0  # that no replica holds
-    places: float = 0.0  # of those jobs
-    least_s: float = math.inf  # seconds of work of the least loaded other replica
+    replicas: int = 0  # live replicas
+    places_per_s: float = 0.0  # over all replicas
+    held_s: float = 0.0  # average seconds of work on a replica
+    jobs: int = 0  # jobs that no replica holds
+    places: float = 0.0  # the work of those jobs
+    least_s: float = math.inf  # seconds of work on the least loaded other replica
 
     @property
     def backlog_s(self) -> float:
@@ -226,12 +225,12 @@ class ClusterLoad:
         return None
 
     def room_elsewhere_in_s(self, work: Work, max_backlog_s: float) -> float:
-        """Return the seconds until another replica has room for a job that was refused here; infinite without one.
+        """Return the seconds until another replica has room for a job refused here; infinite if there is no other.
 
         max_backlog_s: 0 if another limit was reached; then only an idle replica is known to have room.
         """
         own_s = work.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
-        return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # with no work it takes any job
+        return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # an idle replica takes any job
 
     def room_in_s(self, overload: Overload) -> float:
         """Return the seconds until there is room, if no other job comes."""
@@ -241,26 +240,26 @@ class ClusterLoad:
 
 
 class Intake:
-    """Room for jobs, by the work that goes before each of them. Work is counted in places.
+    """Limits the work that goes before each job a server takes. Work is counted in places.
 
-    The shortest goes first, so a short job is taken on however much long work is held.
+    Shorter jobs go first, so a server with much long work still takes a short job.
     """
 
     def __init__(self, room: float, held: Iterable[float] = (), *, oldest_us: int | None = None) -> None:
-        """room: the work that may go before a job. held: the work left of each job. oldest_us: when the first came."""
+        """room: the most work before a job. held: the work left of each job. oldest_us: when the first job came."""
         self._room, self._held, self._oldest_us = room, sorted(held), oldest_us
-        self.refused = math.inf  # the shortest job that was offered and not taken
+        self.refused = math.inf  # the shortest job that was refused
 
     def has_room(self, places: float) -> bool:
-        """Whether a job can be taken on. A job of any length can, if no work goes before it."""
+        """Whether a job can be taken. Any job can, if no work goes before it."""
         return sum(self._held[: bisect_right(self._held, places)]) < self._room
 
     def add(self, places: float) -> None:
-        """Take on a job."""
+        """Take a job."""
         insort(self._held, places)
 
     def offer(self, places: float) -> bool:
-        """Take on a job if there is room, and return whether there was."""
+        """Take a job if there is room, and return whether it was taken."""
         if self.has_room(places):
             self.add(places)
             return True
@@ -268,9 +267,9 @@ class Intake:
         return False
 
     def offer_oldest(self, places: float, created_us: int) -> bool:
-        """Take on the oldest waiting job if there is room, or if it is older than the jobs here.
+        """Take the oldest waiting job if there is room, or if it is older than the jobs here.
 
-        The oldest job of a server has a share of each tick, so it ends however many shorter ones come.
+        A server's oldest job has a share of each tick, so it ends however many shorter jobs come.
         """
         if not self._held or (self._oldest_us is not None and created_us < self._oldest_us):
             self.add(places)

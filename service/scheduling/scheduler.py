@@ -1,12 +1,12 @@
-"""Which model steps next, and which of its rows. Pure: no torch, no asyncio, no clock.
+"""Picks the model of each tick, and its rows. Pure: no torch, no asyncio, no clock.
 
 The job with the least work left goes first, so a short job does not wait behind a long one. A job that is much longer
-than another is held back: it does not fill up the ticks of short jobs, so these end sooner. The oldest job has a share,
-so that it is never starved. While it is held back this is a share of the time, otherwise of the places of each tick. A
-row that is not picked waits: preemption costs nothing. Two ticks are in flight only while jobs wait for throughput.
+than another is held back: it does not fill up the ticks of short jobs, which therefore end sooner. The oldest job has
+a share, so it is never starved: of the time while it is held back, otherwise of the places of each tick. A row that is
+not picked waits; preemption costs nothing. Two ticks are in flight only while jobs wait for throughput.
 
-This orders the jobs of one owner. Where several owners have jobs, the places of a tick are first shared among the
-owners (owners.py). A tick runs one model, which the same policy picks, counting in seconds.
+This orders the jobs of one owner. If several owners have jobs, the places of a tick are first divided among the owners
+(owners.py). A tick runs one model, which the same policy picks, counting in seconds.
 """
 
 import math
@@ -22,27 +22,29 @@ from typing import Generic, TypeVar
 from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
-Rank = tuple[float, float, int]  # its owner's service time, the seconds of work it has left, its number
+Rank = tuple[float, float, int]  # the owner's service time, the seconds of work left, the job's number
 
-RESERVED_SHARE = 0.25  # of the places, or of the time, for the oldest job
-LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # the leader is this many full ticks behind the next owner, or this long
-LONGER = 1.25  # other owners' rows may make a tick of the leader this many times as long
-MOST_IN_FLIGHT = 2  # ticks: while one is in Python's hands, the processor has the other
-MUCH_LONGER = 8  # a job is much longer than another if its total work is this many times as much
-LEVEL_S = 0.5  # owners whose service times differ by less are level
+RESERVED_SHARE = 0.25  # the oldest job's share of the places, or of the time
+# the leader is this many full ticks, or this many seconds, behind the next owner
+LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2
+LONGER = 1.25  # other owners' rows may lengthen a leader's tick by this factor
+MOST_IN_FLIGHT = 2  # ticks: Python works on one while the processor computes the other
+MUCH_LONGER = 8  # a job is much longer than another with this many times its total work
+LEVEL_S = 0.5  # owners whose service times differ by less count as level
 
 Model = TypeVar("Model")
 
 
 @dataclass(frozen=True, slots=True)
 class TickTimes:
-    """How long a tick takes by its number of places: measured points with straight lines between them.
+    """The duration of a tick by its number of places: measured points, interpolated linearly.
 
     Without points every tick is predicted to take no time.
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    overlapped: float | None = None  # a full tick takes this share beside another one; None: one at a time
+    # the duration of a full tick that overlaps another, as a share; None: ticks do not overlap
+    overlapped: float | None = None
 
     def __post_init__(self) -> None:
         assert all(a < b for a, b in pairwise([0, *(places for places, _ in self.points)])), self.points
@@ -61,12 +63,12 @@ class TickTimes:
         (b0, t0), (b1, t1) = points[right - 1 : right + 1]
         slope = (t1 - t0) / (b1 - b0)
         if places > b1:
-            # By noise the last point may be the faster one, which must not be extrapolated.
+            # Noise can make the last point faster than the one before. A falling line must not be extrapolated.
             return t1 + max(0.0, slope) * (places - b1)
         return t0 + slope * (places - b0)
 
     def seconds_per_place(self, max_batch: int) -> float:
-        """How long a place takes in a full tick."""
+        """The seconds of a place in a full tick."""
         return self.seconds(max_batch) / max_batch
 
 
@@ -75,17 +77,17 @@ UNMEASURED = TickTimes()
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """How the places of a tick are shared. The oldest job gets its reserve first, unless it is held back."""
+    """How the places of a tick are divided. The oldest job gets its reserve first, unless it is held back."""
 
-    max_batch: int  # places in a tick, at least 2, as a guided row takes two
-    short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
-    reserved: int  # places kept for the oldest job unless it is held back; 0: it has no share of the time either
+    max_batch: int  # places in a tick, at least 2, since a guided row takes two
+    short_batch: int  # much longer jobs fill a tick with a short job only up to a multiple of this
+    reserved: int  # places for the oldest job unless it is held back; 0: it has no share of the time either
     times: TickTimes = UNMEASURED  # measured at the start
-    place_s: float = 1.0  # the time of a place in a full tick, by which jobs of several models are compared
+    place_s: float = 1.0  # seconds of a place in a full tick, which compare jobs of several models
 
     @classmethod
     def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "BatchPolicy":
-        """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
+        """Make a policy that reserves a share for the oldest job: two places or more, since a guided row needs two."""
         assert max_batch >= 2
         reserved = max(2, int(max_batch * RESERVED_SHARE))
         place_s = times.seconds_per_place(max_batch) or 1.0
@@ -93,31 +95,31 @@ class BatchPolicy:
 
     @property
     def full_batch(self) -> int:
-        """The places of a tick while two are in flight and enough rows wait to fill both."""
+        """The places of each tick while two are in flight and enough rows wait to fill both."""
         if self.times.overlapped is None:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Whether the owner with the least service leads, being so far behind the next one.
+        """Whether the owner with the least service is so far behind the next one that it leads.
 
         Other owners' rows may not make the ticks of a leader much longer.
         """
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
     def places_for_others(self, places: int) -> int:
-        """Return how many places other jobs may have in a tick, given the leader's places."""
+        """Return the places that other jobs may have in a tick, given the leader's places."""
         return _places_for_others(self.times, self.max_batch, places)
 
     def tick_s(self, places: int) -> float:
-        """Return the seconds of a tick; where none was measured, its places take `place_s` each."""
+        """Return the seconds of a tick; without measurements each place takes `place_s`."""
         return self.times.seconds(places) or places * self.place_s
 
     def charge(self, places: Mapping[str, int], leader: str | None, *, only_owner: bool) -> dict[str, float]:
-        """Return the seconds that each owner is charged for its places in a tick.
+        """Return the seconds to charge each owner for its places in a tick.
 
-        The leader is also charged for the places that others could not have. only_owner: no other owner has a job. Then
-        only what exceeds half of the machine is charged, and counts when another owner comes.
+        The leader is also charged for the places that it kept from others. only_owner: no other owner has a job. Then
+        only the part beyond half of the machine is charged, and counts when another owner comes.
         """
         total = sum(places.values())
         tick_s = self.tick_s(total)
@@ -130,9 +132,10 @@ class BatchPolicy:
         return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
-        """Return how many of an owner's places in a tick are kept for the oldest of its jobs.
+        """Return the places of an owner in a tick that its oldest job gets first.
 
-        needed: the places of one of its rows. turn: counts the ticks. A smaller share gives it a row in some ticks.
+        needed: the places of one of its rows. turn: counts the ticks. A smaller share gives it a row in some ticks
+        only.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch
@@ -143,7 +146,7 @@ class BatchPolicy:
         return needed if turn * share % 1 < share and needed <= places else 0
 
     def short_room(self, size: int, free: int) -> int:
-        """Return how many free places a held-back job may take: it fills a tick up to a multiple of short_batch."""
+        """Return the free places that a held-back job may take: it fills a tick up to a multiple of short_batch."""
         used = size - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, size) - used
 
@@ -158,23 +161,23 @@ def _places_for_others(times: TickTimes, max_batch: int, places: int) -> int:
 
 @dataclass(slots=True)
 class QueuedJob:
-    """A job, with its rows that have steps left in two sorted lists: the least advanced row is the first."""
+    """A job, with its unfinished rows in two sorted lists: the least advanced row comes first."""
 
     id: str
     owner: str
     arrival: int
     work: Work
-    total: int  # its work, in places
+    total: int  # its total work, in places
     rows: tuple[int, ...]
-    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows); it takes one place
-    doubles: list[tuple[int, int]] = field(default_factory=list)  # the same; it takes two, being guided
+    singles: list[tuple[int, int]] = field(default_factory=list)  # rows of one place: (next step, index in rows)
+    doubles: list[tuple[int, int]] = field(default_factory=list)  # guided rows, which take two places: the same
     places_left: int = 0
     started: bool = False
-    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight, which are in neither list
+    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight; they are in neither list
     key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
-        """List rows by their next steps, `ticks` ticks later. A row that has taken its last step is left out."""
+        """Put rows into the lists by their next steps, `ticks` ticks later. A finished row is left out."""
         guided, steps = self.work.guided, self.work.steps
         for before, index in rows:
             if (step := before + ticks) < steps:
@@ -183,7 +186,7 @@ class QueuedJob:
         self.doubles.sort()
 
     def begin(self, picked: JobRows) -> None:
-        """Take its rows in a batch out of the lists."""
+        """Remove its rows in a batch from the lists."""
         doubles = picked.places - len(picked.steps)
         singles = len(picked.steps) - doubles
         first = (*self.singles[:singles], *self.doubles[:doubles])
@@ -192,7 +195,7 @@ class QueuedJob:
         self.in_flight += (picked,)
 
     def end(self, picked: JobRows, ticks: int) -> int:
-        """Advance the job's rows in a batch by some steps, at most to the last. Returns the places that this took."""
+        """Advance the job's rows in a batch by some steps, at most to the last. Return the places that this took."""
         self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
@@ -203,35 +206,36 @@ class QueuedJob:
 
     @property
     def places_now(self) -> int:
-        """The places that a step of all its rows takes, except rows in flight."""
+        """The places of a step of all its rows, without rows in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
 class OwnerQueue:
-    """Owns the unfinished jobs of one owner, and their order."""
+    """The unfinished jobs of one owner, in order."""
 
     def __init__(self, policy: BatchPolicy) -> None:
         self._policy = policy
-        # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
+        # In order of arrival. Not a dict: to find a dict's first entry, Python walks over all entries deleted before
+        # it.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
-        self._much_longer: float | None = None  # None: a job came or went since it was computed
-        # Sorted, the next job last, because this end changes all the time and changing a list's end is cheap. A job
-        # with all its rows in flight is not in it.
+        self._much_longer: float | None = None  # None after a job came or went, until it is computed again
+        # Sorted, with the next job last: this end changes all the time, and changing a list's end is cheap. A job with
+        # all its rows in flight is not in it.
         self._queue: list[tuple[int, int, str]] = []
-        self.ticks = 0  # ticks in which it had places
-        self._owed_seconds = 0.0  # time that the oldest job is owed while it is held back
+        self.ticks = 0  # ticks in which the owner had places
+        self._owed_seconds = 0.0  # time owed to the oldest job while it is held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
     def add(self, job: QueuedJob) -> None:
-        """Take on a job, with rows that have steps left."""
+        """Add a job whose rows have steps left."""
         self._jobs[job.id] = job
         self._much_longer = None
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
-        """Forget a job that was taken out of the queue."""
+        """Forget a job that `take_out` has removed."""
         if job is self.oldest:
             self._owed_seconds = 0.0
         del self._jobs[job.id]
@@ -245,7 +249,7 @@ class OwnerQueue:
         insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
-        """Take a job out of the queue, before its rows change."""
+        """Remove a job from the queue, before its rows change."""
         if job.singles or job.doubles:
             del self._queue[bisect_left(self._queue, job.key)]
 
@@ -261,10 +265,10 @@ class OwnerQueue:
 
     @property
     def much_longer(self) -> float:
-        """The total work, in places, from which a job is much longer than the shortest.
+        """The total work, in places, of a job that is much longer than the shortest.
 
-        Infinite if there are more jobs than places: then all jobs wait for throughput, which full ticks give. The total
-        work of a job never changes, so this changes only when a job comes or goes.
+        Infinite if there are more jobs than places: then all jobs wait for throughput, which full ticks give. A job's
+        total work never changes, so this changes only when a job comes or goes.
         """
         if self._much_longer is None:
             policy = self._policy
@@ -275,7 +279,7 @@ class OwnerQueue:
 
     @property
     def places_now(self) -> int:
-        """The places that a step of all rows takes, except rows in flight; at most max_batch."""
+        """The places of a step of all rows, without rows in flight; at most max_batch."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
@@ -285,7 +289,7 @@ class OwnerQueue:
 
     def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
         """Put rows into a batch, up to a number of places."""
-        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: how many are to stay free
+        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: the places to leave free
         if len(jobs) > 1:
             oldest = self.oldest
             if oldest.total < much_longer:
@@ -303,14 +307,14 @@ class OwnerQueue:
 
     @property
     def holds_back_oldest(self) -> bool:
-        """Whether the oldest job is held back for much shorter ones, and has a share of the time."""
+        """Whether the oldest job is held back for much shorter jobs, and has a share of the time instead."""
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
     def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
         """Record a tick and its seconds.
 
         shares: each job's share of this owner's places, 1.0 for a job whose rows were all in the tick; None if another
-        owner went first, which holds no job back.
+        owner went first, since that holds no job back.
         """
         self.ticks += 1
         if shares is not None and self.holds_back_oldest:
@@ -320,7 +324,7 @@ class OwnerQueue:
             self._owed_seconds = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """Return for how many such ticks the oldest job keeps its turn; None if it is not held back."""
+        """Return the number of such ticks until the oldest job's turn ends; None if it is not held back."""
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
@@ -338,7 +342,7 @@ class _Pick:
         self._rows: list[int] = []
         self._steps: list[int] = []
         self._guided: list[int] = []
-        # How many singles and doubles of each job; the order is of first rows.
+        # The number of singles and doubles of each job, in order of first rows.
         self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
     def take(self, job: QueuedJob, places: int) -> None:
@@ -376,41 +380,41 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a tick changed."""
+    """The changes that a tick made."""
 
     started: tuple[str, ...]  # jobs that took their first step
     finished: tuple[str, ...]
-    places: Mapping[str, int]  # that each job took
+    places: Mapping[str, int]  # the places that each job took
 
 
 class Scheduler:
-    """Owns the rows of one model's jobs, and the step each row is at. It never sees a latent.
+    """Owns the rows of one model's jobs, and each row's step. It never sees a latent.
 
-    To choose a tick, it looks at each owner, and at no more jobs of an owner than the tick has places.
+    For each tick it considers all owners, and at most as many jobs of an owner as the tick has places.
     """
 
     def __init__(
         self, policy: BatchPolicy, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
     ) -> None:
-        """arrivals: numbers the jobs in order of arrival. The schedulers of a server share it, and owner_times."""
+        """arrivals: numbers the jobs in order of arrival. All schedulers of a server share it, and owner_times."""
         self._policy = policy
         self._arrivals = count() if arrivals is None else arrivals
         self._jobs: dict[str, QueuedJob] = {}
-        self._owners: dict[str, OwnerQueue] = {}  # the owners that have jobs
+        self._owners: dict[str, OwnerQueue] = {}  # owners with jobs
         self._owner_times = OwnerTimes() if owner_times is None else owner_times
         self._leader: str | None = None  # the leader of the tick that was chosen last
         self._in_flight: list[Batch] = []  # ticks that have begun and not ended
         self._leaders: list[str | None] = []  # the leader of each tick in flight
-        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None: to be computed
+        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None until it is computed
 
     def isolated_scheduler(self) -> "Scheduler":
-        """Return a scheduler for jobs of the same model and owners that step in ticks of their own."""
+        """Return a scheduler for jobs of the same model and owners that step in separate ticks."""
         return Scheduler(self._policy, self._arrivals, self._owner_times)
 
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
     ) -> None:
-        """Take on a job of these rows; they may step from the next tick on.
+        """Add a job with these rows. They may step from the next tick on.
 
         steps: each row's next step, for a resumed job; at least one row has steps left.
         """
@@ -429,7 +433,7 @@ class Scheduler:
         self._totals = None
 
     def cancel(self, job_id: str) -> None:
-        """Remove a job at once. Nothing happens if it is not here (any more)."""
+        """Remove a job at once. An unknown job is ignored."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._owners[job.owner].take_out(job)
@@ -442,7 +446,7 @@ class Scheduler:
             return None
         is_full = len(self._owners) == 1 and self.overlaps and self._wants(2 * self._policy.full_batch)
         pick, self._leader = _Pick(self._policy.full_batch if is_full else self._policy.max_batch), None
-        if len(self._owners) == 1:  # nearly always
+        if len(self._owners) == 1:  # the usual case
             (queue,) = self._owners.values()
             queue.fill(pick, pick.free, queue.much_longer)
         else:
@@ -453,8 +457,8 @@ class Scheduler:
     def overlaps(self) -> bool:
         """Whether a second tick begins while one is in flight, so that the processor always has work.
 
-        This needs jobs that fill more than one tick. Unless there are more jobs than places, none may be much longer
-        than another, because a short job would wait for two ticks.
+        This needs more rows than one tick has places. Unless there are more jobs than places, no job may be much
+        longer than another, because a short job would wait for two ticks.
         """
         policy = self._policy
         if policy.times.overlapped is None:
@@ -479,7 +483,7 @@ class Scheduler:
         return False
 
     def begin(self, batch: Batch) -> bool:
-        """Begin the batch that was chosen last. Its rows are not chosen again until it ends.
+        """Begin the last chosen batch. Its rows are not chosen again until it ends.
 
         Returns whether another one may begin.
         """
@@ -499,9 +503,9 @@ class Scheduler:
         return queue.turn_ticks(batch)
 
     def _share_out(self, pick: "_Pick") -> None:
-        """Share the places of a batch among several owners."""
+        """Divide the places of a batch among several owners."""
         policy = self._policy
-        # Every owner needs at least one place, so no more owners than places are looked at.
+        # Every owner needs at least one place, so only as many owners as places are considered.
         owners = [owner for owner in self._owners_by_service_time() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return
@@ -527,9 +531,9 @@ class Scheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.service_time_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped: one in flight, or the last one chosen.
+        """Record that a batch has stepped: one in flight, or the last chosen one.
 
-        Cancelled jobs are left out. ticks: how often it stepped; only forecasts set it.
+        Cancelled jobs are left out. ticks: the number of times it stepped; only forecasts set it.
         """
         assert batch.jobs, "it does not come from next_batch"
         if batch not in self._in_flight:
@@ -538,9 +542,9 @@ class Scheduler:
         batch, leader = self._in_flight.pop(at), self._leaders.pop(at)
         started: list[str] = []
         finished: list[str] = []
-        places: dict[str, int] = {}  # in one tick, by owner
-        taken: dict[str, int] = {}  # by job
-        whole: set[str] = set()  # the jobs that have no other rows
+        places: dict[str, int] = {}  # places in one tick, by owner
+        taken: dict[str, int] = {}  # keyed by job
+        whole: set[str] = set()  # jobs without other rows
         for picked in batch.jobs:
             job = self._jobs.get(picked.job_id)
             if job is None:
@@ -631,22 +635,22 @@ class Turn(Generic[Model]):
 class ModelScheduler(Generic[Model]):
     """Picks the model of each tick: usually the model of the first job, sometimes the model of the oldest job.
 
-    Owns the time that the model of each owner's oldest job is owed: this job has a share of the time. Each model has a
-    scheduler of its own. An isolated job counts as a model here.
+    An owner's oldest job has a share of the time; this records the time that its model is owed. Each model has its own
+    scheduler. An isolated job counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # how long the last tick of each model took
-        self._owed_seconds: dict[tuple[str, Model], float] = {}  # by owner and model of its oldest job
+        self._tick_s: dict[Model, float] = {}  # the duration of each model's last tick
+        self._owed_seconds: dict[tuple[str, Model], float] = {}  # by owner and its oldest job's model
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
-        """Take on a model. tick_s: the assumed duration of a tick until one has stepped."""
+        """Add a model. tick_s: the assumed duration of a tick until one has been measured."""
         assert model not in self._schedulers
         self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
     def remove(self, model: Model) -> None:
-        """Forget a model, which has no jobs any more."""
+        """Forget a model that has no jobs."""
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
@@ -669,7 +673,7 @@ class ModelScheduler(Generic[Model]):
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
         first = min(ranks, key=ranks.__getitem__)
         owners = busy[first].owners
-        # Models whose next owner was served more, or has no job of the first model, wait for their turn.
+        # Models whose next owner has had more service, or has no job of the first model, wait for their turn.
         level = [
             model
             for model, scheduler in busy.items()
@@ -680,7 +684,7 @@ class ModelScheduler(Generic[Model]):
 
     def next(self) -> Turn[Model] | None:
         """Return the turn of the next tick. Without work it is None, or its model has no next batch."""
-        if len(self._schedulers) == 1:  # nearly always
+        if len(self._schedulers) == 1:  # the usual case
             (model,) = self._schedulers
             return Turn(model, None)
         models = self.shares()
@@ -704,7 +708,7 @@ class ModelScheduler(Generic[Model]):
             self._forget_settled()
 
     def _forget_settled(self) -> None:
-        """Forget what was owed to owners that have no job of the model any more."""
+        """Forget what is owed to owners without jobs of the model."""
         for owner, model in list(self._owed_seconds):
             if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
                 del self._owed_seconds[owner, model]

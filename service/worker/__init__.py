@@ -1,1 +1,1 @@
-"""The thread that runs jobs on the engine, and what it gives the viewers of a job."""
+"""The thread that runs jobs on the engine, and the frames it gives to a job's viewers."""

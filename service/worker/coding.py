@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # one task in OLDEST_EVERY belongs to the oldest job, so that it always moves
-JOIN_S = 10.0  # how long `close` waits for the running task
+OLDEST_EVERY = 4  # one task in OLDEST_EVERY belongs to the oldest job, so that it always progresses
+JOIN_S = 10.0  # the longest that `close` waits for the running task
 
 
 class Turnstile:
-    """Lets ticks and autoencoder tasks run at the same time, but an isolated job only by itself.
+    """Lets ticks and autoencoder tasks run at the same time, but an isolated job only alone.
 
-    Threads enter in order of arrival, so neither waits for more than one turn of the other.
+    Threads enter in order of arrival, so neither thread waits for more than one turn of the other.
     """
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class Turnstile:
     def enter(
         self, *, isolated: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Enter, once no isolated caller is inside; an isolated caller waits until nobody is.
+        """Enter once no isolated caller is inside; an isolated caller waits until the turnstile is empty.
 
-        again: the caller is inside already, and not isolated. It enters at once, because others may wait for it to
+        again: the caller is inside already and not isolated. It enters at once, because others may wait for it to
         leave. before_wait: called if it has to wait.
         """
         me = object()
@@ -76,7 +76,7 @@ class Turnstile:
 
 
 class TaskDone(NamedTuple):
-    """A task is done, or it has failed, which ends its job."""
+    """A task is done or has failed; a failed task ends its job."""
 
     kind: str
     seconds: float
@@ -87,7 +87,7 @@ class TaskDone(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Tasks:
-    """Tasks of a job, or the one task of a caller that waits for a future."""
+    """The tasks of a job, or a single task whose caller waits for a future."""
 
     name: str
     kind: str
@@ -100,19 +100,19 @@ class _Tasks:
 
 
 class AutoencoderThread:
-    """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call."""
+    """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call its methods."""
 
     def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
         """The thread calls on_task_done after each task, and report before and after each task of a durable job."""
         self._on_task_done, self._report = on_task_done, report
-        self.turnstile = Turnstile()  # a task is done inside
+        self.turnstile = Turnstile()  # a running task is inside
         self._changed = threading.Condition()
-        self._waiting: dict[str, _Tasks] = {}  # by name, in order of arrival
+        self._waiting: dict[str, _Tasks] = {}  # keyed by name, in order of arrival
         self._owner_times = OwnerTimes()
-        self._tasks_begun: Counter[str] = Counter()  # by owner
+        self._tasks_begun: Counter[str] = Counter()  # keyed by owner
         self._closed = False
         self._thread: threading.Thread | None = None
-        # Jobs from `put` until `done` or `drop`. Only the worker's thread looks, and so it takes no lock.
+        # Jobs from `put` until `done` or `drop`. Only the worker's thread reads this, so it takes no lock.
         self.jobs: dict[str, RunningJob] = {}
         self.pulse = Pulse("the autoencoder")
 
@@ -126,7 +126,7 @@ class AutoencoderThread:
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Run a task that belongs to no job."""
         future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()  # or setting the result raises once the waiting client is gone
+        future.set_running_or_notify_cancel()  # otherwise setting the result raises if the client is gone
         if not self._put(_Tasks(f"{kind} {id(future)}", kind, deque([task]), future=future)):
             future.set_exception(Draining())
         return future
@@ -174,7 +174,7 @@ class AutoencoderThread:
                 began_s = time.perf_counter()
                 try:
                     tasks.results.append(task())
-                except Exception as raised:  # it ends the job, not the thread
+                except Exception as raised:  # an error ends the job, not the thread
                     error = raised
                 self.pulse.rest()
                 if durable:
@@ -191,7 +191,7 @@ class AutoencoderThread:
                 _answer(tasks.future, tasks.results, error)
 
     def _next(self) -> tuple[_Tasks, Task] | None:
-        """Wait for the next task; None once this is closed."""
+        """Wait for the next task; return None once the thread is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:

@@ -1,4 +1,4 @@
-"""Queue of models to load, and the list of unloaded models. startup/loader.py does the loads."""
+"""The queue of models to load, and the list of unloaded models. startup/loader.py loads them."""
 
 import asyncio
 import math
@@ -13,21 +13,21 @@ from tminus.service.errors import Draining, ModelLoading
 from tminus.service.worker.worker import WorkerState
 
 Reason = Literal["admin", "demand"]
-END_LOOK_S = 0.2  # how often a call that waits for a load looks whether the server ends
-LOAD_S = 10.0  # the expected time of a load before the first one
+END_LOOK_S = 0.2  # interval at which a call that waits for a load checks whether the server ends
+LOAD_S = 10.0  # expected seconds of a first load
 
 
 class LoadTimes:
-    """How long the last load of each model took, and when the running one began."""
+    """The duration of each model's last load, and the start of the running one."""
 
     def __init__(self) -> None:
-        self._took_s: dict[str, float] = {}  # by the model's name
+        self._took_s: dict[str, float] = {}  # keyed by the model's name
         self._running: str | None = None
         self._began_s = 0.0
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Measure a load, and keep its time unless it raises."""
+        """Measure the load in this block, and keep its time unless it raises."""
         self._running, self._began_s = name, time.monotonic()
         try:
             yield
@@ -40,7 +40,7 @@ class LoadTimes:
         return name in self._took_s
 
     def expected_s(self, name: str) -> float:
-        """Return roughly how long a load takes from now on."""
+        """Return roughly how long a load takes."""
         took_s = self._took_s.get(name) or (median(self._took_s.values()) if self._took_s else LOAD_S)
         return max(0.0, took_s - (time.monotonic() - self._began_s)) if name == self._running else took_s
 
@@ -51,39 +51,39 @@ class PendingLoad:
 
     name: str
     reason: Reason
-    again: bool  # whether the folder is read also where the model is in memory
+    again: bool  # whether to read the folder even if the model is in memory
     done: "asyncio.Future[None]"
     requests: int = 0
 
 
 class LoadQueue:
-    """Owns which served models are unloaded, and the pending loads, oldest first. In the event loop's thread only.
+    """Owns the list of unloaded models and the pending loads, oldest first. Used in the event loop's thread only.
 
     Requests and jobs of an unloaded model wait here. The loader takes each pending load and ends it.
     """
 
     def __init__(self, state: WorkerState, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:
-        """max_wait_s: for a request. unloaded: the names of the models that begin so."""
+        """max_wait_s: the longest wait of a request. unloaded: the names of the models that are unloaded at first."""
         self.times = LoadTimes()
         self.pending: list[PendingLoad] = []
         self._state, self._max_wait_s, self._unloaded = state, max_wait_s, set(unloaded)
         self._changed = asyncio.Event()
 
     def is_unloaded(self, name: str) -> bool:
-        """Whether a model is served and not in memory, or about to leave it: the worker takes no job of it."""
+        """Whether a served model is not in memory, or about to leave it. The worker then takes no job of it."""
         return name in self._unloaded
 
     def mark_unloaded(self, name: str) -> None:
-        """Let no job of a model into the worker until it is loaded."""
+        """Keep jobs of a model from the worker until it is loaded."""
         self._unloaded.add(name)
         self._changed.set()
 
     def mark_loaded(self, name: str) -> None:
-        """Let the worker have jobs of a model."""
+        """Let the worker take jobs of a model."""
         self._unloaded.discard(name)
 
     async def wait(self, most_s: float | None) -> None:
-        """Wait until a load is queued or a model is marked as unloaded, for some seconds at most."""
+        """Wait, for a bounded time, until a load is queued or a model is marked as unloaded."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), most_s)
         self._changed.clear()
@@ -93,7 +93,7 @@ class LoadQueue:
         return next((each for each in self.pending if each.name == name), None)
 
     def expected_s(self, name: str) -> float:
-        """Return roughly how many seconds it takes until a model is in memory, after the loads before it."""
+        """Return roughly the seconds until a model is in memory, including the loads before it."""
         total_s = 0.0
         for each in self.pending:
             total_s += self.times.expected_s(each.name)
@@ -102,9 +102,10 @@ class LoadQueue:
         return total_s + self.times.expected_s(name)
 
     async def ensure_loaded(self, name: str, deadline_s: float | None = None) -> None:
-        """Wait for a request until an unloaded model is in memory. Raises as `load` does, and ModelLoading.
+        """Wait until a request's model is in memory. Raises as `load` does, and ModelLoading.
 
-        The request is no reason to keep the model in memory before the load has ended. deadline_s: of the request.
+        A waiting request does not keep the model in memory before its load has ended. deadline_s: the request's
+        deadline.
         """
         pending, began_s = self._find_or_add(name, "demand"), time.monotonic()
         expected_s = self.expected_s(name)
@@ -119,20 +120,20 @@ class LoadQueue:
             pending.requests -= 1
 
     async def load(self, name: str, reason: Reason = "demand", *, again: bool = False) -> None:
-        """Wait until a model is in memory. again: read its folder also where it is.
+        """Wait until a model is in memory. again: read its folder even if it is in memory.
 
-        Raises CheckpointRefused and what else the load raises, Draining, NotReady.
+        Raises Draining, NotReady, CheckpointRefused and any other error of the load.
         """
         await self._wait(self._find_or_add(name, reason, again=again), math.inf)
 
     def end(self, pending: PendingLoad, error: Exception | None = None) -> None:
-        """Take a load from the queue, and wake the tasks that wait for it."""
+        """Remove a load from the queue, and wake the tasks that wait for it."""
         self.pending.remove(pending)
         if error is None:
             pending.done.set_result(None)
         else:
             pending.done.set_exception(error)
-            pending.done.exception()  # or asyncio complains where no task waits any more
+            pending.done.exception()  # otherwise asyncio complains if no task waits any more
 
     def close(self) -> None:
         """End all loads."""
@@ -149,7 +150,9 @@ class LoadQueue:
         return pending
 
     async def _wait(self, pending: PendingLoad, most_s: float) -> None:
-        """Wait for a load, which goes on if the waiting is cancelled. Raises what it raises, Draining, TimeoutError."""
+        """Wait for a load, which continues if the wait is cancelled. Raises the load's error, Draining, or
+        TimeoutError.
+        """
         until_s = time.monotonic() + most_s
         while not pending.done.done():
             if (left_s := until_s - time.monotonic()) <= 0:

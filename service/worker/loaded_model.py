@@ -10,24 +10,26 @@ from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.spec import Snapshot, trial_spec
 from tminus.service.work import Batch
 
-ReadSnapshot = Callable[[], Snapshot]  # waits for the copy from a GPU
+ReadSnapshot = Callable[[], Snapshot]  # may wait for a copy from the GPU
 
 
 class Keeper(Protocol):
-    """Decides when to take snapshots of running jobs, and keeps them. The worker's thread calls it; it never waits."""
+    """Decides when to take snapshots of running jobs, and stores them. The worker's thread calls it, so it
+    never waits.
+    """
 
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Keep snapshots, by job id. cost_s: the seconds that taking them has cost the worker's thread."""
+        """Store snapshots, by job id. cost_s: the seconds of the worker's thread that taking them cost."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
     """A model in memory. Its number identifies it in this process and is never reused.
 
-    An isolated job has the model once more, with a scheduler of its own.
+    An isolated job has a copy with a scheduler of its own.
     """
 
     number: int
@@ -35,7 +37,7 @@ class LoadedModel:
     scheduler: Scheduler
     keeper: Keeper | None = None  # takes the snapshots of its durable jobs
     spare_work: Iterator[None] | None = None
-    """Work for an idle worker: one item at a time, each as long as a batch at most."""
+    """Work for an idle worker, in items that take at most as long as a batch."""
 
     @property
     def info(self) -> ModelInfo:
@@ -43,7 +45,7 @@ class LoadedModel:
         return self.engine.info
 
     def warm_up(self) -> None:
-        """Run one job of one step, so that the first request finds warm code."""
+        """Run a job of one step, so that the first request finds warm code."""
         rows = self.engine.add(trial_spec(self.info, n=1, steps=1))
         self.engine.step(Batch(rows, (0,), ()))
         self.engine.wait()

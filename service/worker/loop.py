@@ -32,10 +32,10 @@ from tminus.service.worker.ticks import CurrentJobs, ReportCurrentJobs, TickEnd,
 
 log = logging.getLogger(__name__)
 
-# Reasons to give up a durable job:
-SUSPENDED = "suspended"  # SIGTERM; the next start goes on with it
-LOST = "lost"  # another server works on it now, or has ended it
-# What is told to the clients of jobs that fail, and the line of the log:
+# Reasons for which a durable job leaves this process:
+SUSPENDED = "suspended"  # SIGTERM came; the next start resumes it
+LOST = "lost"  # another server runs it now, or has ended it
+# The messages for clients of failed jobs, which are also logged:
 NOT_STEPPED = "a step of this job failed", "tick of %d rows failed"
 NOT_RECORDED = "its steps could not be read", "job %s could not be recorded"
 NOT_CODED = "its images could not be encoded or decoded", "an image of job %s could not be encoded or decoded"
@@ -45,60 +45,60 @@ class Ticked(NamedTuple):
     """A batch has stepped."""
 
     end: TickEnd
-    started: Sequence[RunningJob]  # the jobs that took their first step in it
+    started: Sequence[RunningJob]  # jobs that took their first step in it
 
 
 class ImageDecoded(NamedTuple):
-    """One image of a latent model's job is decoded, and others are not yet."""
+    """One image of a latent model's job is decoded; others are left."""
 
     job: RunningJob
 
 
 class Ended(NamedTuple):
-    """A job has ended, with its images or an error. With neither, its client is gone."""
+    """A job has ended, with its images or an error. Without both, its client is gone."""
 
     job: RunningJob
     result: JobResult | None = None
     error: ServiceError | None = None
-    reason: str | None = None  # why it was given up; None if it never began
+    reason: str | None = None  # the reason, if it was given up; None if it never began
 
 
 Event = Ticked | ImageDecoded | Ended
 
 
 class Loop:
-    """Runs the jobs that were accepted. Only one thread may call it."""
+    """Runs accepted jobs. Only one thread may call it."""
 
     def __init__(
         self, *, clock: Callable[[], float], on_task_done: Callable[[TaskDone], None], report: ReportCurrentJobs
     ) -> None:
-        """on_task_done: called in the autoencoder's thread after each task; pass those of jobs to `on_task_done`.
+        """on_task_done: called in the autoencoder's thread after each task; it passes tasks of jobs to the method.
 
-        report: called in each thread with the durable jobs that the thread works on now.
+        report: called in each thread with the durable jobs that the thread is working on.
         """
         self._models: dict[int, LoadedModel] = {}
-        self._has_latent_model = False  # whether one was ever loaded, so that the autoencoder may run
+        self._has_latent_model = False  # whether one was ever loaded: then the autoencoder's thread may run
         self._clock = clock
-        self.events: deque[Event] = deque()  # until the worker acts on them
-        # Owned here: the jobs whose rows an engine holds, in order of arrival, and the durable ones among them.
-        # `autoencoder` has the jobs whose picture is being encoded or whose images are being decoded.
+        self.events: deque[Event] = deque()  # events that the worker has not handled yet
+        # The jobs with rows in an engine, in order of arrival, and the durable ones among them. Jobs whose picture is
+        # being encoded or whose images are being decoded are in `autoencoder`.
         self._jobs: dict[str, RunningJob] = {}
         self._durable: dict[str, RunningJob] = {}
-        self._deadlines: dict[str, float] = {}  # by job, if it has one
+        self._deadlines: dict[str, float] = {}  # deadlines of the jobs that have one
         self.autoencoder = AutoencoderThread(on_task_done, partial(report, "codes"))
         self.ticks = Ticks(clock)
         self.current = CurrentJobs(self.ticks, self.autoencoder.turnstile, report)
-        self.spare_work: dict[int, Iterator[None]] = {}  # by model
+        self.spare_work: dict[int, Iterator[None]] = {}  # keyed by model
 
     @property
     def has_work(self) -> bool:
-        """Whether a job has not ended."""
+        """Whether any job has not ended."""
         return self.ticks.has_next or bool(self.autoencoder.jobs)
 
     # --- between ticks ---
 
     def load(self, model: LoadedModel) -> None:
-        """Warm a model up, and take jobs for it from now on."""
+        """Warm a model up, and accept jobs for it from now on."""
         began_s = self._clock()
         model.warm_up()
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
@@ -121,10 +121,11 @@ class Loop:
             del self.spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
-        """Begin a job: its rows step from the next tick, or once its picture is encoded."""
+        """Begin a job: its rows step from the next tick, or as soon as its picture is encoded."""
         with self._working_on([job]):
-            answered = job.future.done() and not job.future.cancelled()  # while the worker hung
-            if answered or not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
+            answered = job.future.done() and not job.future.cancelled()  # the client was answered while the worker hung
+            # from here on only the worker can end the job
+            if answered or not job.future.set_running_or_notify_cancel():
                 self.events.append(Ended(job))
                 return
             if job.new.deadline_s is not None:
@@ -135,7 +136,9 @@ class Loop:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Work on jobs. An isolated one waits until nothing else is in flight, encoded or decoded."""
+        """Enter the turnstile to work on jobs. An isolated job waits until no tick and no autoencoder task
+        is running.
+        """
         if jobs[0].new.isolated:
             self._end_ticks()
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)
@@ -171,7 +174,7 @@ class Loop:
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
     def on_task_done(self, done: TaskDone) -> None:
-        """Go on with a job after one of its autoencoder tasks, unless it has left meanwhile."""
+        """Continue a job after one of its autoencoder tasks, unless it has left."""
         job = done.job
         if job is None or self.autoencoder.jobs.get(job.id) is not job:
             return
@@ -193,14 +196,14 @@ class Loop:
             self._leave(Ended(job, job.result(lambda: images, self._clock())))
 
     def find(self, job_id: str) -> RunningJob | None:
-        """Return a job that has not ended."""
+        """Return an unfinished job."""
         return self._jobs.get(job_id) or self.autoencoder.jobs.get(job_id)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
-        """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
+        """End a job with an error and free its rows. An unknown job is ignored."""
         if (job := self.find(job_id)) is None:
             return
-        self._end_ticks(job)  # or they would overwrite slots that another job has by then
+        self._end_ticks(job)  # later ends of ticks would overwrite slots that another job has by then
         if self.find(job_id) is not job:
             return
         if job_id in self._jobs:
@@ -211,7 +214,7 @@ class Loop:
         self._leave(Ended(job, error=error, reason=reason))
 
     def give_up_all(self, error: ServiceError, model: int | None = None) -> None:
-        """Give up every remaining job, or those of one model."""
+        """Give up every job, or those of one model."""
         for job in [*self._jobs.values(), *self.autoencoder.jobs.values()]:
             if model in (None, job.model.number):
                 self.give_up(job.id, error, error.code)
@@ -234,7 +237,7 @@ class Loop:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def abandon(self) -> None:
-        """Drop every job without a call of the engine, whose state is unknown after a crash."""
+        """Drop every job without calling the engine, whose state is unknown after a crash."""
         self.ticks.abandon()
         for jobs in (self._jobs, self._durable, self.autoencoder.jobs, self._deadlines):
             jobs.clear()
@@ -248,14 +251,14 @@ class Loop:
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self.find(job_id)
-            # A job may have ended with the ticks of one that was given up before it.
+            # Ending the ticks of a job that was given up may have ended this one.
             if job is not None and job.new.deadline_s is not None:
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """Begin ticks until no more may be in flight, then end the oldest; False if none is in flight.
+        """Begin as many ticks as may be in flight, then end the oldest; return False if none is in flight.
 
-        The work after a tick is done while the network runs for the next one.
+        The work after a tick is done while the network runs the next one.
         """
         while self._begin_next():
             pass
@@ -267,7 +270,7 @@ class Loop:
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, unless it has to wait for those in flight; return whether another may begin."""
+        """Begin the next tick, unless it must wait for ticks in flight; return whether another may begin."""
         if (chosen := self.ticks.next()) is None or (self.ticks and not self.autoencoder.turnstile.is_open):
             return False
         turn, batch = chosen
@@ -288,7 +291,7 @@ class Loop:
             self._end_tick()
 
     def _end_tick(self) -> None:
-        """End the oldest tick in flight, and do what follows from it for its jobs."""
+        """End the oldest tick in flight, and handle the results for its jobs."""
         tick = self.ticks.oldest
         with tick.inside:
             end = self.ticks.end()
@@ -308,7 +311,7 @@ class Loop:
         for job in started:
             job.start(tick.began_s, now_s)
         self.events.append(Ticked(end, started))
-        # All rows are recorded first: to give a job up may end another tick, with which jobs of this one are done.
+        # All rows are recorded first: giving up a job may end another tick, which finishes jobs of this one.
         recorded = [
             (job, job.record([(step + 1, index) for step, index in picked.steps]))
             for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True)
@@ -338,7 +341,7 @@ class Loop:
         began_s = self._clock()
         try:
             snapshots = {job.id: model.engine.snapshot(job.rows, job.model.scheduler.steps(job.id)) for job in moved}
-        except Exception:  # a snapshot is not worth the jobs
+        except Exception:  # a failed snapshot must not end the jobs
             log.exception("no snapshot could be taken")
             return
         for job in moved:
@@ -349,10 +352,10 @@ class Loop:
         """Free the rows of a finished job, and end it with its images. Latents are decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
-        wanted = job.work.steps == job.spec.end  # otherwise only the recording was requested
+        wanted = job.work.steps == job.spec.end  # otherwise the request asked only for the recording
         if wanted:
             try:
-                # Latents are read one by one, so that a shorter job's may be decoded between them.
+                # Latents are read one by one, so that a shorter job's latents may be decoded in between.
                 reads = [
                     engine.images(rows, job.spec.depth)
                     for rows in ([(row,) for row in job.rows] if latent else [job.rows])
@@ -372,7 +375,7 @@ class Loop:
     # --- for all of these ---
 
     def _leave(self, ended: Ended) -> None:
-        """Forget a job whose rows are free, and report its end."""
+        """Forget a job that has no rows, and report its end."""
         job = ended.job
         for jobs in (self._jobs, self._durable, self._deadlines):
             jobs.pop(job.id, None)
@@ -381,15 +384,15 @@ class Loop:
         self.events.append(ended)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
-        """Give up jobs of one model after an error; clients see its type, not its text."""
+        """Give up jobs of one model after an error; clients see the error's type, not its text."""
         self._note_error(error, jobs[0].model.engine, log_line, *args)
         for job in jobs:
             self.give_up(job.id, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
 
     def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
-        """Log an error that fails the jobs involved. Raises it where the device is lost, which ends the worker.
+        """Log an error that fails its jobs. Re-raises it if the device is lost, which ends the worker.
 
-        On a lost device every further job would fail, through no fault of its own.
+        On a lost device every further job would fail through no fault of its own.
         """
         log.error(log_line, *args, exc_info=error)
         if engine.is_lost():

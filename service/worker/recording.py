@@ -1,4 +1,4 @@
-"""Recorders keep frames or latents of a running job. Each row is kept at its own steps, so load changes nothing."""
+"""Recorders of frames and latents of a running job. Each row is recorded at its own steps, so load changes nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,27 +18,27 @@ Kept = TypeVar("Kept")
 
 
 class Recorder(ABC, Generic[Kept]):
-    """Keeps something of one job's rows. The worker's thread records, the encoder reads.
+    """Records data of one job's rows. The worker's thread records, the encoder reads.
 
     A preview shows all rows at one moment, so their steps may differ. A recorded frame shows all rows after the same
     step.
     """
 
     def __init__(self) -> None:
-        # By step: indices of rows in the job, their positions in the array, and the function that returns the array.
+        # By step: the rows' indices in the job, their positions in the array, and the function that returns the array.
         self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
-        self.until: int | None = None  # if no images were asked for: the step after which the job ends
+        self.until: int | None = None  # the step after which the job ends, if no images were requested
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to keep a row after `step` steps; 0 is before the first."""
+        """Whether to record a row after `step` steps; 0 is before the first."""
 
     @abstractmethod
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Kept]:
-        """Read rows from the engine; the function returned may wait for a GPU."""
+        """Read rows from the engine. The returned function may wait for a GPU."""
 
     def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
-        """Read and keep the rows that are due. taken: steps taken and index in the job, for each row."""
+        """Read and record the rows that are due. taken: steps taken and index in the job, for each row."""
         due = [each for each in taken if self.due(each[0])]
         if not due:
             return
@@ -62,14 +62,14 @@ class Recording(Recorder[Mapping[Show, Images]]):
         from_noise: bool = False,
         until: int | None = None,
     ) -> None:
-        """from_noise: record the first noise too. until: the last step to record; None: all."""
+        """from_noise: whether to record the first noise too. until: the last step to record; None means all."""
         super().__init__()
         self._shows = shows
         self._every, self._n, self._steps = every, n, steps
         self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Whether a frame is due after `step` steps. The last step gives the job's result, which is no frame."""
+        """Whether a frame is due after `step` steps. The last step gives the job's result, not a frame."""
         wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
         return wanted and step % self._every == 0
 
@@ -96,7 +96,7 @@ class TrajectoryRecorder(Recorder[Point]):
     """Records a job's trajectory: its rows before and after every pass, or every selected pass."""
 
     def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
-        """dtype: x_t and x_0 are rounded to it in the trajectory. Until then they are held in float32."""
+        """dtype: the dtype of x_t and x_0 in the trajectory. Until then they are float32."""
         super().__init__()
         self._spec, self._selection, self._dtype = spec, selection or Selection.whole(spec.num_passes), dtype
         self._due = {*self._selection.points, *(each + 1 for each in self._selection.predictions)}
@@ -113,14 +113,14 @@ class TrajectoryRecorder(Recorder[Point]):
         return engine.point(rows)
 
     def trajectory(self) -> Trajectory:
-        """Return the trajectory, once. Call it when the job is done, in a thread that may wait for a GPU."""
+        """Return the trajectory. Call it once, when the job is done, in a thread that may wait for a GPU."""
         assert self._plan is not None
         selection, shape = self._selection, (self._spec.n, *self._parts[min(self._due)][0][2]().x.shape[1:])
         point, prediction = ({k: at for at, k in enumerate(each)} for each in (selection.points, selection.predictions))
         x_t, x_0 = (np.empty((len(each), *shape), self._dtype) for each in (point, prediction))
         v = np.empty((len(prediction), *shape), np.float32) if self._plan.learned else None
         for step in sorted(self._due):
-            for indices, positions, read in self._parts.pop(step):  # popped, so that no point is held twice
+            for indices, positions, read in self._parts.pop(step):  # popped, so that no point is in memory twice
                 here = read()
                 if step in point:
                     x_t[point[step], indices] = here.x[positions]
@@ -138,17 +138,17 @@ def frame_count(every: int, steps: int) -> int:
 
 
 class RecordingRoom:
-    """Bounds the memory that frames and pixels of answers take while they are made. In the event loop's thread."""
+    """Bounds the memory of frames and pixels of answers in the making. Used in the event loop's thread."""
 
     def __init__(self, budget: ByteBudget) -> None:
-        """budget: of all answers, including those being sent."""
+        """budget: the bytes of all answers, including those being sent."""
         self._budget = budget
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Hold room for an answer. A small one, or the only one, always fits.
+        """Reserve room for an answer. A small answer, or the only one, always fits.
 
-        Raises Overloaded, which names `field`: the parameter that the size depends on.
+        Raises Overloaded, which names `field`: the parameter that determines the size.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:

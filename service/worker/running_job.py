@@ -1,4 +1,4 @@
-"""A job: as requested, and from its acceptance to its end; and the list of accepted jobs. No torch."""
+"""A job as requested, a job from its acceptance to its end, and the list of accepted jobs. No torch."""
 
 import logging
 import threading
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as requested: made from the request's parameters, and passed unchanged to the engine."""
+    """A job as requested. It is made from the request's parameters, and reaches the engine unchanged."""
 
-    id: str  # never given again, so a late message about a deleted job meets no other
+    id: str  # never reused, so a late message about a deleted job cannot reach another
     spec: SampleSpec
-    work: Work  # what it costs, and the number of its model
+    work: Work  # its cost, and the number of its model
     owner: str = ""  # the name of its API key
-    deadline_s: float | None = None  # counted from acceptance; the job is refused if the forecast is later
+    deadline_s: float | None = None  # counted from acceptance; the job is refused if its forecast is later
     inputs: Inputs | None = None  # the pixels whose hashes are in the spec
-    durable: bool = False  # its snapshots are kept
+    durable: bool = False  # whether its snapshots are stored
     watch: Watch | None = None  # its first viewer
-    recording: Recorder[Any] | None = None  # keeps rows of chosen steps
-    snapshot: Snapshot | None = None  # where to go on, if an earlier process began it
-    is_repeatable: bool = True  # the same request makes the same images: its seed was given, not drawn
-    isolated: bool = False  # it steps in ticks of its own, because it may be the cause of a crash
+    recording: Recorder[Any] | None = None  # records rows at chosen steps
+    snapshot: Snapshot | None = None  # where to resume, if an earlier process began it
+    is_repeatable: bool = True  # whether the same request makes the same images: its seed was given, not drawn
+    isolated: bool = False  # whether it steps in separate ticks, because it may have caused a crash
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
-        """Return the job with a recorder, which may end it before its images."""
+        """Return the job with a recorder, which may end the job before its images."""
         if recording is None:
             return self
         return replace(self, recording=recording, work=self.work.ending_at(recording.until))
@@ -48,28 +48,28 @@ class NewJob:
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """An accepted job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
+    """An accepted job. Once it is queued only the worker's thread changes it; any thread may read its status."""
 
-    new: NewJob  # as requested; without its pixels once the engine has them
+    new: NewJob  # the job as requested; its pixels are dropped once the engine has them
     model: LoadedModel
     submitted_s: float
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
     work: Work = field(init=False)
-    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
+    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is from another clock
     outlook: Outlook | None = None  # the forecast at acceptance
     future: "Future[JobResult]" = field(default_factory=Future)
     watches: list[Watch] = field(init=False)
     request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
-    rows: tuple[int, ...] = ()  # none until the engine has given them
+    rows: tuple[int, ...] = ()  # empty until the engine has allocated them
     started_s: float | None = None
     first_step_s: float = 0.0
     denoised_s: float | None = None
-    # Steps of all its rows, those before spec.start included. The scheduler has the steps of each row, but only for the
-    # worker's thread, and a status is asked for in other threads.
+    # Steps of all its rows, including those before spec.start. The scheduler has the steps of each row, but only for
+    # the worker's thread, and other threads read the status.
     steps_taken: int = field(init=False)
-    steps_kept: int = field(init=False)  # what steps_taken was at the last snapshot
-    span: JobSpan | None = None  # while traces are on
+    steps_kept: int = field(init=False)  # the value of steps_taken at the last snapshot
+    span: JobSpan | None = None  # set while traces are on
 
     def __post_init__(self) -> None:
         self.id, self.spec, self.work = self.new.id, self.new.spec, self.new.work
@@ -95,19 +95,19 @@ class RunningJob:
         }
 
     def fail(self, error: Exception) -> None:
-        """End it with an error, unless its client was answered while the worker hung."""
+        """End the job with an error, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
             self._end_span(error)
 
     def finish(self, result: JobResult) -> None:
-        """End it with its images, unless its client was answered while the worker hung."""
+        """End the job with its images, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_result(result)
             self._end_span(None, result.decode_s)
 
     def result(self, read: Callable[[], Pixels], now_s: float) -> JobResult:
-        """Make its result, once its images are there to be read."""
+        """Make the job's result, once its images can be read."""
         assert self.started_s is not None
         assert self.denoised_s is not None
         queue_s, denoise_s = self.started_s - self.submitted_s, self.denoised_s - self.started_s
@@ -131,7 +131,7 @@ class RunningJob:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Fields of its lines in a JSON log."""
+        """Fields for its lines in a JSON log."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
@@ -142,7 +142,7 @@ class RunningJob:
 
     @property
     def needs_picture(self) -> bool:
-        """Whether the engine needs its picture: after a snapshot, only a job with a mask does."""
+        """Whether the engine needs its picture. After a snapshot only a job with a mask does."""
         inputs = self.new.inputs
         return inputs is not None and (self.new.snapshot is None or inputs.mask is not None)
 
@@ -153,11 +153,11 @@ class RunningJob:
 
     @property
     def step(self) -> int:
-        """Steps that its rows have taken, on average. The scheduler keeps them nearly level."""
+        """The average number of steps that its rows have taken. The scheduler keeps them nearly level."""
         return self.steps_taken // self.spec.n - self.spec.start
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
-        """Its status, as clients see it."""
+        """Return its status, as clients see it."""
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
@@ -174,7 +174,7 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """Its status by an earlier forecast. For a newer job it is the forecast of its acceptance."""
+        """Return its status by an earlier forecast; for a newer job, by the forecast of its acceptance."""
         told: JobStatus | Outlook | None = forecast.get(self.id, self.outlook)
         assert told is not None
         since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
