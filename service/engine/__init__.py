@@ -1,1 +1,3 @@
-"""Row state on the device, how a forward pass is run, and what is measured before serving. Only here is torch used."""
+"""Row state on the device, executors of the forward pass, and the measurements before serving. Only here is
+torch used.
+"""

@@ -1,7 +1,7 @@
-"""Whether a library computes what PyTorch computes in float32 on this processor, and whether it runs here at all.
+"""Checks that a library computes what PyTorch computes in float32 on this processor, and that it runs here at all.
 
-Libraries give wrong numbers on some processors, and end the process on others. So each way to run a part of a model is
-compared with PyTorch before it serves, once for the weights, the versions and the processor.
+Libraries give wrong numbers on some processors, and end the process on others. So each executor is compared with
+PyTorch before it serves, once for each combination of weights, versions and processor.
 """
 
 import faulthandler
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 # The largest relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, for each bundled network and every timestep.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
-SLACK = 3.0  # times the error at approval, for processors that round otherwise
-MARK = ".attempt"  # a file that outlives a process that a signal ends
-ALL = "all"  # precisions
+SLACK = 3.0  # factor on the error at approval, for processors that round differently
+MARK = ".attempt"  # suffix of a file that remains if a signal ends the process
+ALL = "all"  # stands for all precisions
 
 
 class Unfit(ValueError):
-    """A rejected way to run a part of a model."""
+    """An executor is unfit for a part of a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far outputs are from those of PyTorch in float32, for the row that differs most."""
+    """How far outputs are from those of PyTorch in float32, for the worst row."""
 
-    relative_error: float  # |out - reference| / |reference|; inf for an output that is not finite
+    relative_error: float  # |out - reference| / |reference|; inf if an output is not finite
     cosine: float
 
 
@@ -57,7 +57,7 @@ def deviation(outputs: Tensor, reference: Tensor) -> Deviation:
 
 
 class Verdict:
-    """Whether a part of a checkpoint may be run in one way here, as found now or at an earlier start."""
+    """Whether an executor may run a part of a checkpoint here, as found now or at an earlier start."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Verdict:
         cache: Path | None,
         part: str = "network",
     ) -> None:
-        """cache: the folder where verdicts are kept; None: nowhere."""
+        """cache: the folder of verdicts; None keeps none."""
         about = {
             "verdict": part, "executor": executor, "weights": checkpoint.weights_hash,
-            # A library may fail on some sets of cores.
+            # A library may fail on some sets of cores only.
             "cores": sorted(os.sched_getaffinity(0)),
         }  # fmt: skip
         self.name = f"{part} by {executor} in {precision}"
@@ -86,13 +86,13 @@ class Verdict:
 
     @property
     def refusal(self) -> str | None:
-        """Why it must not serve, as an earlier start found."""
+        """The reason why it must not serve, found at an earlier start."""
         reason = self._kept.get("refused")
         return f"{self._refused}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Keep a mark during the first attempt: if a signal ends the process, the next start finds it. Raises Unfit."""
+        """Mark the first attempt in a file. If a signal ends the process, the next start finds it. Raises Unfit."""
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file
@@ -102,11 +102,11 @@ class Verdict:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             mark = NamedTemporaryFile(prefix=f"{file.stem}-", suffix=MARK, dir=file.parent)  # noqa: SIM115  closed below
-        except OSError:  # as in a folder that is only read
+        except OSError:  # for example in a read-only folder
             yield
             return
         with mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)  # until the process ends
+            fcntl.flock(mark, fcntl.LOCK_EX)  # held until the process ends
             elsewhere = faulthandler.is_enabled()
             if elsewhere:  # signals are written to another file, so any end of the process counts
                 mark.write(b"its process has ended")
@@ -122,7 +122,7 @@ class Verdict:
     def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
         """Compare outputs with the reference, and keep the verdict. Raises Unfit if they differ too much.
 
-        bits: a hash of some output. The same bits as at an earlier start need no comparison.
+        bits: a hash of some output. If it is the same as at an earlier start, no comparison is needed.
         """
         if self._kept.get("bits") == bits:
             return
@@ -142,7 +142,7 @@ class Verdict:
         self._cache.write({**(self._cache.read() or {}), precisions: found})
 
     def _fatal_signal(self) -> str | None:
-        """Find the signal that ended an attempt, and delete the marks of processes that are gone."""
+        """Return the signal that ended an attempt, and delete the marks of processes that have ended."""
         found, file = None, self._cache.file
         for mark in file.parent.glob(f"{file.stem}-*{MARK}") if file is not None else ():
             with suppress(OSError), mark.open("r+b") as opened:

@@ -1,7 +1,7 @@
-"""Approve bfloat16 for a checkpoint by comparing its images with those of float32, and keep the verdict.
+"""Approves bfloat16 for a checkpoint by comparing its images with those of float32, and keeps the verdict.
 
-model/evaluation/precision.py has the criterion. An approval goes into the checkpoint's tminus.json. Where that cannot
-be written, or bfloat16 was refused, the verdict is kept in the cache folder, for these weights on this machine.
+model/evaluation/precision.py has the criterion. An approval is written to the checkpoint's tminus.json. If that is not
+writable, or bfloat16 was refused, the verdict is kept in the cache folder, for these weights on this machine.
 """
 
 import logging
@@ -36,10 +36,10 @@ from tminus.service.threads import LOADING, begin_in_daemon_thread
 log = logging.getLogger(__name__)
 
 LOWER = "bfloat16"
-BUDGET_S = 600.0  # for all passes: within it, as many images are made as are of use
-POLL_S = 0.05  # how long a portion waits for the executor that is being built
-WORTH = 1.2  # times as fast as in float32, from which on it is spoken of
-REPORTS, REPORTED_S = 10, 60.0  # how often the log tells how far it is, where it takes at least this long
+BUDGET_S = 600.0  # time for all passes; it bounds the number of images
+POLL_S = 0.05  # how long one portion waits for the executor being built
+WORTH = 1.2  # speed-up over float32 from which bfloat16 is recommended
+REPORTS, REPORTED_S = 10, 60.0  # number of progress lines in the log, for an approval that takes at least this long
 
 
 def approve_portions(
@@ -54,15 +54,15 @@ def approve_portions(
 ) -> Generator[None, None, bool]:
     """Approve or refuse bfloat16 for executors like `exact`; returns True if approved. Yields between passes.
 
-    folder: the checkpoint, read again since an executor takes over its network. num_images: None for as many
-    as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be judged,
-    and OSError if an approval cannot be saved.
+    folder: the checkpoint, which is read again because an executor takes over its network. num_images: None means as
+    many as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be judged, and
+    OSError if an approval cannot be saved.
     """
 
     def build() -> tuple[Checkpoint, Executor]:
         checkpoint = load_checkpoint(folder)
         size = 1 if device.type == "cpu" else batch_size
-        streams = 1 if batch_size == 1 else None  # one of all threads, for rows that come alone
+        streams = 1 if batch_size == 1 else None  # one stream with all threads, for single rows
         builder = Builder(checkpoint, device, threads, cache)
         return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=(size,), streams=streams))
 
@@ -131,7 +131,7 @@ def approve_portions(
 def _deviation(
     checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
 ) -> Generator[None, None, Deviation]:
-    """Measure how far outputs differ. The error allowed on other processors is derived from this."""
+    """Measure how far outputs differ. The error allowed on other processors is derived from it."""
     inputs = compared_inputs(checkpoint, device)
     outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
     for forward, outs in outputs.items():
@@ -149,9 +149,9 @@ def approve_later(
     options: LoadOptions,
     cache: Path | None,
 ) -> Iterator[None]:
-    """Return what approves bfloat16 for a model while no job runs, if the options ask for that and it is not known yet.
+    """Return the iterator that approves bfloat16 while no job runs, if the options ask for it and no verdict is known.
 
-    Otherwise there is nothing to do, and the log tells what bfloat16 may gain and how it is approved.
+    Otherwise it is empty, and the log says what bfloat16 may gain and how to approve it.
     """
     known = (executor.name, LOWER) in checkpoint.approved
     if known or wish.precision != "auto" or executor.precision != "float32":
@@ -173,18 +173,18 @@ def approve_later(
 
 
 def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> None:
-    """Raise ValueError where this executor cannot compute in bfloat16 here."""
+    """Raise ValueError if this executor cannot compute in bfloat16 here."""
     find_candidates(checkpoint, device, Wish(executor, LOWER))
 
 
 def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, cache: Path | None) -> ChoiceCache:
-    """Return where the verdict on an executor in bfloat16 is kept on this machine, for these very weights."""
+    """Return this machine's cache file for the verdict on an executor in bfloat16 with exactly these weights."""
     about = {"approve": LOWER, "executor": executor, "weights_hash": checkpoint.weights_hash}
     return ChoiceCache(cache, checkpoint, device, about, ())
 
 
 def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> Checkpoint:
-    """Add to what the checkpoint's folder approves what is kept as approved in the cache folder."""
+    """Return the checkpoint with the approvals of its folder and of the cache folder."""
     verdicts = {name: kept_verdict(checkpoint, device, name, cache).read() or {} for name in EXECUTORS}
     kept = {
         (name, LOWER): relative_error_of(verdict)
@@ -195,5 +195,5 @@ def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Pat
 
 
 def _duration(seconds: float) -> str:
-    """Say about how long something takes."""
+    """Format a rough duration."""
     return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {max(1, round(seconds))} seconds"

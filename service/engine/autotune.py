@@ -1,7 +1,8 @@
-"""Choose the executor that runs the network by measuring the candidates on this machine; the answer is cached.
+"""Chooses the executor by measuring the candidates on this machine; the choice is cached.
 
-An exact candidate is tried at several pass sizes, and keeps those whose outputs agree to the bit. An executor whose
-output differs from eager float32 by more than its precision explains is not taken."""
+An exact candidate is measured at several pass sizes, and keeps the sizes whose outputs agree to the bit. An executor
+is rejected if its output differs from eager float32 by more than its precision explains.
+"""
 
 import logging
 import math
@@ -39,55 +40,57 @@ from tminus.service.engine.executors import (
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
-REFERENCE = ("eager", "float32")  # that the others are compared with
-WORTH = 0.97  # a time above this share of another one counts as equal: times are measured no better
-SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
-TRIAL_S = 0.1  # how long one size is measured
-LONG_S = 0.5  # a call that takes this long is measured once
-NOISY = 1.5  # a choice that was made on a machine with more noise is made again when it is idle
-IDLE_LOAD = 0.3  # of the load average by cores
-BUDGET_S = 30.0  # after this no further size is tried: on a busy machine all of them take minutes
-LARGE_BYTES = 64 * 2**20  # of weights: passes of one more size hold as much again, which has to be worth it
-WORTH_LARGE = 0.85  # of such a network: what WORTH is of others
-FEW_THREADS = 4  # which passes of a large network keep busy as well together as each by itself
-HOPELESS = 8.0  # passes of one place this many times slower than the best (two times multiplied) are not looked into
-AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # that two ways of running a pass are compared on
+REFERENCE = ("eager", "float32")  # the others are compared with it
+WORTH = 0.97  # a time above this share of another one counts as equal, since times vary as much
+SLOW_PASS_S = 1.0  # after a pass of this duration no larger one is tried
+TRIAL_S = 0.1  # duration of one size's measurement
+LONG_S = 0.5  # a call of this duration is measured once
+NOISY = 1.5  # a choice made with more noise is made again when the machine is idle
+IDLE_LOAD = 0.3  # load average per core
+BUDGET_S = 30.0  # after this no further size is tried; on a busy machine all sizes would take minutes
+LARGE_BYTES = 64 * 2**20  # weights of a large network: each further pass size holds another copy
+WORTH_LARGE = 0.85  # in place of WORTH for a large network
+FEW_THREADS = 4  # with so few threads, passes of a large network are as fast together as one by one
+# a candidate whose passes of one place are this much slower than the best (product of both times) is skipped
+HOPELESS = 8.0
+AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # rows for comparing two executors
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An executor and all its parameters; can be built from, and kept between starts."""
+    """An executor with all its parameters. It can be built, and cached between starts."""
 
     executor: str
     precision: str
     channels_last: bool = True
-    sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
-    wide: int = 0  # the most places (openvino: beyond even shares) that run in wide passes, on all threads
-    streams: int | None = None  # None is one for each thread; 1 is one for all threads
-    threads: int | None = None  # of torch in one stream, where others left fewer than the wish's when it was measured
+    sizes: tuple[int, ...] | None = None  # pass sizes; None runs any batch as one pass
+    wide: int = 0  # the most places (openvino: beyond even shares) in wide passes, which use all threads
+    streams: int | None = None  # None: one stream per thread; 1: one stream with all threads
+    # torch's threads in one stream, if the machine left fewer than the wish's when it was measured
+    threads: int | None = None
 
     @property
     def way(self) -> tuple[str, str]:
-        """Executor and precision."""
+        """The executor and the precision."""
         return self.executor, self.precision
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the settings ask for; auto leaves the choice to measurement."""
+    """The settings' request; auto leaves the choice to measurement."""
 
     executor: str = "auto"
     precision: str = "auto"
     exact: bool = True
-    max_batch: int = 16  # the largest batch that will be run
+    max_batch: int = 16  # the largest batch
     threads: int = 1
 
 
 def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """What may be chosen, without sizes, the likely fastest first.
+    """List the allowed candidates, without sizes, the likely fastest first.
 
-    A precision below float32 must be approved, or asked for.
+    A precision below float32 must be approved or requested.
     """
     if wish.executor not in ("auto", *EXECUTORS):
         raise ValueError(f"executor must be auto, {', '.join(EXECUTORS)}, got {wish.executor!r}")
@@ -102,8 +105,8 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
     if wish.executor == "auto":
-        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for. Eager
-        # was never the fastest either; it is there for a network that OpenVINO cannot run, see `_fastest`.
+        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest, so it must be requested.
+        # Eager was never the fastest either; it is for a network that OpenVINO cannot run, see `_fastest`.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
     candidates = []
     for name in names:
@@ -126,7 +129,7 @@ def _precisions(checkpoint: Checkpoint, device: torch.device, wish: Wish, execut
 
 
 def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
-    """The choice read from the cache, or None where it could not be made now: the file may be damaged or edited."""
+    """Return the choice from the cache, or None if it is impossible now: the file may be damaged or edited."""
     try:
         sizes = tuple((fields or {})["sizes"] or ()) or None
         choice = Choice(**{**(fields or {}), "sizes": sizes})
@@ -144,21 +147,23 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
 
 @dataclass(frozen=True, slots=True)
 class TimedChoice:
-    """A choice, and the seconds of a lone row and of a row in a full batch."""
+    """A choice, and the seconds of a single row and of a row in a full batch."""
 
     choice: Choice
     lone_s: float
     row_s: float
-    bits: bytes = b""  # of its outputs, where sizes are kept together by them
+    bits: bytes = b""  # hash of its outputs, if sizes are grouped by their bits
 
     @property
     def score(self) -> float:
-        """Both times count: the least geometric mean is the best."""
+        """Both times count: the smallest geometric mean is the best."""
         return self.lone_s * self.row_s
 
 
 class Builder:
-    """Builds executors of one checkpoint, whose network they take over. OpenVINO's graph is converted once for all."""
+    """Builds executors of one checkpoint and takes over its network. OpenVINO's graph is converted once for all of
+    them.
+    """
 
     def __init__(
         self,
@@ -170,34 +175,35 @@ class Builder:
         *,
         shares_cores: bool = False,
     ) -> None:
-        """cache: the folder where the converted graph is kept. tell: is told how long a pass of one row takes.
+        """cache: the folder of the converted graph. tell: called with the duration of a pass of one row.
 
-        shares_cores: whether torch may take fewer threads on a CPU, so as not to wait for cores that others use.
+        shares_cores: whether torch may take fewer threads on a CPU, so that it does not wait for cores in use.
         """
         self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
         self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
         self.worth = WORTH_LARGE if self.is_large else WORTH
         self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
-        self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
-        self._spreads: list[float] = []  # of each thing that was timed, the median time by the least
+        self._compiled: openvino_executor.Compiled = {}  # passes compiled so far, for reuse
+        self._spreads: list[float] = []  # for each timing, the median time over the least
         self._shares_cores = shares_cores and device.type == "cpu"
 
     @cached_property
     def torch_threads(self) -> int | None:
-        """How many threads torch takes, if other programs leave fewer than are wished for."""
+        """The number of torch's threads, if other programs leave fewer than wished for."""
         threads = threads_left(self._threads) if self._shares_cores else self._threads
         return threads if threads < self._threads else None
 
     @property
     def noise(self) -> float:
-        """How much longer than at best a call takes in the middle: 1.0 to 1.1 on a machine with nothing else to do."""
+        """The median over timings of median / least time: 1.0 to 1.1 on an idle machine."""
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
-        """The least time of some calls, since other programs may run too; the first warms up and does not count.
+        """Return the least time of several calls, since other programs may run too; the first call warms up and is not
+        counted.
 
-        A call that takes long is made but once more.
+        A slow call is repeated only once.
         """
 
         def timed() -> float:
@@ -220,7 +226,7 @@ class Builder:
         net, device, precision = self.checkpoint.net, self.device, choice.precision
         sizes = choice.sizes or (1,)
         if choice.executor == "openvino":
-            # OpenVINO has threads of its own; torch's would compete with them for the cores.
+            # OpenVINO has its own threads; torch's would compete with them for the cores.
             torch.set_num_threads(1)
             if self._graph is None:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
@@ -239,7 +245,7 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         streams = 1 if device.type == "cuda" else choice.streams or self._threads
-        if streams > 1:  # each has a thread of its own, and so has the caller
+        if streams > 1:  # each stream has a thread, and so has the caller
             torch.set_num_threads(1)
         return EagerExecutor(
             net,
@@ -254,7 +260,7 @@ class Builder:
     def build_checked(self, choice: Choice) -> Executor:
         """Build the executor of a choice, and compare its outputs with the reference. Raises ValueError if it is unfit.
 
-        The network gives its weights up only then, to an executor that holds them itself.
+        Only then does the network give up its weights, to an executor that holds them itself.
         """
         if choice.way == REFERENCE:
             return self.build(choice)
@@ -262,12 +268,13 @@ class Builder:
         inputs = compared_inputs(checkpoint, device)
         rows = [rows_of(inputs, k, k + 1) for k in range(AGREE_ROWS)]
 
-        def outputs() -> Tensor:  # in large passes and in passes of one row
+        def outputs() -> Tensor:  # from large passes and from passes of one row
             return torch.cat([executor(*inputs), *(executor(*row) for row in rows)])
 
         def reference() -> Tensor:
             before = torch.get_num_threads()
-            torch.set_num_threads(self._threads if self.is_large else 1)  # on a busy machine each waits for the others
+            # on a busy machine the threads wait for one another
+            torch.set_num_threads(self._threads if self.is_large else 1)
             try:
                 with torch.inference_mode(), multiplying(device, tf32=False):
                     return torch.cat([checkpoint.net(*row) for row in rows] * 2)
@@ -292,7 +299,7 @@ class Builder:
         return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
 
     def forget_compiled(self) -> None:
-        """Free what was tried and is not part of an executor that somebody has; it would be made again."""
+        """Free compiled passes that no built executor uses. Using them again would compile them again."""
         self._compiled.clear()
 
 
@@ -306,12 +313,12 @@ def choose_executor(
     busy: bool = False,
     shares_cores: bool = False,
 ) -> Executor:
-    """Measure the candidates that the wish allows, and build the fastest. Raises ValueError where none can run.
+    """Measure the candidates that the wish allows, and build the fastest. Raises ValueError if none can run.
 
-    cache: the folder where the answer is kept, by machine, model and versions, and the converted graph; None: nowhere.
-    tell: is told how long a pass of one row takes, as soon as that is known. busy: whether a server runs, in which a
-    model that comes back must give the same bytes: a choice that was made on a busy machine is not made anew.
-    shares_cores: see Builder; the number of threads is kept with the choice, since bits depend on it.
+    cache: the folder for the choice, by machine, model and versions, and for the converted graph; None keeps neither.
+    tell: called with the duration of a pass of one row, as soon as it is known. busy: whether a server is running.
+    There a reloaded model must give the same bytes, so a choice made on a busy machine is kept. shares_cores: see
+    Builder; the number of threads is kept with the choice, since bits depend on it.
     """
     builder = Builder(checkpoint, device, wish.threads, cache, tell, shares_cores=shares_cores and not busy)
     candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -327,7 +334,7 @@ def choose_executor(
 
 
 def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
-    """Leave out what an earlier start has refused. Raises Unfit where no candidate is left."""
+    """Leave out candidates that an earlier start has rejected. Raises Unfit if none is left."""
     ways = dict.fromkeys(choice.way for choice in candidates if choice.way != REFERENCE)
     refusals = {way: refusal for way in ways if (refusal := builder.verdict(Choice(*way)).refusal) is not None}
     left = [choice for choice in candidates if choice.way not in refusals]
@@ -361,7 +368,9 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build what an earlier start chose, idle or busy; None where no start did, or it is unfit. Nothing is timed."""
+    """Build an earlier start's choice, made idle or busy; None if there is none, or if it is unfit. Nothing
+    is timed.
+    """
     builder = Builder(checkpoint, device, wish.threads, cache)
     try:
         candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -375,10 +384,10 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
 
 
 def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
-    """Build the eager executor without measuring, even if the wish names another; in float32 if it allows that.
+    """Build the eager executor without measuring, even if the wish names another; in float32 if the wish allows it.
 
-    On a CPU it runs one row per pass, on one thread. So its bits depend neither on a measurement nor on the
-    number of cores, and it never waits for a held-up thread. Raises ValueError if the executor is unfit.
+    On a CPU it runs one row per pass, on one thread. Its bits therefore depend neither on a measurement nor on the
+    number of cores, and it never waits for a delayed thread. Raises ValueError if the executor is unfit.
     """
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
     choice = next((each for each in candidates if each.precision == "float32"), candidates[0])
@@ -391,12 +400,12 @@ def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cac
 def _cache_of(
     checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
 ) -> ChoiceCache:
-    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice from fewer sizes is not used
+    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice among fewer sizes is not reused
     return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 
 def _is_idle() -> bool:
-    """Whether the machine has had little to do in the last minute."""
+    """Whether the machine has been mostly idle for the last minute."""
     return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
 
 
@@ -467,7 +476,7 @@ def _with_sizes(
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
-            # A large pass of a small network that is no slower spares Python some small ones.
+            # For a small network a large pass that is no slower saves Python several small ones.
             if trial.row_s < (builder.worth if builder.is_large else 1 / WORTH) * min(each.row_s for each in kept):
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
@@ -478,16 +487,16 @@ def _with_sizes(
     fastest = _with_wide(builder, wish, fastest)
     if candidate.executor == "openvino" or fastest.choice.wide or not builder.is_large:
         return fastest
-    # A lone row of a large network would wait for one thread.
+    # A single row of a large network would wait for one thread.
     together = _with_sizes(builder, wish, replace(candidate, streams=1, threads=builder.torch_threads), best, until_s)
     return min(fastest, together, key=attrgetter("score"))
 
 
 def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
-    """Passes of one row on all threads, so that the weights are held once.
+    """Measure passes of one row on all threads, which hold the weights once.
 
-    None where there are many threads, and streams of one thread each are so much faster that it is worth holding the
-    weights of wide passes too.
+    None if there are many threads and one-thread streams are so much faster that a second copy of the weights, for
+    wide passes, is worth it.
     """
     rows = wish.threads
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -510,7 +519,7 @@ def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoi
 
 
 def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
-    """Raise `wide` for as long as wide passes are faster, and give the same bits."""
+    """Raise `wide` as long as wide passes are faster and give the same bits."""
     choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -531,36 +540,37 @@ def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoi
 
 
 def _graph_sizes(max_batch: int) -> tuple[int, ...]:
-    """At most MAX_GRAPHS pass sizes from 1 to max_batch, in geometric steps."""
+    """Return at most MAX_GRAPHS pass sizes from 1 to max_batch, in geometric steps."""
     factor = max(2.0, max_batch ** (1 / (MAX_GRAPHS - 1)))
     sizes = {max_batch} | {round(max_batch / factor**k) for k in range(MAX_GRAPHS - 1)} | {1}
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
 
 
 def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> TimedChoice:
-    """Time a candidate. Passes of one place whose score cannot be below `hopeless` are not timed with a full batch."""
+    """Time a candidate. A full batch is not timed if the score cannot be below `hopeless`."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
-    rows = size * (choice.streams or wish.threads) if size else wish.max_batch  # a pass for each stream
+    rows = size * (choice.streams or wish.threads) if size else wish.max_batch  # one pass per stream
     full = example_inputs(checkpoint, device, max(AGREE_ROWS, rows))
     lone_s = builder.time(lambda: executor(*rows_of(full, 0, 1)))
     builder.tell(lone_s)
     if lone_s > LONG_S:
         full = rows_of(full, 0, wish.threads * (size or 1))
-    at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)  # a row of a full batch, with a pass on every thread
+    # the best possible row of a full batch, with a pass on every thread
+    at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)
     if size == 1 and at_best.score > hopeless:
         return at_best
     bits = b""
-    if wish.exact and device.type == "cpu":  # the only place where sizes are kept together by their bits
+    if wish.exact and device.type == "cpu":  # only here sizes are grouped by their bits
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
     return TimedChoice(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
 
 
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """How many rows two ways of running a pass are compared on.
+    """Return the number of rows for comparing two executors.
 
-    In float32 another order of a sum shows in nearly every value. In bfloat16 it shows in about one of 10,000, so a
-    small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels had agreed by chance.
+    In float32 another order of a sum shows in almost every value. In bfloat16 it shows in about one of 10,000, so a
+    small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by chance.
     """
     if precision == "float32":
         return AGREE_ROWS
@@ -570,7 +580,9 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make the same rows each time, at mixed timesteps and classes: x [B, C, H, W], t [B], class_labels [B] or None."""
+    """Make example rows, always the same, at mixed timesteps and classes: x [B, C, H, W], t [B], class_labels [B] or
+    None.
+    """
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config
     x = torch.randn(rows, *checkpoint.row_shape, generator=generator)
@@ -582,12 +594,12 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
 
 
 def compared_inputs(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make the rows that executors are compared on: as `example_inputs`, at timesteps from the first to the last."""
+    """Make the rows for comparing executors: like `example_inputs`, at timesteps from the first to the last."""
     x, _, labels = example_inputs(checkpoint, device, AGREE_ROWS)
     return x, torch.linspace(0, checkpoint.noise.num_train_timesteps - 1, AGREE_ROWS, device=device).round(), labels
 
 
 def rows_of(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Some of the rows."""
+    """Select rows of the inputs."""
     x, t, labels = inputs
     return x[start:end], t[start:end], labels[start:end] if labels is not None else None

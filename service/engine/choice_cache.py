@@ -1,6 +1,7 @@
-"""What was measured and found on this machine, kept between starts in a folder of small files.
+"""Measurements and verdicts of this machine, kept between starts in a folder of small files.
 
-File contents are not trusted. If a file cannot be read or written, the next start measures again."""
+File contents are not trusted. If a file cannot be read or written, the next start measures again.
+"""
 
 import hashlib
 import json
@@ -19,13 +20,13 @@ from tminus.service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
 
-CPU_LINES = ("model name", "flags")  # of /proc/cpuinfo
-GIVEN = "given"  # subfolder of the cache for answers from another machine; it may be read-only
-NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
+CPU_LINES = ("model name", "flags")  # lines of /proc/cpuinfo
+GIVEN = "given"  # subfolder with results from another machine; it may be read-only
+NOISE_KEY = "noisy"  # marks a choice from a busy machine, which an idle one makes again
 
 
 def default_cache() -> Path | None:
-    """The cache folder of the user; None for a user without a home."""
+    """Return the user's cache folder; None for a user without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
     except RuntimeError:
@@ -33,7 +34,7 @@ def default_cache() -> Path | None:
 
 
 class ChoiceCache:
-    """One file."""
+    """One file of the cache."""
 
     def __init__(
         self,
@@ -43,12 +44,12 @@ class ChoiceCache:
         wish: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Name the file by a hash of all arguments; with folder None nothing is kept."""
-        self.file: Path | None = None  # where an answer of this machine is kept
-        self.found: Path | None = None  # where the last one that was read lay
+        """Name the file by a hash of all arguments. Without a folder nothing is kept."""
+        self.file: Path | None = None  # this machine's file
+        self.found: Path | None = None  # the file that was read last
         if folder is not None:
             parts = {
-                # No host name: a container has a new one each time.
+                # The host name is left out: each container has a new one.
                 "machine": (platform.machine(), *_cpu(), os.cpu_count()),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
@@ -62,7 +63,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Read an earlier start's answer, or else one from GIVEN, which counts as made on an idle machine."""
+        """Read an earlier start's result, or one from GIVEN, which counts as made on an idle machine."""
         if self.file is None:
             return None
         self.found = self.file
@@ -73,18 +74,18 @@ class ChoiceCache:
         return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
 
     def write(self, fields: Mapping[str, Any]) -> None:
-        """Keep an answer for the next start."""
+        """Keep a result for the next start."""
         if self.file is None:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(fields) + "\n")
-        except OSError as error:  # a read-only file system: the next start measures again
+        except OSError as error:  # for example on a read-only file system: the next start measures again
             log.info("what was measured is not kept: %s", error)
 
 
 def _cpu() -> tuple[str, str]:
-    """The processor's name, and what it can do: virtual machines give the same name to different ones."""
+    """Return the processor's name and its features: virtual machines give different processors the same name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The device that a model runs on: which it is, its memory, copies to and from it, and how it multiplies."""
+"""The device of a model: its choice, its memory, copies to and from it, and its matmul precision."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ MAX_DEFAULT_ROWS = 4096
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device. Raises ValueError where it is not there."""
+    """Turn auto, cpu, cuda or cuda:N into a device. Raises ValueError if it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,9 +37,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a GPU's context is dead, as after an illegal access: every call fails then. Waits for the device.
+    """Whether a GPU's context is dead, for example after an illegal access: every call fails then. Waits for the
+    device.
 
-    After a want of memory it goes on.
+    A GPU that ran out of memory is not lost.
     """
     if device.type != "cuda":
         return False
@@ -51,13 +52,13 @@ def is_lost(device: torch.device) -> bool:
 
 
 def default_max_rows(checkpoint: Checkpoint) -> int:
-    """How many rows' state (x and x0, float32) fits the latent budget."""
+    """Return the number of rows whose state (x and x0, float32) fits the latent budget."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free; None where the system does not tell."""
+    """Return the free memory; None if the system does not report it."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
@@ -72,48 +73,48 @@ def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device:
 
 
 def row_slots(max_rows: int, *shape: int, device: torch.device, dtype: type[np.generic] = np.float32) -> Tensor:
-    """Make zeros [max_rows, *shape]. On a CPU a slot takes memory from its first use on: most are never used."""
+    """Make zeros [max_rows, *shape]. On a CPU a slot takes memory only from its first use, and most are never used."""
     if device.type == "cuda":
         return torch.from_numpy(np.zeros(0, dtype)).to(device).new_zeros(max_rows, *shape)
     return torch.from_numpy(np.zeros((max_rows, *shape), dtype))
 
 
 def release_memory() -> None:
-    """Give back to the system what a model took that nobody has any more. Takes some 0.1 s."""
+    """Return a model's freed memory to the system. Takes about 0.1 s."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has a call for that
+    with suppress(OSError, AttributeError):  # only glibc keeps freed memory and has this call
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Copy an array to the device, without waiting for it to arrive."""
-    # torch.tensor copies; from_numpy would warn of arrays that were read from a store, which may not be written to.
+    """Copy an array to the device without waiting."""
+    # torch.tensor copies; from_numpy would warn about read-only arrays from a store.
     return send(torch.tensor(array), device)
 
 
 def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Make an index [len(rows)] on the device, without waiting for it to arrive."""
+    """Make an index [len(rows)] on the device without waiting."""
     return send(torch.tensor(rows), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Bring a tensor of the host to the device, without waiting for it to arrive."""
+    """Copy a tensor of the host to the device without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Start to copy new tensors to the host; the function returned waits for them. On a CPU they are there already."""
+    """Start to copy new tensors to the host. The returned function waits for them; on a CPU it returns at once."""
     if device.type != "cuda":
         return lambda: tensors
-    stream = streams(device).copying  # beside the next tick
+    stream = streams(device).copying  # runs beside the next tick
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
         for host, source in zip(on_host, tensors, strict=True):
             host.copy_(source, non_blocking=True)
-            source.record_stream(stream)  # or the allocator would give its memory to the next tick
+            source.record_stream(stream)  # otherwise the allocator would reuse its memory in the next tick
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(stream)
 
@@ -126,34 +127,34 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The streams of a GPU beside the one of its ticks, one for each purpose."""
+    """The streams of a GPU apart from the ticks' stream, one for each purpose."""
 
     copying: torch.cuda.Stream
     decoding: torch.cuda.Stream
     capturing: torch.cuda.Stream
-    """What another thread put on this one would spoil a CUDA graph."""
+    """Work of another thread on this stream would break a CUDA graph."""
 
 
 @cache
 def streams(device: torch.device) -> Streams:
-    """The streams of a GPU, taken together and once: torch has 32, which it gives out in turn, the same again later."""
+    """Return the streams of a GPU, created once: torch has 32 streams and hands them out in turn."""
     return Streams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 class LaunchedTicks:
-    """The ticks a GPU was given, and which rows were finite after the last one known to have ended.
+    """The ticks launched on a GPU, and the rows that were finite after the last tick known to have ended.
 
-    That is read one tick late, so that the host never waits for the tick it has just launched.
+    The flags are read one tick late, so that the host never waits for the tick it has just launched.
     """
 
     def __init__(self) -> None:
-        # Owned here: an event and the flags of each tick that has not been seen to end.
+        # For each tick not known to have ended: its event and its flags.
         self._running: list[tuple[torch.cuda.Event, Tensor]] = []
         self.num_launched = self.num_ended = 0
-        self.finite: Tensor | None = None  # on the host, after the last tick known to have ended
+        self.finite: Tensor | None = None  # on the host, from the last tick known to have ended
 
     def add(self, finite: Tensor) -> None:
-        """Mark the end of the tick just launched, and start to copy its flags to the host."""
+        """Record the end of the tick just launched, and start to copy its flags to the host."""
         on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         on_host.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -171,14 +172,14 @@ class LaunchedTicks:
 
 @dataclass
 class _Flags:
-    """Owns the two flags while somebody launches."""
+    """The two flags, and the threads that launch with them."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    launching: int = 0  # threads that want them as they are
-    before: tuple[bool, bool] = (False, False)  # what they were when nobody launched
+    launching: int = 0  # threads that rely on the present values
+    before: tuple[bool, bool] = (False, False)  # values before the first of these threads
 
     def take(self, tf32: bool) -> None:
-        """Set the flags, or wait while others launch who want them otherwise."""
+        """Set the flags, or wait while other threads launch with other values."""
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         with self.changed:
             self.changed.wait_for(lambda: not self.launching or matmul.allow_tf32 == tf32)
@@ -188,7 +189,7 @@ class _Flags:
             self.launching += 1
 
     def leave(self) -> None:
-        """Set the flags back, unless others still launch."""
+        """Restore the flags, unless other threads still launch."""
         with self.changed:
             self.launching -= 1
             if not self.launching:
@@ -201,11 +202,11 @@ _flags = _Flags()
 
 @contextmanager
 def multiplying(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Launch float32 matmuls and convolutions in TF32 or not, whose defaults in torch differ; nothing on a CPU.
+    """Launch float32 matmuls and convolutions in TF32 or not, whatever torch's defaults; does nothing on a CPU.
 
-    Any number of threads may launch in here if they want the same; others wait, since torch.compile, which may take a
-    minute, is called in here too. What is launched runs on when they go on. Afterwards the flags are as they were. Not
-    to be entered again with the other value.
+    Threads that want the same value may launch at the same time; others wait. (torch.compile, which may take a minute,
+    is called in here too.) Launched work keeps its value after the block, which restores the flags. Do not nest blocks
+    with different values.
     """
     if device.type != "cuda":
         yield

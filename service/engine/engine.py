@@ -1,6 +1,6 @@
 """Row state on the device, and one tick: a forward pass over rows at mixed timesteps, then the update rule.
 
-Specs and row ids come in, numpy arrays go out, no tensor leaves. Which rows step is decided elsewhere.
+Specs and row ids come in, NumPy arrays go out; no tensor leaves. The scheduler decides which rows step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,9 @@ NONE = np.zeros(0, np.int64)
 
 
 class Engine:
-    """Owns the latents. Every row has a slot in tensors on the device; what differs by row is gathered by index."""
+    """Owns the latents. Every row has a slot in tensors on the device; values that differ by row are
+    gathered by index.
+    """
 
     def __init__(
         self,
@@ -52,9 +54,9 @@ class Engine:
         bits: str | None = None,
         cache: Path | None = None,
     ) -> None:
-        """Make room for a number of rows and jobs.
+        """Allocate room for a number of rows and jobs.
 
-        bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder where converted graphs are kept.
+        bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder of converted graphs.
         """
         kind = PixelPictures if checkpoint.autoencoder is None else LatentPictures
         self._pictures = kind(checkpoint, device, cache)
@@ -63,7 +65,7 @@ class Engine:
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self.autoencoder_bits
         )
         self._device, self._max_jobs = device, max_jobs
-        self._torch_threads = torch.get_num_threads()  # as the executor has set it
+        self._torch_threads = torch.get_num_threads()  # set by the executor
         self._forward = executor
         self._noise = checkpoint.noise
         self._compiler = PlanCompiler(self.info, checkpoint.noise)
@@ -76,24 +78,25 @@ class Engine:
         # One slot per row.
         self._x = row_slots(max_rows, *self._shape, device=device)
         self._x0 = row_slots(max_rows, *self._shape, device=device)
-        self._v: Tensor | None = None  # of a learned variance, made when the first trajectory comes
+        self._v: Tensor | None = None  # v of a learned variance, allocated for the first trajectory
         self._noises = RowNoises(max_rows, self._shape, device)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # where pass 0 of the row's plan would be; those an edit skips have no line
-        self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched before the row
+        self._first_line = zeros(max_rows)  # the line of the row's pass 0; passes that an edit skips have no line
+        # on the host: the number of ticks launched before the row was added
+        self._added_at = np.zeros(max_rows, np.int64)
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps known values
         self._rescales = np.zeros(max_rows, bool)  # on the host: whether the row's guidance is rescaled
-        self._known: KnownValues | None = None  # made when the first such row comes
-        self._num_registers = np.zeros(max_rows, np.int64)  # on the host: how many the row's sampler keeps
-        self._registers: Registers | None = None  # made when the first such row comes
+        self._known: KnownValues | None = None  # allocated for the first such row
+        self._num_registers = np.zeros(max_rows, np.int64)  # on the host: the number of registers of the row's sampler
+        self._registers: Registers | None = None  # allocated for the first such row
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._plans = PlanStore(device)
-        self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> its plan's first line and length
-        self._inputs: dict[int, Inputs] = {}  # of masked rows of a latent model: what they keep
-        # On a GPU the host runs one tick ahead, and reads whether rows are finite once their tick has ended.
+        self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> first line and length of its plan
+        self._inputs: dict[int, Inputs] = {}  # pictures of masked rows of a latent model
+        # On a GPU the host runs one tick ahead, and checks rows for finite values once their tick has ended.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
@@ -101,10 +104,10 @@ class Engine:
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Give a job's rows their slots and their first x; returns the row ids.
 
-        The first x is x_T, with a strength x_t of the image, or what the snapshot holds. Raises ValueError for
-        what the model's schedule cannot do, and where snapshot or inputs do not fit the spec.
+        The first x is x_T, or with a strength the x_t of the image, or the snapshot's x. Raises ValueError if the
+        model's schedule does not allow the spec, and if snapshot or inputs do not fit the spec.
         """
-        # Slots are taken last, so that a job that is refused takes none.
+        # Slots are taken last, so that a refused job takes none.
         plan = self._compiler.plan(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
         origin = None
@@ -126,7 +129,7 @@ class Engine:
             self._fill(rows, spec, start, (x, x0, registers))
             if inputs is not None and inputs.mask is not None and origin is not None and self._known is not None:
                 self._known.put(index_of(rows, self._device), origin, to_device(inputs.mask, self._device))
-                if self.info.latent is not None:  # known pixels of a pixel model come out as they went in
+                if self.info.latent is not None:  # a pixel model returns known pixels unchanged
                     self._inputs |= dict.fromkeys(rows, inputs)
         except BaseException:
             self._plans.free(start, len(plan))
@@ -141,7 +144,7 @@ class Engine:
         return rows
 
     def _fill(self, rows: Sequence[int], spec: SampleSpec, start: int, state: Sequence[Tensor]) -> None:
-        """Write one job's rows into their slots: the state is x, x0 and registers; its plan begins at line `start`."""
+        """Write one job's rows into their slots. state: x, x0 and registers. start: the first line of its plan."""
         labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
         at, (x, x0, registers) = torch.tensor(rows, device=self._device), state
         if registers.shape[1] and self._registers is not None:
@@ -156,17 +159,18 @@ class Engine:
         self._finite[at] = True
 
     def step(self, batch: Batch) -> None:
-        """Run one tick from its beginning to its end."""
+        """Run one tick to its end."""
         self.begin(batch)()
 
     @torch.inference_mode()
     def begin(self, batch: Batch) -> Callable[[], None]:
-        """Begin a tick. The function returned waits for the network and updates the rows.
+        """Begin a tick. The returned function waits for the network and updates the rows.
 
-        Another tick, with other rows, may begin before that call. Until a row's tick ends, reads give its old
-        values, and it may not be removed. A batch reaches the device in one transfer; nothing loops over rows.
+        Another tick, with other rows, may begin before that call. Until a row's tick ends, reads return its old values
+        and it must not be removed. A batch reaches the device in one transfer; nothing loops over rows.
         """
-        if torch.get_num_threads() != self._torch_threads:  # it is the process's, and another model may have set it
+        # the number is global to the process, and another model may have set it
+        if torch.get_num_threads() != self._torch_threads:
             torch.set_num_threads(self._torch_threads)
         num_rows, num_guided = len(batch.rows), len(batch.guided)
         slots = np.array(batch.rows)
@@ -196,7 +200,8 @@ class Engine:
             output = self._forward.start(seen, t, labels)
 
         try:
-            # Made while the network runs: all that does not need its output. The plans may move before the tick ends.
+            # Everything that does not need the output is made while the network runs. The plans may move before the
+            # tick ends.
             z = torch.zeros_like(x)
             if len(noisy):
                 drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
@@ -209,7 +214,7 @@ class Engine:
                 eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
         except BaseException:
             with suppress(Exception):
-                output()  # its passes end, and others may begin in their place
+                output()  # once its passes end, others may begin
             raise
 
         @torch.inference_mode()
@@ -235,7 +240,7 @@ class Engine:
             self._x[rows], self._x0[rows] = new, x0
             if self._v is not None:
                 self._v[rows] = out[:, self._shape[0] :]
-            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
+            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # a sum keeps NaN and infinity
             if self._ticks is not None:
                 self._ticks.add(self._finite)
 
@@ -247,40 +252,40 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return the rows whose latent is no longer finite; on a GPU, after the tick that `wait` last saw end."""
+        """Return the rows that are no longer finite; on a GPU, after the last tick whose end `wait` saw."""
         slots = list(rows)
         if self._ticks is None:
             finite = self._finite.numpy()[slots]
         elif self._ticks.finite is None:
             return ()
-        else:  # the flag of a slot may be older than the row that holds the slot now
+        else:  # a slot's flag may be older than its present row
             finite = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
         return () if finite.all() else tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read rows out: the function returned gives [n, H, W, C], or raises NotFinite where a row is not finite.
+        """Read rows out. The returned function gives [n, H, W, C], or raises NotFinite if a row is not finite.
 
-        bit_depth: 8 or 16 for whole numbers; 32 for float32 as the rows have it, which may lie beyond [-1, 1].
-        The rows may be removed at once. Like those below, call the function in another thread: on a GPU it waits for
-        the copy, and for a latent model it runs the decoder.
+        bit_depth: 8 or 16 for integers; 32 for the rows' float32, which may lie outside [-1, 1]. The rows may be
+        removed at once. Call the function in another thread, as with those below: on a GPU it waits for the copy, and
+        for a latent model it runs the decoder.
         """
         x = self._x[index_of(rows, self._device)]
         return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Prepare inputs for `add`: the function returned gives them their latents, where the model is a latent one."""
+        """Prepare inputs for `add`. The returned function adds their latents, for a latent model."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
-        """How long it takes to decode an image and to encode one, beside the ticks; 0 for a pixel model."""
+        """The seconds to decode an image and to encode one, beside the ticks; 0 for a pixel model."""
         return self._pictures.seconds_per_image()
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows: x_t as it is, x_0 as the network last predicted it; uint8 [n, H, W, C] each.
+        """Read running rows: x_t, and x_0 as last predicted by the network; uint8 [n, H, W, C] each.
 
-        Of a latent model the colours of both are near the true ones, and each latent is a square of one colour.
+        For a latent model both have approximate colours, and each latent is a square of one colour.
         """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
         read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
@@ -288,7 +293,7 @@ class Engine:
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read what one job's rows are made of, float32; `steps` are the steps they take next."""
+        """Read the state of one job's rows, in float32. steps: the step that each row takes next."""
         at = index_of(rows, self._device)
         x, count = self._x[at], int(self._num_registers[rows[0]])
         registers = x.new_zeros(len(rows), 0, *self._shape)
@@ -298,7 +303,7 @@ class Engine:
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))
 
     def plan(self, spec: SampleSpec) -> PlanNumbers:
-        """Give the coefficients of each pass that a spec takes. Raises ValueError as `add` does."""
+        """Return the coefficients of each pass of a spec. Raises ValueError as `add` does."""
         return self._compiler.plan(spec).numbers()
 
     @torch.inference_mode()
@@ -314,7 +319,7 @@ class Engine:
         return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of x_0 = images, both uint8 [n, H, W, C]; eps is the x_T of a job with this seed."""
+        """Make x_t from x_0 = images, both uint8 [n, H, W, C]. eps is the x_T of a job with this seed."""
         return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:
@@ -323,7 +328,7 @@ class Engine:
         return x
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Free the slots of one job, as `add` returned them."""
+        """Free the slots of one job's rows."""
         self._plans.free(*self._plan_of.pop(rows[0]))
         self._free_rows.extend(reversed(rows))
         for row in rows if self._inputs else ():
@@ -336,13 +341,13 @@ class Engine:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a tick may still run when `step` and `wait` have returned."""
+        """Whether a tick may still run after `step` and `wait` have returned."""
         return self._ticks is not None
 
     def is_lost(self) -> bool:
-        """Whether the device has stopped working. Waits for it."""
+        """Whether the device has stopped working. Waits for the device."""
         return is_lost(self._device)
 
     def memory_bytes(self) -> int | None:
-        """Bytes of tensors on the GPU; None on a CPU, where they are process memory."""
+        """Bytes of tensors on the GPU; None on a CPU, where they belong to the process's memory."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None

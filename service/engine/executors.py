@@ -1,7 +1,7 @@
-"""How a forward pass is run. One small interface: places in, the network's output in float32 out.
+"""Executors run the forward pass. One small interface: places in, the network's output in float32 out.
 
 An exact executor gives a place the same bits whatever else is in the batch. Its passes have a few fixed sizes whose
-outputs were seen to agree; `autotune.py` picks the executor and these sizes by measuring.
+outputs were seen to agree; `autotune.py` chooses the executor and the sizes by measuring.
 """
 
 import copy
@@ -20,18 +20,18 @@ from tminus.model.machine import torch_threads
 from tminus.service.engine.devices import multiplying, streams
 from tminus.service.threads import started_pool
 
-CPU_SIZES = (1, 2, 4, 8)  # of a pass, that are tried
+CPU_SIZES = (1, 2, 4, 8)  # pass sizes that are measured
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 
 
 class Executor(Protocol):
-    """Runs the U-Net on a batch of places. Not for two threads at once."""
+    """Runs the U-Net on a batch of places. Only one thread may use it at a time."""
 
     name: str
     precision: str
-    details: str  # what else could change a bit: layout, pass sizes, streams
+    details: str  # everything else that could change a bit: layout, pass sizes, streams
     queues: bool  # whether a second batch may start before the first is finished: its passes wait in a queue
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -39,14 +39,14 @@ class Executor(Protocol):
         ...
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin; the function returned gives `out`. What the caller does before it calls may run beside the network."""
+        """Begin. The returned function gives `out`. The caller's work before that call may run beside the network."""
         ...
 
 
 def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
-    """Cut a batch into passes of the given sizes (ascending), an even share to each stream.
+    """Divide a batch into passes of the given sizes (ascending), with an even share for each stream.
 
-    Large passes come first. A pass is padded only where fewer places are left than the smallest size.
+    Large passes come first. A pass is padded only if fewer places are left than the smallest size.
     """
     taken: list[int] = []
     for stream in range(streams):
@@ -66,9 +66,9 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
 
 
 def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
-    """Cut a batch into passes for the streams and wide passes.
+    """Divide a batch into passes for the streams and wide passes.
 
-    Wide passes take the places beyond even shares of the streams, where there are at most `wide` of them.
+    The streams get even shares. The remaining places run in wide passes, if there are at most `wide` of them.
     """
     left = places % streams
     if not 0 < left <= wide:
@@ -79,10 +79,10 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 
 
 class EagerExecutor:
-    """PyTorch as it is: the reference. With `sizes` None each batch is one pass.
+    """Plain PyTorch: the reference. With `sizes` None each batch is one pass.
 
-    With several threads, each is a stream, and a batch is cut into passes. All streams take passes from one
-    queue, shared by all batches, so no stream waits for another.
+    With several threads, each is a stream, and a batch is divided into passes. All streams take passes from one queue,
+    which all batches share, so no stream waits for another.
     """
 
     name = "eager"
@@ -98,9 +98,9 @@ class EagerExecutor:
         threads: int = 1,
         wide: int = 0,
     ) -> None:
-        """threads: how many streams; with 1, passes run in the caller's thread, on all threads that torch has there.
+        """threads: the number of streams; with 1, passes run in the caller's thread, on all of torch's threads.
 
-        wide: while no stream is busy, a batch of at most so many places runs in the caller's thread, on all threads.
+        wide: while no stream is busy, a batch of at most this many places runs in the caller's thread, on all threads.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
@@ -121,7 +121,7 @@ class EagerExecutor:
         return self.start(x, t, class_labels)()
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to run the network. Streams and a GPU go on by themselves; else the work is done when this returns.
+        """Begin to run the network. Streams and a GPU work on their own; otherwise the work is done when this returns.
 
         Batches may be started before earlier ones are finished.
         """
@@ -135,7 +135,7 @@ class EagerExecutor:
             self._running += futures
 
             def finish() -> Tensor:
-                wait(futures)  # also those beside one that failed
+                wait(futures)  # also for passes beside a failed one
                 return torch.cat([future.result() for future in futures])
 
             return finish
@@ -155,14 +155,14 @@ class EagerExecutor:
 
 
 def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Denoiser:
-    """Copy a network, with the same weights, so that passes of all sizes run the same kernels on a CPU.
+    """Copy a network, sharing its weights, so that passes of all sizes run the same kernels on a CPU.
 
-    Torch and MKL choose kernels by the number of rows, and these differ in their last bits.
+    Torch and MKL choose kernels by the number of rows, and the kernels' last bits differ.
     """
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
     if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kinds[nn.Conv2d] = _Conv2d
-    if in_streams:  # so that a wide pass has the same bits as a pass in a stream
+    if in_streams:  # so a wide pass has the same bits as a pass in a stream
         kinds[nn.GroupNorm] = _GroupNorm
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = copy.deepcopy(net, shared)
@@ -172,7 +172,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
 
 
 class _Conv2d(nn.Conv2d):
-    """Always uses oneDNN. Torch has kernels of its own for one small image, and for 1x1 in one thread."""
+    """Always uses oneDNN. Torch has other kernels for a single small image, and for 1x1 in one thread."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert not isinstance(self.padding, str)
@@ -180,7 +180,7 @@ class _Conv2d(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Pads a batch of vectors, such as timestep embeddings, to the largest pass: MKL then takes one kernel."""
+    """Pads a batch of vectors, such as timestep embeddings, to the largest pass, so that MKL uses one kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows = len(input)
@@ -190,7 +190,7 @@ class _Linear(nn.Linear):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Runs in one thread: torch splits the sums over a large image by the number of threads."""
+    """Runs in one thread: torch divides the sums over a large image by the number of threads."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.get_num_threads() == 1:
@@ -214,11 +214,13 @@ class CompiledExecutor:
         precision: str = "float32",
         sizes: Sequence[int],
     ) -> None:
-        """Compile, which takes a minute. shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS."""
+        """Compile, which takes a minute. shape: [C, H, W] of one row. sizes: of a pass, ascending, at most
+        MAX_GRAPHS.
+        """
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: Denoiser = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch._dynamo.reset()  # its limit on shapes counts those of earlier executors too
-        # fullgraph: without it torch may run parts eagerly and not say so.
+        torch._dynamo.reset()  # its limit on shapes includes earlier executors' shapes
+        # fullgraph: otherwise torch may run parts eagerly without saying so.
         self._compiled = torch.compile(self._net, dynamic=False, fullgraph=True)
         self._device, self._sizes, self.precision = device, tuple(sizes), precision
         self.details = f"passes of {', '.join(map(str, sizes))}"
@@ -241,14 +243,15 @@ class CompiledExecutor:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Run the network. On a CPU the work is done when this returns; a GPU goes on by itself."""
+        """Run the network. On a CPU the work is done when this returns; a GPU works on its own."""
         out = self(x, t, class_labels)
         return lambda: out
 
     def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
         static_x, static_t, static_labels = self._inputs[size]
         num = end - start
-        # Copied into the graph's own memory. Entries past `num` are an earlier pass's, and their outputs are dropped.
+        # Copied into the graph's own memory. Entries past `num` are left from an earlier pass; their outputs are
+        # dropped.
         static_x[:num].copy_(x[start:end])
         static_t[:num].copy_(t[start:end])
         if static_labels is not None and class_labels is not None:
@@ -257,7 +260,7 @@ class CompiledExecutor:
             return self._run(static_x, static_t, static_labels)[:num]
         graph, out = self._graphs[size]
         graph.replay()
-        return out[:num].clone()  # the next replay writes over it
+        return out[:num].clone()  # the next replay overwrites it
 
     def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         autocast = torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16")
@@ -266,7 +269,7 @@ class CompiledExecutor:
         return out.float()
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # Warm up on another stream, as CUDA graphs demand: compiling and cuDNN's choices must not be captured.
+        # Warm up on another stream, as CUDA graphs require: compiling and cuDNN's choices must not be captured.
         stream = streams(self._device).capturing
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -274,16 +277,16 @@ class CompiledExecutor:
                 self._run(*self._inputs[size])
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another model's ticks may go on in another thread, which the default mode forbids much.
+        # Another model's ticks may run in another thread. The default mode would forbid much of what they do.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = self._run(*self._inputs[size])
         return graph, out
 
 
 def split_padded(places: int, sizes: Sequence[int]) -> Passes:
-    """Cut a batch into passes: full ones of the largest size, then one of the smallest that fits.
+    """Divide a batch into passes: full ones of the largest size, then one of the smallest size that fits.
 
-    For a device that small passes leave partly idle: there one padded pass costs less than several exact ones.
+    This is for a device that small passes leave partly idle: one padded pass costs less there than several exact ones.
     """
     largest = sizes[-1]
     passes = [(start, start + largest, largest) for start in range(0, places - largest + 1, largest)]
@@ -294,12 +297,12 @@ def split_padded(places: int, sizes: Sequence[int]) -> Passes:
 
 
 def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
-    """Hash an executor's outputs on some rows, to the bit."""
+    """Hash an executor's outputs on some rows."""
     return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:
-    """Repeat the last entry, so that a pass has its fixed size."""
+    """Repeat the last entry to fill a pass of fixed size."""
     if tensor is None or padding == 0:
         return tensor
     return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])

@@ -1,4 +1,4 @@
-"""The facts about a loaded model that users are shown, and the fingerprint: a hash of all that can change a bit."""
+"""Facts about a loaded model for users, and its fingerprint: a hash of everything that can change a bit."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def make_model_info(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> ModelInfo:
-    """Gather the facts about a model that users are shown, with the fingerprint of this build."""
+    """Collect the facts about a model for users, with the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
         name=checkpoint.name,
@@ -76,7 +76,7 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
 
 
 def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
-    """Return what of the schedule can change a bit: where it is of betas, no field that formulas alone have."""
+    """Return the schedule's fields that can change a bit. With betas the fields of formulas are left out."""
     fields = asdict(noise)
     if noise.is_continuous:
         return fields
@@ -99,11 +99,11 @@ def fingerprint(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> str:
-    """Hash what can change a bit beside spec and weights: the noise schedule, versions, device, how passes are run.
+    """Hash what can change a bit beside spec and weights: the noise schedule, versions, device, and how passes are run.
 
-    bits is a hash of an exact executor's outputs on fixed rows. Where it is given it stands for how passes are run: a
-    start that picks other pass sizes but computes the same bits keeps its fingerprint. autoencoder_bits is such a hash
-    of what a latent model's autoencoder makes of fixed values.
+    bits: a hash of an exact executor's outputs on fixed rows; it replaces the description of the passes, so a start
+    with other pass sizes but the same bits keeps its fingerprint. autoencoder_bits: the same for a latent model's
+    autoencoder on fixed values.
     """
     parts = {
         "noise": _noise_fields(checkpoint.noise),
@@ -119,9 +119,9 @@ def fingerprint(
         "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
         "exact": exact,
     }
-    if not (exact and bits is not None):  # the weights' hash says nothing of how the network uses them
+    if not (exact and bits is not None):  # the weights' hash does not cover how the network uses them
         parts["net"] = checkpoint.net.config.to_dict()
-    if checkpoint.alpha:  # which tminus.json says, and pictures depend on
+    if checkpoint.alpha:  # tminus.json sets it, and pictures depend on it
         parts["alpha"] = True
     if autoencoder_bits is not None:
         parts["autoencoder"] = autoencoder_bits

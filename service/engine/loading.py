@@ -1,6 +1,6 @@
-"""Make an engine of a checkpoint that is ready to serve: choose the executor, measure ticks, have its bits tested.
+"""Makes an engine from a checkpoint, ready to serve: chooses the executor, measures ticks, and tests its bits.
 
-What is measured is how long ticks of each size take. The test of the bits is in `selftest.py`.
+`selftest.py` has the test of the bits.
 """
 
 import logging
@@ -40,40 +40,40 @@ from tminus.service.work import Batch
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Is told what a start is doing, and roughly for how many seconds more; None where that is not known.
+# Called with a start's present activity, and roughly the seconds left; None if unknown.
 Progress = Callable[[str, float | None], None]
 
-# No batch is larger unless --max-batch asks for it: on a CPU a longer tick only makes newcomers wait.
+# No batch is larger without --max-batch: on a CPU a longer tick only makes new jobs wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # on a CPU with many cores, where each core runs its own pass
-MIN_QUEUED_BATCH = 8  # on a loaded machine, what Python does for a smaller tick takes too much of it
-MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
-FULL_SHARE = 0.95  # of the best throughput, which a full tick has
-QUEUED_SHARE = 0.85  # the same where a second one may be in flight
-SHORT_SHARE = 0.6  # of the best throughput, for a tick that short and much longer jobs share
-CORES = torch.get_num_threads()  # before any executor was built, which sets this
+MIN_QUEUED_BATCH = 8  # on a busy machine smaller ticks spend too much time in Python
+MIN_BATCH = 4  # two guided rows: one of the oldest job, one of the shortest
+FULL_SHARE = 0.95  # a full tick's share of the best throughput
+QUEUED_SHARE = 0.85  # the same if a second tick may be in flight
+SHORT_SHARE = 0.6  # share of the best throughput for a tick that a short job shares with much longer ones
+CORES = torch.get_num_threads()  # read before any executor is built, since executors set it
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
-LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
-TRIAL_PASSES = 12  # of one row, roughly, from the first one that is timed until a model serves
-LONG_TRIAL_S = 5.0  # for passes that take less together, compiling takes longer: it is not known how long
-TEST_S = 5.0  # for which the network's bits are tested before a model serves; the rest is done while no job runs
+LITTLE_S = 5.0  # seconds of one core: for a smaller job, measuring takes longer than running it
+TRIAL_PASSES = 12  # rough number of passes of one row from the first timed one until a model serves
+LONG_TRIAL_S = 5.0  # below this total, compiling takes longer than passes, and the time left is unknown
+TEST_S = 5.0  # time for testing the bits before a model serves; the rest follows while no job runs
 BUSY_TEST_S = 0.5  # the same while other models serve
-ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
-TICKS = 6  # of one size in a round
-WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host runs ahead, so the second is too short
+ROUNDS = 4  # each round measures every size; the fastest counts, since other programs may run too
+TICKS = 6  # ticks of one size in a round
+WARM_UP = 2  # uncounted ticks: the first may compile; on a GPU the host runs ahead, so the second is too short
 BUDGET_S = 2.0  # after this no further round begins
-GUESSED_TICK_S = 0.02  # of a network that was never run
-SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
-SLOW_TICKS_S = 0.5  # after ticks of one size that take this long together the first that counts is the last
-LONG_FULL_TICK_S = 0.1  # what Python does for a tick takes a few milliseconds
-LONG_TICK_S = 0.01  # ticks of one row that take this long are not measured again at a later start
+GUESSED_TICK_S = 0.02  # for a network that was never run
+SLOW_TICK_S = 2.0  # after a tick of this duration no larger size is measured
+SLOW_TICKS_S = 0.5  # if the ticks of one size take this long together, one of them is enough
+LONG_FULL_TICK_S = 0.1  # Python's part of a tick takes a few milliseconds
+LONG_TICK_S = 0.01  # ticks of one row of this duration are not measured again at a later start
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The measurements of a network on this machine. They hold for other weights too."""
 
-    way: Mapping[str, Any]  # the network, and how it is run
+    way: Mapping[str, Any]  # the network and its executor
     policy: BatchPolicy
 
 
@@ -89,7 +89,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class ReadModel:
-    """A checkpoint that was read, and the name that its model has here."""
+    """A checkpoint that was read, and its model's name on this server."""
 
     name: str
     folder: Path
@@ -102,9 +102,9 @@ class ReadModel:
 
 
 def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, Speed]:
-    """Describe a checkpoint before it is measured. The info has no executor, precision and fingerprint.
+    """Describe a checkpoint before it is measured. The info lacks executor, precision and fingerprint.
 
-    Replicas share out the model's first jobs by this speed.
+    Replicas divide the model's first jobs by this speed.
     """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
@@ -123,10 +123,9 @@ def load_engine(
 ) -> Loaded:
     """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met.
 
-    places_of: of the one job that the engine is for, how many places it takes on a model. For little work nothing is
-    measured or tested: what an earlier start chose is taken, or eager, unless the options name another executor.
-    fingerprint: that of the engine that is wanted; then whichever of these two has it is taken, and where neither has,
-    all is measured.
+    places_of: returns the places of the only job that the engine is for. For little work nothing is measured or
+    tested: an earlier start's choice is used, or eager, unless the options name another executor. fingerprint: the
+    wanted engine's; then whichever of these two has it is used, and if neither has, everything is measured.
     """
     checkpoint = read_checkpoint(options)
 
@@ -134,14 +133,14 @@ def load_engine(
         if places_of is None:
             return prepare_engine(checkpoint, options)
         unmeasured = _load_unmeasured(checkpoint, options, places_of, fingerprint)
-        # Read once more: an executor that was tried may have taken the network over.
+        # Read again: an executor that was tried may have taken the network over.
         return unmeasured or prepare_engine(_read_checkpoint(options), options)
 
     return _in_thread(prepare)
 
 
 def recommend_openvino(executor: str, device: str) -> None:
-    """Log what to install where OpenVINO is missing. Raises ValueError for a device that is not there."""
+    """Log what to install if OpenVINO is missing. Raises ValueError for a missing device."""
     if executor == "auto" and choose_device(device).type == "cpu" and not openvino_executor.available():
         log.warning(
             "OpenVINO is missing, which runs networks some three times as fast on this processor: "
@@ -150,12 +149,12 @@ def recommend_openvino(executor: str, device: str) -> None:
 
 
 def serving_bytes(folder: Path) -> int:
-    """Roughly what a model takes while it is served, by its configuration alone. Raises CheckpointError."""
+    """Estimate the bytes of a model while it is served, from its configuration. Raises CheckpointError."""
     return needs_of(folder).serving_bytes
 
 
 def memory_lacking(folder: Path) -> str | None:
-    """Say why there is not memory enough to load a model; None where there is. Raises CheckpointError."""
+    """Return why there is not enough memory to load a model; None if there is. Raises CheckpointError."""
     need, free = needs_of(folder).loading_bytes, free_memory_bytes()
     if free is None or need <= free:
         return None
@@ -163,15 +162,15 @@ def memory_lacking(folder: Path) -> str | None:
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
-    """The first, quick half of it: whatever is wrong with the folder or the device is found out here."""
+    """Do the first, quick half of a load, which finds every fault of the folder and the device."""
     return _in_thread(lambda: _read_checkpoint(options))
 
 
 def _in_thread(act: Callable[[], Result]) -> Result:
-    """Do something in a thread that ends.
+    """Call a function in a thread that ends.
 
-    Each thread that runs torch keeps an OpenMP team, and when two teams share the cores the worker's waits by sleeping
-    instead of spinning. Measured on two cores: 11.3 ms a tick of one row, against 5.7.
+    Each thread that runs torch keeps an OpenMP team. If two teams share the cores, the worker's team waits by sleeping
+    instead of spinning: on two cores a tick of one row then takes 11.3 ms instead of 5.7.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(act).result()
@@ -205,11 +204,11 @@ def prepare_engine(
     busy: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Loaded:
-    """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
+    """Do the second half of a load: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
-    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of
-    models that were loaded in this process; what is the same network, run in the same way, is not measured again.
-    progress: is told what is being done, and roughly how many seconds are left.
+    busy: whether other models are being served: then the batch sizes are not kept for later starts. known:
+    measurements of models loaded in this process; the same network in the same executor is not measured again.
+    progress: called with the present activity, and roughly the seconds left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -229,7 +228,7 @@ def prepare_engine(
         progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
 
     executor = choose_executor(checkpoint, device, wish, cache, tell, busy=busy, shares_cores=options.threads is None)
-    # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
+    # An exact engine on a GPU pads each pass to the largest, so it has other batch sizes.
     how = {
         "executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact,
         "threads": (wish.threads, torch.get_num_threads()),
@@ -268,7 +267,7 @@ def prepare_engine(
 def _load_unmeasured(
     checkpoint: Checkpoint, options: LoadOptions, places_of: Callable[[ModelInfo], int], fingerprint: str | None
 ) -> Loaded | None:
-    """Build an engine without measuring what runs fastest; None where that pays, or another fingerprint is wanted."""
+    """Build an engine without measuring; None if measuring pays, or another fingerprint is wanted."""
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     cache = options.cache_dir or default_cache()
@@ -279,7 +278,7 @@ def _load_unmeasured(
     plain_will_do = wish.executor in ("auto", "eager")
     if not plain_will_do or engine.info.fingerprint != fingerprint:
         kept = kept_executor(checkpoint, device, wish, cache)
-        if kept is not None:  # it has taken the network over: the plain one must not run again
+        if kept is not None:  # it has taken the network over, so the plain one cannot run any more
             engine = _build(checkpoint, kept, device, options, wish, _bits(checkpoint, kept, device, wish))
         elif not plain_will_do:
             return None
@@ -289,7 +288,7 @@ def _load_unmeasured(
 
 
 def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) -> float:
-    """Time a pass of one row: on a CPU in seconds of one core, which other programs do not lengthen."""
+    """Time a pass of one row. On a CPU this is in seconds of one core, which other programs do not lengthen."""
     inputs = example_inputs(checkpoint, device, 1)
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     executor(*inputs).cpu()  # warms up
@@ -330,24 +329,24 @@ def _build(
 
 
 def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish: Wish) -> str | None:
-    """What the fingerprint says of how an exact executor runs passes."""
+    """Return the hash of an exact executor's outputs for the fingerprint."""
     if not wish.exact:
         return None
     return probe_bits(executor, example_inputs(checkpoint, device, probe_rows(checkpoint, executor.precision)))
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
-    """Measure how long ticks take, and find the batch sizes that follow from that; those of an earlier start are kept.
+    """Measure the duration of ticks, and find the batch sizes that follow; an earlier start's sizes are kept.
 
-    Long ticks are kept too: admission corrects the times by what ticks really take.
+    Long ticks are kept too: admission corrects the times by the real ticks.
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
     if sizes is None or tick_times is None:
-        # Where the sizes are known one round is enough.
+        # If the sizes are known, one round is enough.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
         if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
-            # A tick that was slow, by chance or not, has ended the round before the size that will be used.
+            # A slow tick, by chance or not, has ended the round before the size that will be used.
             tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times, queues=engine.queues)
@@ -363,7 +362,7 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:
     """Find the smallest batches with a given share of the best throughput.
 
-    Where two ticks may be in flight this share is lower, so that newcomers wait less: under load the ticks grow.
+    If two ticks may be in flight the share is lower, so that new jobs wait less: under load the ticks grow.
     """
     share, least = (QUEUED_SHARE, MIN_QUEUED_BATCH) if queues else (FULL_SHARE, MIN_BATCH)
     return {
@@ -379,7 +378,9 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
+    """Return an earlier start's batch sizes, if they are still good: on a flat curve noise would change
+    them each time.
+    """
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(
@@ -391,7 +392,7 @@ def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | No
 
 
 def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float], ...] | None:
-    """How long ticks took at an earlier start; None where that is not known."""
+    """Return the duration of ticks at an earlier start; None if unknown."""
     try:
         times = tuple((int(places), float(seconds)) for places, seconds in kept["tick_times"])
     except (KeyError, TypeError, ValueError):
@@ -423,10 +424,10 @@ def measure_ticks(
 def measure_overlap(
     engine: RowEngine, places: int, tick_s: float, clock: Callable[[], float] = time.perf_counter
 ) -> float | None:
-    """Measure a full tick while another one is in flight, as a share of tick_s, its time alone.
+    """Measure a full tick while another is in flight, as a share of tick_s, its duration alone.
 
-    None if only one tick is to be in flight. Either the executor has no queue, or ticks are so long that Python's work
-    between two passes is nothing beside them, and newcomers would wait for another one.
+    None if only one tick is to be in flight: the executor has no queue, or ticks are so long that Python's work
+    between them hardly counts, and new jobs would wait for another tick.
     """
     if not engine.queues or tick_s > LONG_FULL_TICK_S:
         return None
@@ -460,7 +461,7 @@ def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> li
         engine.step(Batch(rows, (step,) * places, ()))
         engine.wait()
         if spec.steps <= WARM_UP:
-            engine.latents(rows)  # waits for the device, since no later tick will tell
+            engine.latents(rows)  # waits for the device, as no later tick will
         seconds.append(clock() - started_s)
         if seconds[-1] > SLOW_TICK_S or (step >= WARM_UP and sum(seconds) > SLOW_TICKS_S):
             break

@@ -1,9 +1,9 @@
-"""OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
+"""OpenVINO on a CPU: one-thread streams that each take small passes. The fastest executor here, and exact.
 
-A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it. Passes of other
-sizes, and of one thread or all, mostly agree to the bit, but not always: in bfloat16 on a CPU with AMX those of a small
-network do not. `autotune.py` uses together only what agrees. Places beyond even shares of the streams, such as a lone
-row, run in *wide* passes, one at a time on all threads.
+A pass of fixed size computes a place in the same way, at any position and beside any other places. Passes of other
+sizes, and passes on one thread or all, mostly agree to the bit, but not always: in bfloat16 on a CPU with AMX those of
+a small network do not. `autotune.py` combines only sizes that agree. The streams get even shares; remaining places,
+such as a single row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -37,22 +37,24 @@ from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 try:
-    import openvino  # after openvino_graph, which keeps it from reporting over the network
+    import openvino  # after openvino_graph, which stops its reports over the network
     import openvino.opset14 as ops
 except ImportError:  # an extra
     openvino = None
 
 Floats = npt.NDArray[np.float32]
-Compiled = dict[tuple[str, int, int, int], "_Passes"]  # by precision, size, streams, threads
+Compiled = dict[tuple[str, int, int, int], "_Passes"]  # keys: precision, size, streams, threads
 
 log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
-MOST_KEPT_BYTES = 4 * 2**30  # of converted graphs in the folder of the cache
-UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0  # a folder in it where one is written, and how long that takes at most
-MAX_TIMES_BETWEEN = 4096  # whose embeddings are kept
-VECTOR = 64  # floats: at least what torch computes in one go on any processor
-DIVIDES = "nonconvertable_divide_0"  # a mark that no file keeps; without it OpenVINO multiplies by a constant's inverse
+MOST_KEPT_BYTES = 4 * 2**30  # bytes of converted graphs in the cache folder
+# prefix of a folder being written, and the longest time that writing takes
+UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
+MAX_TIMES_BETWEEN = 4096  # embeddings of fractional timesteps that are kept
+VECTOR = 64  # floats: no processor's torch computes more at once
+# a mark that no file stores; without it OpenVINO multiplies by a constant's inverse
+DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -62,28 +64,28 @@ def available() -> bool:
 
 
 def version() -> str | None:
-    """The library's version; None where it is not installed."""
+    """Return the library's version; None if it is not installed."""
     return openvino.__version__ if openvino is not None else None
 
 
 @cache
 def core() -> Any:
-    """Return OpenVINO's entry to the processor, one for as long as the process lives.
+    """Return OpenVINO's Core, the only one in this process.
 
-    Each gives the thread that makes it another stack for its signals, and frees that stack when it goes. Those that go
-    in another order than they came leave the thread one that is freed, and the next signal ends the process.
+    A Core gives its thread another stack for signals, and frees that stack at its end. If several end in another order
+    than they began, the thread keeps a freed stack, and the next signal ends the process.
     """
     return openvino.Core()
 
 
 def precisions() -> tuple[str, ...]:
-    """The precisions of this processor; bfloat16 only where it has the instructions."""
+    """Return the precisions of this processor; bfloat16 only if it has the instructions."""
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
 
 def bfloat16_gain() -> float:
-    """Return how much faster bfloat16 is than float32 on this processor, in a convolution typical of networks."""
+    """Return the speed-up of bfloat16 over float32 on this processor, for a convolution typical of networks."""
     x = ops.parameter([1, 128, 32, 32], np.float32)
     layer = ops.convolution(x, np.ones((128, 128, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
     model = openvino.Model([ops.result(layer)], [x])
@@ -92,7 +94,7 @@ def bfloat16_gain() -> float:
         precision: core().compile_model(model, "CPU", _config(precision, 1, 1)).create_infer_request()
         for precision in PRECISION_HINTS
     }
-    for _ in range(8):  # in turn, since other programs may run too
+    for _ in range(8):  # alternating, since other programs may run too
         for precision, request in requests.items():
             began_s = time.perf_counter()
             request.infer()
@@ -103,8 +105,8 @@ def bfloat16_gain() -> float:
 class Graph:
     """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32.
 
-    With a file, the graph is kept for later starts and its weights are memory-mapped. Compiled passes hold a reordered
-    copy of their own, so the mapped weights then leave memory, and the network can drop its own.
+    With a file, the graph is kept for later starts and its weights are memory-mapped. Compiled passes hold their own
+    reordered copy, so the mapped weights then leave memory, and the network can free its own.
     """
 
     def __init__(
@@ -112,7 +114,8 @@ class Graph:
     ) -> None:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
-            # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 has no 999.
+            # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 cannot
+            # express 999.
             time_table = net.time_embedder()(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
@@ -130,7 +133,7 @@ class Graph:
         self._net = net if self._file is not None else None
 
     def free_network(self) -> None:
-        """Free the network's weights, which the file has too."""
+        """Free the network's weights, which are in the file too."""
         if self._net is not None:
             self._net.to("meta")
             self._net = None
@@ -141,7 +144,7 @@ class Graph:
         model = _convert(_Body(net), example, inputs)
         if self._file is not None and (kept := self._file.write(model)) is not None:
             return kept
-        self._file = None  # it cannot be written: the weights stay in memory
+        self._file = None  # the file cannot be written: the weights stay in memory
         return model
 
     def compile(self, precision: str, size: int, streams: int, threads: int) -> "_Passes":
@@ -153,7 +156,7 @@ class Graph:
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
-        """Embed timesteps [B] as rows of `time_table`; those between whole ones each by itself, for the same reason."""
+        """Embed timesteps [B] as rows of `time_table`. Fractional ones are embedded one by one, for the same reason."""
         whole = t.long().clamp(0, len(self.time_table) - 1)
         temb = self.time_table[whole]
         for place in (whole != t).nonzero().flatten().tolist():
@@ -167,7 +170,7 @@ class Graph:
         return self._embed_between[t]
 
     def of_size(self, size: int, precision: str) -> Any:
-        """The graph for passes of one size: fixed shapes are a third faster than dynamic."""
+        """Return the graph for passes of one size: fixed shapes are a third faster than dynamic ones."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
         if precision == "float32":
@@ -178,31 +181,31 @@ class Graph:
 class KeptGraph:
     """A converted graph in the cache folder: two files, and a third with their hashes.
 
-    What is wrong with them, or cannot be written, is no error: the network is converted again.
+    Damaged or unwritable files are no error: the network is converted again.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """key: a hash of all that the graph is made from."""
+        """key: a hash of everything that the graph is made from."""
         self._folder = folder
         self._files = tuple(folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
         self._xml, self._weights, self._sums = self._files
 
     def read(self) -> Any:
-        """Map the graph; None if it is missing or has changed since it was written."""
+        """Map the graph; None if it is missing or was changed."""
         try:
             if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
                 log.warning("%s is not what was written: the network is converted again", self._weights)
                 return None
-            with contextlib.suppress(OSError):  # as of a folder that is only read
-                self._sums.touch()  # the graph unused for longest is deleted first
+            with contextlib.suppress(OSError):  # for example in a read-only folder
+                self._sums.touch()  # the least recently used graph is deleted first
             return core().read_model(self._xml, self._weights)
         except (OSError, ValueError, RuntimeError):
             return None
 
     def write(self, model: Any) -> Any:
-        """Write the graph, and map it; None if that fails, as on a full or read-only disk.
+        """Write the graph, and map it; None if that fails, for example on a full or read-only disk.
 
-        Another server may write the same graph at the same time: each maps what it has written itself.
+        Another server may write the same graph at the same time: each maps the files that it wrote itself.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -210,10 +213,10 @@ class KeptGraph:
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self._folder) as name:
                 xml, weights, sums = new = [Path(name) / file.name for file in self._files]
                 openvino.save_model(model, xml, compress_to_fp16=False)
-                kept = core().read_model(xml, weights)  # a file that came out short is found here
+                kept = core().read_model(xml, weights)  # finds a truncated file
                 sums.write_text(_hash_of(xml, weights), "utf-8")
-                weights.chmod(0o400)  # it is mapped: writing over it would crash a server
-                self._sums.unlink(missing_ok=True)  # first out and last in
+                weights.chmod(0o400)  # the file is mapped: overwriting it would crash a server
+                self._sums.unlink(missing_ok=True)  # deleted first and written last
                 for file, place in zip(new, self._files, strict=True):
                     file.replace(place)
         except (OSError, RuntimeError) as error:
@@ -242,7 +245,7 @@ class KeptGraph:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the graphs unused for longest until the rest fits a size, but not this one."""
+        """Delete the least recently used graphs, except this one, until the rest fits a size."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -260,14 +263,14 @@ def _hash_of(xml: Path, weights: Path) -> str:
 
 
 def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGraph | None:
-    """Say where the graph of a part of a checkpoint is kept, or would be; None without a folder."""
+    """Return the cached graph of a part of a checkpoint, whether it exists or not; None without a folder."""
     if folder is None:
         return None
     parts = {
         "part": part,
         "weights": checkpoint.weights_hash,
         "network": checkpoint.net.config.to_dict(),
-        "predicts": checkpoint.noise.prediction_type,  # a network of the score has images in [0, 1]
+        "predicts": checkpoint.noise.prediction_type,  # a score network takes images in [0, 1]
         "shape": checkpoint.row_shape,
         "torch": torch.__version__,
         "openvino": version(),
@@ -278,7 +281,7 @@ def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGr
 
 @cache
 def _code_hash() -> str:
-    """A hash of the code that makes a graph: the networks, and the rewriting of the graph."""
+    """Return a hash of the code that makes a graph: the networks, and the rewriting of the graph."""
     digest = hashlib.sha256()
     converts = [Path(__file__), Path(openvino_graph.__file__)]
     for file in sorted([*Path(model.__file__).parent.rglob("*.py"), *converts]):
@@ -287,7 +290,7 @@ def _code_hash() -> str:
 
 
 class OpenVINOExecutor:
-    """Runs a Graph in one-thread streams. A few places beyond even shares run on all threads.
+    """Runs a Graph in one-thread streams, and in wide passes on all threads.
 
     With streams=1 all threads share a stream, and one copy of the weights.
     """
@@ -306,7 +309,7 @@ class OpenVINOExecutor:
         wide: int = 0,
         compiled: Compiled | None = None,
     ) -> None:
-        """sizes: of passes, ascending. streams: `threads` or 1. wide: the most places that may run in wide passes.
+        """sizes: pass sizes, ascending. streams: `threads` or 1. wide: the most places that may run in wide passes.
 
         compiled: passes of this graph, shared with other executors; new ones are added. Executors that share passes
         must not run at the same time.
@@ -317,7 +320,7 @@ class OpenVINOExecutor:
         how = f"{streams} streams" if streams == threads else f"one stream of {threads} threads"
         self.details = f"openvino {openvino.__version__}, {how}, {passes}"
         self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
-        self._num_running = 0  # passes that have begun and are not read out
+        self._num_running = 0  # passes that have begun and whose outputs are not read yet
         wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
         made: Compiled = {} if compiled is None else compiled
 
@@ -383,7 +386,7 @@ class OpenVINOExecutor:
         return finish
 
     def _abandon(self, running: "deque[tuple[_Passes, _Pass, int, int]]") -> None:
-        """Wait for passes whose outputs are not needed: a request that runs cannot be started again."""
+        """Wait for passes whose outputs are not needed: a running request cannot be started again."""
         while running:
             passes, one, *_ = running.popleft()
             with contextlib.suppress(RuntimeError):
@@ -393,7 +396,7 @@ class OpenVINOExecutor:
 
 
 def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None = None) -> Callable[[Floats], Floats]:
-    """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once.
+    """Compile a module with one input of this shape and one output, for one thread, in float32. Not thread-safe.
 
     file: where the graph is kept.
     """
@@ -415,7 +418,7 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
 
 
 def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module to a graph that computes the same bits as when it comes from a file."""
+    """Convert a module to a graph with the same bits as one read from a file."""
     model = convert(module.eval(), example, inputs)
     for node in model.get_ordered_ops():
         if DIVIDES in (marks := node.get_rt_info()):
@@ -428,13 +431,13 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
-        # The web server and the encoders share these cores; a pinned stream would wait behind them.
+        # The web server and the encoders share these cores; a pinned stream would have to wait for them.
         "ENABLE_CPU_PINNING": False,
     }
 
 
 class _Passes:
-    """Owns the requests of one compiled graph. It makes another one when all of them run."""
+    """Owns the requests of one compiled graph. It makes another one when all of them are running."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -451,12 +454,12 @@ class _Passes:
         return one
 
     def put_back(self, one: "_Pass") -> None:
-        """Give back a request that has ended."""
+        """Return a request that has ended."""
         self._free.append(one)
 
 
 class _Pass:
-    """A request whose memory is written and read in place, at a third of the cost of handing over tensors."""
+    """A request whose memory is written and read in place, at a third of the cost of passing tensors."""
 
     def __init__(self, request: Any) -> None:
         self._request, self.wait = request, request.wait  # until `out` holds the result
@@ -470,7 +473,7 @@ class _Pass:
 
 
 class _Body(nn.Module):
-    """Denoiser.denoise as a module, which is what can be converted."""
+    """Denoiser.denoise as a module, as conversion needs it."""
 
     def __init__(self, net: Denoiser) -> None:
         super().__init__()

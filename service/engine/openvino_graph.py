@@ -1,8 +1,8 @@
-"""Convert a network to OpenVINO's graph: threads change no bit, and large feature maps keep one layout of memory.
+"""Converts a network to OpenVINO's graph. The number of threads changes no bit, and large feature maps keep one layout.
 
-A convolution on a CPU has the channels last. What needs them first costs a change of layout before and after it, which
-is most of what a large group norm takes. Rewriting for speed rounds otherwise, so what a small feature map goes through
-stays as it is: it would gain little, and images keep their bytes.
+On a CPU a convolution puts the channels last. An operation that needs them first changes the layout before and after,
+which is most of the time of a large group norm. Rewriting for speed changes the rounding, so operations on small
+feature maps stay as they are: they would gain little, and images keep their bytes.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# openvino reports over the network that it was imported and what it converts, unless this package is missing.
+# openvino reports each import and conversion over the network, unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
@@ -27,20 +27,21 @@ except ImportError:  # an extra
 else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-LARGE = 2**18  # numbers in a row's feature map: 1 MiB, as much as the cache of a core
-NARROW, WORTHWHILE = 64, 2**14  # channels at most, and numbers at least, whose layout OpenVINO changes slowly
-WINDOW = 16  # pixels on a side, at most, whose mean is taken in one go
-# Row m: which rows of a 3x3 kernel meet row m of the 4x4 kernel that takes the smaller map.
+LARGE = 2**18  # numbers in a row's feature map: 1 MiB, the size of a core's cache
+# at most this many channels, at least this many numbers: OpenVINO changes their layout slowly
+NARROW, WORTHWHILE = 64, 2**14
+WINDOW = 16  # largest side in pixels of a window whose mean is taken at once
+# Row m lists the rows of a 3x3 kernel that meet row m of the 4x4 kernel on the smaller map.
 SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
     """Convert a module, and clear torch's caches, which would keep the traced weights until exit."""
-    with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
-        # torch would trace a second time to compare, which takes as long as all else here
+    with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that are constant here
+        # otherwise torch traces a second time to compare, which doubles the time
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = openvino.convert_model(traced, input=list(inputs))
-    with contextlib.suppress(AttributeError):  # names of torch's own
+    with contextlib.suppress(AttributeError):  # private names of torch
         torch._C._jit_clear_class_registry()
         torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
         torch.jit._state._clear_class_state()
@@ -52,7 +53,7 @@ def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
 
 
 def transpose_narrow(model: Any) -> None:
-    """Write changes of layout before group norms of few channels as transpositions, for float32. No bit changes.
+    """Replace changes of layout before group norms with few channels by transpositions, for float32. No bit changes.
 
     OpenVINO's own changes are ten times as slow, except in bfloat16.
     """
@@ -64,7 +65,7 @@ def transpose_narrow(model: Any) -> None:
         sizes = [size.get_length() for size in list(values.get_partial_shape())[1:]]
         if len(sizes) != 3 or sizes[0] > NARROW or math.prod(sizes) < WORTHWHILE:
             continue
-        # What was added to a convolution is transposed only where a step lies between; means of single pixels are one.
+        # The sum with a convolution is transposed only if another step lies in between; means of single pixels are one.
         same = ops.avg_pool(values, [1, 1], [0, 0], [0, 0], [1, 1], exclude_pad=True)
         pixels = ops.reshape(ops.transpose(same, [0, 2, 3, 1]), np.array([0, -1, sizes[0]]), special_zero=True)
         x = ops.reshape(ops.transpose(pixels, [0, 2, 1]), np.array([0, *sizes]), special_zero=True)
@@ -73,7 +74,7 @@ def transpose_narrow(model: Any) -> None:
 
 
 def _rewrite(model: Any) -> None:
-    """Rewrite the group norms, and the convolutions of what was doubled in size."""
+    """Rewrite the group norms, and the convolutions of upsampled maps."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         if kind == "GroupNormalization":
@@ -87,7 +88,7 @@ def _rewrite(model: Any) -> None:
 
 
 def _transpose_once(model: Any) -> None:
-    """Transpose the pixels of an attention once, and not for q, k and v each. No bit changes."""
+    """Transpose an attention's pixels once instead of three times, for q, k and v. No bit changes."""
     products = defaultdict(list)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul" and node.get_attributes()["transpose_a"]:
@@ -130,14 +131,14 @@ def _project_once(model: Any) -> None:
 
 
 def _sizes(node: Any) -> list[int]:
-    """Channels, height and width of what a node gives."""
+    """Return channels, height and width of a node's output."""
     return [size.get_length() for size in list(node.output(0).get_partial_shape())[1:]]
 
 
 def _norm_by_group(node: Any) -> Any:
-    """Write a group norm over [B, groups, rest], which a single thread computes group by group.
+    """Rewrite a group norm over [B, groups, rest], which a single thread computes group by group.
 
-    OpenVINO's own sums a group in as many parts as there are threads, so its bits depend on the number of threads.
+    OpenVINO's own divides a group's sum by the number of threads, so its bits depend on that number.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes = node.get_attributes()
@@ -148,10 +149,10 @@ def _norm_by_group(node: Any) -> Any:
 
 
 def _norm_by_windows(node: Any) -> Any:
-    """Write a group norm from the means of windows, averaged by group, all with the channels last.
+    """Rewrite a group norm as means of windows, averaged by group, with the channels last throughout.
 
-    In bfloat16 each node's output is rounded. A rounded statistic would shift a whole channel, so each is the sum of
-    two: the rounded value, and the mean of the residual.
+    In bfloat16 each node's output is rounded. A rounded statistic would shift a whole channel, so each statistic is
+    the sum of two: the rounded value, and the mean of the residual.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes, (channels, height, width) = node.get_attributes(), _sizes(node)
@@ -174,7 +175,7 @@ def _norm_by_windows(node: Any) -> Any:
         return values if shift is None else ops.add(values, shift)
 
     rounded, rest = mean(shifted(windows(x)))
-    # Two differences and not one for both uses, which would be written to memory and read again.
+    # Two differences, since a single one for both uses would be written to memory and read again.
     centred = ops.subtract(shifted(x), rounded)
     variance = ops.add(*mean(windows(ops.multiply(centred, centred))))
     deviation = ops.sqrt(ops.add(variance, np.float32(attributes["epsilon"])))
@@ -183,7 +184,9 @@ def _norm_by_windows(node: Any) -> Any:
 
 
 def _split_shift(x: Any) -> tuple[Any, Any]:
-    """Split what is added to whole channels, such as the timestep, from a sum: it need not be added in memory."""
+    """Split the part of a sum that is constant over a channel, such as the timestep's, so that it is not added in
+    memory.
+    """
     node = x.get_node()
     if node.get_type_name() == "Add":
         for values, shift in ((0, 1), (1, 0)):
@@ -194,12 +197,12 @@ def _split_shift(x: Any) -> tuple[Any, Any]:
 
 
 def _by_channel(values: Any, rows: int = 1) -> Any:
-    """Give numbers the shape [rows, channels, 1, 1]. rows: 0 keeps their number."""
+    """Reshape numbers to [rows, channels, 1, 1]. rows: 0 keeps their number."""
     return ops.reshape(values, np.array([rows, -1, 1, 1]), special_zero=True)
 
 
 def _doubles(node: Any) -> bool:
-    """Whether a node is a 3x3 convolution of a map that was doubled by nearest neighbours."""
+    """Whether a node is a 3x3 convolution of a map that nearest neighbours doubled."""
     before, attributes = node.input_value(0).get_node(), node.get_attributes()
     if before.get_type_name() != "Interpolate" or before.get_attributes()["mode"] != "nearest":
         return False
@@ -210,9 +213,9 @@ def _doubles(node: Any) -> bool:
 
 
 def _transposed(node: Any) -> Any:
-    """Write the convolution of a doubled map as a transposed one of the map before: four of nine multiplications.
+    """Rewrite the convolution of a doubled map as a transposed one of the smaller map: four of nine multiplications.
 
-    Each pixel of the smaller map meets several weights of the 3x3 kernel at once; they are added up beforehand.
+    Each pixel of the smaller map meets several weights of the 3x3 kernel at once; they are summed beforehand.
     """
     weight = node.input_value(1).get_node().get_data().astype(np.float64)
     spread = np.einsum("mk,nl,oikl->iomn", SPREAD, SPREAD, weight).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Between pictures and what the network sees: the pixels themselves, or the latents of an autoencoder.
+"""Conversions between pictures and the network's input: the pixels themselves, or an autoencoder's latents.
 
-The functions that `read`, `noised` and `encoder` return are called in other threads; they may take long.
+Call the functions that `read`, `noised` and `encoder` return in other threads; they may take long.
 """
 
 import hashlib
@@ -28,29 +28,29 @@ from tminus.service.spec import Floats, Images, Inputs, Pixels
 
 log = logging.getLogger(__name__)
 
-TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
-LONG_S = 0.5  # what takes this long is not done again to be timed
+TIMED = 3  # images decoded for timing; the fastest counts
+LONG_S = 0.5  # a call of this duration is not repeated for timing
 Pass = Callable[[Floats], Floats]
 
 
 class PixelPictures:
-    """The pictures of a pixel model: its rows are pictures."""
+    """The pictures of a pixel model, which are its rows."""
 
-    bits: str | None = None  # a hash of what can change a pixel beside the network, see `fingerprint`
+    bits: str | None = None  # a hash of everything beside the network that can change a pixel, see `fingerprint`
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> None:  # noqa: ARG002
-        """cache: the folder where converted graphs are kept."""
+        """cache: the folder of converted graphs."""
         self._shape, self._schedule, self._device = checkpoint.row_shape, checkpoint.noise.schedule(), device
         self._shown_channels = shown_channels(checkpoint.image_shape[0], alpha=checkpoint.alpha)
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the picture as the network sees it [C, H, W], on the device; pixels as uint8."""
+        """Return the picture as the network's input [C, H, W], on the device; pixels as uint8."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
-        """Read finished rows as images [n, H, W, C] of this depth; known: for each what a mask keeps. Raises NotFinite.
+        """Read finished rows as images [n, H, W, C] of this depth. known: each row's masked pixels. Raises NotFinite.
 
-        The known pixels of a pixel model have come out as they went in.
+        A pixel model returns known pixels unchanged.
         """
         read = copy_out(self._device, _channels_last(to_uint8(x) if bit_depth == 8 else x), x.isfinite().all())
 
