@@ -31,6 +31,7 @@ class Page:
     def __init__(self, browser: Any, url: str, into: Any = None, key: str | None = None, **context: Any) -> None:
         """into: a browser's context for the tab; else one of its own. key: to sign in with."""
         # Nothing plays by itself then: what a test sees, stands still.
+        self.server_url = re.match(r"http://[^/]+", url)[0]
         self.context = into or browser.new_context(**{"accept_downloads": True, "reduced_motion": "reduce"} | context)
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(PATIENCE_MS)
@@ -44,7 +45,9 @@ class Page:
         self.tab.goto(url)
         if key is not None:
             self.sign_in(key)
-        expect(self.at("#model")).to_contain_text(re.compile(r"\b(small|fashion-mnist-32|planes|opaque)\b"))
+        expect(self.at("#model")).to_contain_text(
+            re.compile(r"\b(small|colour|alpha|planes|numbers|fashion-mnist-32)\b")
+        )
         self.wait_for_the_opening()
 
     def wait_for_the_opening(self) -> None:

@@ -259,8 +259,9 @@ def open_page(browser: Any, server: RunningServer) -> Iterator[OpenPage]:
     yield make
     for page in pages:
         page.context.close()
-    for job in httpx.get(f"{server.url}/jobs", params={"state": "waiting,running"}).json().get("jobs", ()):
-        httpx.delete(f"{server.url}/jobs/{job['id']}")
+    for url in {page.server_url for page in pages}:
+        for job in httpx.get(f"{url}/jobs", params={"state": "waiting,running"}).json().get("jobs", ()):
+            httpx.delete(f"{url}/jobs/{job['id']}")
     for page in pages:
         assert page.complaints == []
         assert [url for url in page.requests if not re.match(r"(blob:)?(http|ws)://127\.0\.0\.1:", url)] == []

@@ -70,24 +70,6 @@ def test_a_key_is_asked_for_and_its_quota_waited_for(own_server: Any, monkeypatc
     assert made.size == (32, 32)
 
 
-def test_settings_by_the_names_of_diffusers_and_the_only_model_as_default(server: RunningServer) -> None:
-    theirs = {"num_inference_steps": 10, "guidance_scale": 1.5, "sampler": "dpmpp_2m", "seed": 7}
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        made = client.images.generate(model="default", prompt="sneaker", size="32x32", extra_body=theirs)  # type: ignore[call-overload]
-        assert of_base64(made.data[0].b64_json) == alone(server)
-        picture = alone(server, class_label="bag")
-        edited = client.images.edit(
-            model="default", image=("bag.png", picture), prompt="sneaker", extra_body=theirs | {"strength": 0.6}
-        )
-        assert edited.data is not None
-        wanted = server.post(data=SAME | {"strength": 0.6}, files={"image": picture}).content
-        assert of_base64(edited.data[0].b64_json) == wanted
-        assert client.models.retrieve("default").id == "small"
-        with pytest.raises(openai.BadRequestError, match="has both num_inference_steps and steps") as refused:
-            client.images.generate(prompt="sneaker", extra_body={"steps": 20, "num_inference_steps": 10})
-        assert (refused.value.code, refused.value.param) == ("conflicting_field", "num_inference_steps")
-
-
 def test_the_requests_of_vllm_omnis_benchmark(server: RunningServer) -> None:
     """As its diffusion_benchmark_serving.py sends them with `--backend openai`, without and with `--seed`."""
     assert httpx.get(f"{server.url}/health").status_code == 200
