@@ -26,10 +26,9 @@ import torch
 from bench.result_file import RESULTS, ROOT, Begun, begin, changed, say, write
 from bench.servers import describe, options_of
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.evaluation.evaluate import Measure
+from tminus.model.evaluation.evaluate import Measure, ResultCache, plan_hash
 from tminus.model.evaluation.figures import SampleFigures
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.result_cache import ResultCache, plan_hash
 from tminus.model.evaluation.samples import EvaluateOptions, Point
 from tminus.service.cli.evaluate import load_compared
 from tminus.service.engine import openvino_executor

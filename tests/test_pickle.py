@@ -19,7 +19,7 @@ from tests.service.fakes import INFO, make_spec
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.evaluation.classifier import ClassifierError, load_classifier
-from tminus.model.evaluation.result_cache import ResultCache
+from tminus.model.evaluation.evaluate import ResultCache
 from tminus.model.files import CheckpointError
 from tminus.model.formats.conversion import GivenFacts
 from tminus.model.formats.read import read_foreign

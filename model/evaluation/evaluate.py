@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +24,6 @@ from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.figures import Bound, LeftOut, PointFigures, SampleFigures, Term
 from tminus.model.evaluation.judge import Judge
 from tminus.model.evaluation.report import ModelFacts, Report
-from tminus.model.evaluation.result_cache import ResultCache, data_hash, plan_hash
 from tminus.model.evaluation.samples import (
     EvaluateError,
     EvaluateOptions,
@@ -34,6 +36,7 @@ from tminus.model.evaluation.samples import (
     strip_length,
     without_guidance,
 )
+from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
 from tminus.model.loss import variational_bound
 from tminus.model.machine import torch_threads
@@ -46,6 +49,68 @@ log = logging.getLogger(__name__)
 BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # read these from JSON
 OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
+RESULT_FORMAT = 3  # raised when the same key would give other figures
+MAX_RESULT_BYTES = 256 * 2**20  # a file with a sheet of large images
+
+
+class ResultCache:
+    """Results in a folder, so that an evaluation that was killed does not repeat finished work.
+
+    Each file holds a result and its key, which is everything that the result depends on; a hash of the key names the
+    file. A damaged file, or one with another key, counts as missing. folder=None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Make the folder. Raises OSError."""
+        self._folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Read a result; None if there is none."""
+        if self._folder is None:
+            return None
+        try:
+            content = read_json(self._file(key), MAX_RESULT_BYTES)
+        except (CheckpointError, OSError):
+            return None
+        value = content.get("result")
+        return value if content.get("key") == _plain(key) and isinstance(value, dict) else None
+
+    def write(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Write a result atomically. Raises OSError."""
+        if self._folder is not None:
+            write_json(self._file(key), {"key": _plain(key), "result": result})
+
+    def _file(self, key: Mapping[str, Any]) -> Path:
+        assert self._folder is not None
+        digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.json"
+
+
+def plan_hash(plan: Plan) -> str:
+    """Hash the plan of a sampler: a new version may make other samples under the same name."""
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        digest.update(f"{field.name} {getattr(value, 'shape', '')} ".encode())
+        digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def data_hash(data: ImageSet) -> str:
+    """Hash the images and their classes, since a folder of the same name may hold others."""
+    digest = hashlib.sha256(data.images.contiguous().numpy().data)
+    digest.update(repr((tuple(data.images.shape), data.class_names)).encode())
+    if data.labels is not None:
+        digest.update(data.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the key as JSON reads it back, with lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps({"format": RESULT_FORMAT, **key}))
+    return plain
 
 
 def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:

@@ -217,8 +217,8 @@ def measure(
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.evaluation.evaluate import ResultCache
     from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from tminus.model.evaluation.result_cache import ResultCache
     from tminus.model.evaluation.samples import EvaluateOptions
     from tminus.service.engine.autotune import Wish, choose_executor
     from tminus.service.engine.choice_cache import default_cache

@@ -15,9 +15,8 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation import evaluate as measure
 from tminus.model.evaluation import samples
 from tminus.model.evaluation.classifier import Classifier
-from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.evaluate import ResultCache, evaluate
 from tminus.model.evaluation.report import Report
-from tminus.model.evaluation.result_cache import ResultCache
 from tminus.model.evaluation.samples import EvaluateError, EvaluateOptions, Point
 from tminus.model.samplers import Plan, compile_plan
 from tminus.model.unet import UNet2D

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from tminus.model.evaluation.result_cache import ResultCache, plan_hash
+from tminus.model.evaluation.evaluate import ResultCache, plan_hash
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import compile_plan
 
