@@ -165,7 +165,7 @@ class Stores(RuleBasedStateMachine):
             assert held == {each.name for each in self.jobs if each.outcome is None and each not in free}
 
 
-SETTINGS = settings(max_examples=5, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=8, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_whatever_happens_one_store_on_a_file_keeps_its_jobs(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tminus.service.jobs.store.postgres_store import (
     open_postgres,
     own_address,
 )
-from tminus.service.jobs.store.records import Key, ReplicaPace, StoredObject
+from tminus.service.jobs.store.records import Key, LeaseLost, ReplicaPace, StoredObject
 from tminus.service.jobs.webhooks.delivery_store import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.room import ClusterLoad, Intake
@@ -65,6 +65,19 @@ def soon(database: DatabaseShelf) -> DatabaseShelf:
 # --- leases ---
 
 
+def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
+    one, other = soon.open(), soon.open()
+    one.add(job("a"))
+    assert taken(other) == []
+    for _ in range(3):
+        time.sleep(LEASE_S / 2)
+        assert renew(one, "build", PACE) == {"a"}
+        assert taken(other) == []
+    wait_until(lambda: taken(other) == ["a"])
+    assert renew(one, "build", PACE) == frozenset()
+    assert renew(other, "build", PACE) == {"a"}
+
+
 def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database_heard_of_no_end(
     database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,17 +92,22 @@ def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database
         wait_until(lambda: taken(other) == ["a"])
 
 
-def test_a_replica_that_tries_a_suspect_claims_none_of_other_weights(database: DatabaseShelf) -> None:
-    gone, gone_too, open_store = database.open(), database.open("cd" * 32), database.opener()
+def test_a_replica_claims_one_suspect_at_a_time_the_shortest_first(database: DatabaseShelf) -> None:
+    gone, gone_too, other, open_store = database.open(), database.open("cd" * 32), database.open(), database.opener()
     one, of_other_weights = open_store(WEIGHTS), open_store("cd" * 32)
     database.opened += [one, of_other_weights]
-    gone.add(job("a"))
-    gone_too.add(job("b"))
+    for name, n in (("long", 3), ("short", 1), ("middle", 2)):
+        gone.add(job(name, replace(SPECS[0], n=n)))
+    gone_too.add(job("of other weights"))
     database.expire()
-    assert taken(one) == ["a"]
-    assert taken(of_other_weights) == [], "if the first ends this replica, it is the only suspect that was lost again"
-    one.finish(ended(job("a")), PIXELS)
-    assert taken(of_other_weights) == ["b"]
+    assert taken(one) == ["short"]
+    for store in (one, of_other_weights):
+        assert taken(store) == [], "if the first ends this replica, it is the only suspect that was lost again"
+    assert taken(other) == ["middle"]
+    one.finish(ended(job("short")), PIXELS)
+    assert taken(one) == ["long"]
+    one.finish(ended(job("long")), PIXELS)
+    assert taken(of_other_weights) == ["of other weights"]
 
 
 def test_a_suspect_that_has_run_for_a_lease_holds_up_no_other(soon: DatabaseShelf) -> None:
@@ -337,15 +355,30 @@ def test_weights_are_swept_by_one_replica_at_a_time_whoever_serves_them(database
 # --- cancelled elsewhere ---
 
 
-def test_a_job_that_is_cancelled_at_another_replica_takes_little_room(database: DatabaseShelf) -> None:
+def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder_and_takes_little_room(
+    database: DatabaseShelf,
+) -> None:
     holder, asked = database.open(), database.open()
     hook = Webhook("https://hooks.example/x")
     picture = np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8)
     told = replace(job("a"), webhook=hook)
     holder.add(ended(job("other"), at_us=1))
     holder.add(told, None, Inputs(picture))
+    holder.add(job("b"))
+    holder.save({"a": snapshot()}, "build")
+    record = asked.get("a")
+    assert record is not None
+    assert record.held
     assert asked.cancel("a")
+    assert not asked.cancel("a")
     assert not asked.cancel("never was")
+    assert renew(holder, "build", PACE) == {"b"}
+    with pytest.raises(LeaseLost):
+        holder.finish(ended(told), PIXELS)
+    record = holder.get("a")
+    assert record is not None
+    assert record.outcome == "cancelled"
+    assert holder.snapshot("a", "build") is None
     assert database.read("SELECT bytes FROM jobs WHERE id = 'a'") == [(RECORD_BYTES + kept_bytes(hook),)]
     assert not asked.sweep(0, picture.nbytes), "there is room for both"
     assert asked.get("other") is not None
@@ -421,13 +454,14 @@ def test_a_database_that_restarts_is_there_again_without_a_new_store() -> None:
     with postgres_server.running() as server:
         store = open_postgres(server.url(), "tminus", 15.0)(WEIGHTS)
         assert store.add(job("a"))
-        server.stop("KILL")
-        for call in (lambda: store.get("a"), lambda: renew(store, "build", PACE), lambda: store.check(write=True)):
-            with pytest.raises(StorageFailed, match="the job store cannot do it"):
-                call()
-        server.start()
-        assert store.get("a") == job("a")
-        assert renew(store, "build", PACE) == {"a"}, "nobody could take it meanwhile"
+        for signal in ("INT", "KILL"):
+            server.stop(signal)
+            for call in (lambda: store.get("a"), lambda: renew(store, "build", PACE), lambda: store.check(write=True)):
+                with pytest.raises(StorageFailed, match="the job store cannot do it"):
+                    call()
+            server.start()
+            assert store.get("a") == job("a")
+            assert renew(store, "build", PACE) == {"a"}, "nobody could take it meanwhile"
         store.finish(ended(job("a")), PIXELS)
         server.stop()
         store.close()
