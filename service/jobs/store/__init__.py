@@ -1,1 +1,1 @@
-"""Where durable jobs are kept: SQLite, PostgreSQL, and large results in an object store."""
+"""Stores of durable jobs: SQLite, PostgreSQL, and large results in an object store."""

@@ -1,4 +1,4 @@
-"""Bytes of arrays for a store, in safetensors: reading that runs no code."""
+"""Packs arrays for a store, in safetensors: reading them runs no code."""
 
 import logging
 import zlib
@@ -14,8 +14,8 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # counts up with what a plan or the state of a row is; 1 had no registers, and no format either
-# What unpacking raises if the bytes are damaged.
+SNAPSHOT_FORMAT = 2  # raised when a plan or a row's state changes; 1 had no registers and no format
+# Errors that unpacking damaged bytes raises.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -29,7 +29,7 @@ UNREADABLE = (
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed for data that cannot be decoded: a database itself does not notice a flipped byte."""
+    """Raise StorageFailed for data that cannot be decoded: a database does not notice a flipped byte."""
     try:
         yield
     except UNREADABLE as error:
@@ -38,7 +38,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
-    """Pack a snapshot, uncompressed: its floats are mostly noise."""
+    """Pack a snapshot, uncompressed, since its floats are mostly noise."""
     return _pack(
         {
             "format": np.array([SNAPSHOT_FORMAT]),
@@ -51,7 +51,7 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises UNREADABLE, also for one that another version made."""
+    """Unpack a snapshot. Raises UNREADABLE, also for a snapshot of another version."""
     arrays = safetensors.numpy.load(data)
     made_as = int(arrays["format"][0]) if "format" in arrays else 1
     if made_as != SNAPSHOT_FORMAT:

@@ -1,14 +1,14 @@
-"""The job store for asyncio: each call runs in a thread of the store's, so that the event loop waits for no disk.
+"""The job store for asyncio: each call runs in one of the store's threads, so the event loop never waits for a disk.
 
-A shared store has a second thread for what clients read, so that reading never delays the renewal of leases. A third
-thread unpacks pixels, and reads them too if the store is shared. A file is locked for one connection, so the thread of
-that connection reads the packed pixels. That takes milliseconds. A method's `Call` says which thread makes it.
+A shared store has a second thread for reads of clients, so that these never delay the renewal of leases. A third
+thread unpacks pixels, and reads them too if the store is shared. A file is locked for one connection, so that
+connection's thread reads the packed pixels, which takes milliseconds. A method's `Call` names its thread.
 
-Large results may be objects in an object store. Such a result is kept in three steps: the key is noted in the database,
-under the fence of the job; the object is written; the end of the job is kept with a reference to it, under the fence
-too. A process may stop at any point: either the job has not ended and goes on elsewhere, or it has and its object is
-there. The key of an object that no job refers to is known. The event loop waits for the object store; the thread that
-renews leases does not.
+Large results may go to an object store. Such a result is stored in three steps: the key is noted in the database,
+under the fence of the job; the object is written; the end of the job is stored with a reference to it, under the fence
+too. A process may stop at any point: either the job has not ended and another process continues it, or it has ended
+and its object exists. The database knows the keys of objects that no job refers to. The event loop waits for the
+object store; the thread that renews leases does not.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ from tminus.service.tracing import traced
 if TYPE_CHECKING:  # obstore is an extra
     from tminus.service.jobs.store.objects import S3Objects
 
-CALL_S = 30.0  # a call that takes longer is not waited for
-QUICK_S = 1.0  # the same for a call without which a request can be answered
+CALL_S = 30.0  # the longest wait for a call
+QUICK_S = 1.0  # the longest wait for an optional call of a request
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=DeliveryStore)  # the lowest class with calls
@@ -66,21 +66,22 @@ class AsyncStore:
         if self.shared:
             self._pools |= {"reads": started_pool(1, "tminus-store-reads"), "pixels": self._pixels}
         self.turn = asyncio.Lock()  # claiming and renewing take turns, so that a renewal sees every claim
-        self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
-        self.owes = asyncio.Event()  # set when an event may be owed to a webhook
+        self.holders: list[Callable[[], Collection[str]]] = []  # each returns the ids of the jobs it works on
+        self.owes = asyncio.Event()  # set when a webhook may be owed an event
         self._adding: set[str] = set()
         self.now_us = store.now_us  # needs no disk
         self._failure: StorageFailed | None = None
 
     @property
     def failure(self) -> StorageFailed | None:
-        """Why the last attempt to write failed; None if it succeeded."""
+        """The error of the last attempt to write; None if it succeeded."""
         return self._failure
 
     async def call(self, method: Callable[Concatenate[S, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a method of the store in a thread, and wait for it, though not for a disk that does not answer.
+        """Call a method of the store in a thread, and wait for it, but not for ever.
 
-        method: as the class declares it that decorates it with `Call`. Raises StorageFailed, and what the method does.
+        method: a method decorated with `Call`, as its class declares it. Raises StorageFailed, and the method's
+        errors.
         """
         how, its_own = Call.of(method), cast(Callable[P, R], getattr(self._store, method.__name__))
         try:
@@ -102,44 +103,44 @@ class AsyncStore:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(asyncio.wrap_future(call))
         except TimeoutError as error:
-            call.cancel()  # at once, if its turn has not come: nobody waits for it, and others wait behind it
+            call.cancel()  # if its turn has not come: nobody waits for it, but others wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
         finally:
             if how.thread != "store":
-                call.cancel()  # if its client has gone before its turn came
+                call.cancel()  # if its client left before its turn
 
     async def check(self) -> None:
-        """See whether jobs can be kept. Writes only while the last attempt to write has failed."""
+        """Check whether jobs can be stored. Writes only if the last attempt to write has failed."""
         await self.call(JobStore.check, write=self._failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
-        """Add a job. One whose client is told that it was not kept is not kept later either."""
+        """Add a job. If the client is told that it was not stored, it is not stored later either."""
         self._adding.add(job.id)
         try:
             with traced("store add", {"tminus.job.id": job.id}):
                 return await self.call(JobStore.add, job, key, inputs, held=held)
         except StorageFailed as error:
-            # One with a key is found by the client's next try.
+            # With a key, the client's next attempt finds the job.
             if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
-                self._pool.submit(self._store.delete, job.id)  # comes right after, in the same thread
+                self._pool.submit(self._store.delete, job.id)  # runs right after, in the same thread
             raise
         finally:
             self._adding.discard(job.id)
 
     async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
-        """Hold the jobs of all `holders`, and jobs that are being added, for one more lease."""
+        """Renew the leases of all `holders`' jobs, and of jobs being added."""
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(SharedStore.renew, fingerprint, pace, known)
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Keep how a job ended."""
+        """Store a job's outcome."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self.call(JobStore.finish, job, images)
         if job.webhook is not None:
             self.owes.set()
 
     async def images(self, job_id: str) -> Pixels | None:
-        """Read the images of a job that is done."""
+        """Read the images of a finished job."""
         if (data := await self._packed_images(job_id)) is None:
             return None
         with arrays.reading(f"the images of job {job_id}"):
@@ -161,11 +162,11 @@ class AsyncStore:
             return await self.call(JobStore.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some of the jobs that ended long ago or take too much room."""
+        """Delete some of the jobs that ended long ago or take too much space."""
         return await self.call(JobStore.sweep, before_us, max_bytes, owed_after_us)
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> tuple[Exception | None, float]:
-        """Replace the jobs' snapshots by these, and wait for it: for callers outside the event loop.
+        """Replace the jobs' snapshots, and wait for it: for callers outside the event loop.
 
         Returns the error, if there was one, and the CPU time in seconds.
         """
@@ -183,7 +184,7 @@ class AsyncStore:
         return self._pool.submit(save).result()
 
     def close(self) -> None:
-        """Finish the calls that have been made, and close the store. Blocks until then."""
+        """Finish all calls made so far, and close the store. Blocks until then."""
         for pool in {self._pixels, self._pools["reads"]} - {self._pool}:
             pool.shutdown()
         self._pool.submit(self._store.close)
@@ -193,13 +194,13 @@ class AsyncStore:
 def _submitted(pool: ThreadPoolExecutor, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
     try:
         return pool.submit(work, *args, **kwargs)
-    except RuntimeError as error:  # a request was looking through the stores as this one was closed
+    except RuntimeError as error:  # a request searched the stores while this one was closed
         raise StorageFailed("the job store is closed") from error
 
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 4  # results that are written at a time
+AT_ONCE = 4  # results written at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,46 +208,46 @@ class Results:
     """The object store of large results, and the size above which a result is large."""
 
     objects: "S3Objects"
-    above_bytes: int = 256 * 1024  # of pixels: results of no more stay in the database
+    above_bytes: int = 256 * 1024  # bytes of pixels; smaller results stay in the database
 
 
 @dataclass(slots=True)
 class _Upload:
-    """The result of one job, from the note of its key until the end of the job is kept."""
+    """The result of one job, from the note of its key until the job's end is stored."""
 
     key: str
-    stored: StoredObject | None = None  # once the object is written
+    stored: StoredObject | None = None  # set once the object is written
 
 
 class ResultStore(AsyncStore):
-    """Owns the uploads of jobs whose end is being kept."""
+    """An AsyncStore that writes large results to an object store. Owns the uploads under way."""
 
     def __init__(self, store: JobStore, results: Results, folder: str) -> None:
-        """folder: of the keys of these jobs, by their weights."""
+        """folder: the prefix of these jobs' keys, named after their weights."""
         super().__init__(store)
         self._objects, self._above_bytes, self._folder = results.objects, results.above_bytes, folder
-        self._uploads: dict[str, _Upload] = {}  # by the job
-        self._turns = asyncio.Semaphore(AT_ONCE)  # a result is packed, and so in memory twice, while it has one
-        self._objects_failure: StorageFailed | None = None  # why the last attempt to write an object failed
+        self._uploads: dict[str, _Upload] = {}  # keyed by job
+        self._turns = asyncio.Semaphore(AT_ONCE)  # a packed result is in memory twice, so few are packed at a time
+        self._objects_failure: StorageFailed | None = None  # the error of the last attempt to write an object
 
     @property
     def failure(self) -> StorageFailed | None:
-        """Why the last write to the database or the object store failed."""
+        """The error of the last write to the database or the object store."""
         return super().failure or self._objects_failure
 
     async def check(self) -> None:
-        """See whether jobs can be kept, their large results too."""
+        """Check whether jobs can be stored, including large results."""
         await super().check()
         if self._objects_failure is not None:
             try:
                 await _logged(self._objects.check())
-            except StorageFailed as error:  # what is in the database alone can be kept
+            except StorageFailed as error:  # small results can still be stored
                 self._objects_failure = error
             else:
                 self._objects_failure = None
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Keep how a job ended. An object that was written while the database was away serves the next try."""
+        """Store a job's outcome. If the database was unreachable, the next attempt reuses the written object."""
         if images is None or isinstance(images, StoredObject) or images.nbytes <= self._above_bytes:
             await super().finish(job, images)
             return
@@ -257,7 +258,7 @@ class ResultStore(AsyncStore):
                     upload.stored = upload.stored or await self._uploaded(job.id, upload.key, images)
                     await super().finish(job, upload.stored)
                     break
-                except ObjectGone:  # a store was away for so long that nobody waited for us
+                except ObjectGone:  # a store was unreachable for so long that the object was given up
                     log.warning("the images of job %s were given up before its end was kept: once more", job.id)
                     upload.key, upload.stored = f"{self._folder}/{job.id}/{uuid.uuid4().hex}", None
         except LeaseLost:
@@ -267,7 +268,7 @@ class ResultStore(AsyncStore):
         self._uploads.pop(job.id, None)
 
     async def _uploaded(self, job_id: str, key: str, images: Pixels) -> StoredObject:
-        """Write an object under a key that no other replica has, so that none is ever written over."""
+        """Write an object under a key that no other replica uses, so that no object is ever overwritten."""
         await self.call(JobStore.note_object, job_id, key)
         try:
             async with self._turns:
@@ -283,7 +284,7 @@ class ResultStore(AsyncStore):
     async def _give_up(self, key: str) -> None:
         try:
             await self.call(JobStore.give_up_object, key)
-        except StorageFailed:  # it is known since it was noted, and goes in an hour
+        except StorageFailed:  # its key is noted, so it will be deleted within about an hour
             log.warning("the object %s is not needed, and goes later", key)
 
     async def _packed_images(self, job_id: str) -> bytes | None:
@@ -292,19 +293,19 @@ class ResultStore(AsyncStore):
             return found
         with traced("store download", {"tminus.job.id": job_id}):
             data = await _logged(self._objects.get(found.key, found.bytes))
-        if data is None and await self._found(job_id) != found:  # it was deleted meanwhile
+        if data is None and await self._found(job_id) != found:  # it was deleted in the meantime
             return None
         with arrays.reading(f"the images of job {job_id}"):
             return await asyncio.to_thread(_checked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some of the jobs as AsyncStore does, and some of the objects that no job refers to."""
+        """Delete some jobs as AsyncStore does, and some objects that no job refers to."""
         more = await super().sweep(before_us, max_bytes, owed_after_us)
         keys = await self.call(JobStore.take_unneeded_objects)
         if keys:
             try:
                 await _logged(self._objects.delete(keys))
-            except StorageFailed:  # they are taken again
+            except StorageFailed:  # a later sweep takes them again
                 return more
             await self.call(JobStore.forget_objects, keys)
             log.info("%d objects that no job refers to were deleted", len(keys))
@@ -326,7 +327,7 @@ def _packed(images: Pixels) -> tuple[bytes, str]:
 
 
 def _checked(data: bytes | None, stored: StoredObject) -> bytes:
-    """Return the data if they are those of the stored object. Raises ValueError otherwise."""
+    """Return the data if they match the stored object. Raises ValueError otherwise."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")
     if len(data) != stored.bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
@@ -335,9 +336,9 @@ def _checked(data: bytes | None, stored: StoredObject) -> bytes:
 
 
 class Stores:
-    """Owns the stores. Models of the same weights share one, as after a reload of the same weights.
+    """Owns the stores. Models with the same weights share one, for example after a reload.
 
-    Each store counts the crashes of earlier processes once, before any of its jobs goes on.
+    Each store counts the crashes of earlier processes once, before it resumes any job.
     """
 
     def __init__(
@@ -347,25 +348,25 @@ class Stores:
         first: Mapping[str, JobStore] | None = None,
         crash_reports: Sequence[CrashReport] = (),
     ) -> None:
-        """open_store: opens one, by the hash of the weights. results: where large ones go, if not there.
+        """open_store: opens the store for a hash of weights. results: the object store for large results, if any.
 
-        first: those that are open already, by their weights. crash_reports: of earlier processes.
+        first: stores that are open already, by weights. crash_reports: from earlier processes.
         """
         self._open, self._results, self._crash_reports = open_store, results, crash_reports
         self._counted: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._turn = asyncio.Lock()  # a file is not opened before it has been closed
+        self._turn = asyncio.Lock()  # a file is closed before it is opened again
         self._stores = {weights_hash: self._made(weights_hash, store) for weights_hash, store in (first or {}).items()}
 
     def take_first(self, weights_hash: str) -> AsyncStore:
-        """Return the store of weights that the server begins with, to be given back by `release`; blocks."""
+        """Return the store for weights that the server starts with. Blocks. Return it with `release`."""
         if weights_hash not in self._stores:
             self._stores[weights_hash] = self._made(weights_hash, self._open(weights_hash))
         self._users[weights_hash] += 1
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Return the store of weights as `take_first` does, beside the event loop. Raises ValueError."""
+        """Return the store for weights as `take_first` does, without blocking the event loop. Raises ValueError."""
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 
@@ -374,7 +375,7 @@ class Stores:
             self._counted.add(weights_hash)
             for report in self._crash_reports:
                 if report.cause not in (None, OF_MAPPED_FILE):
-                    with suppress(StorageFailed):  # which the store has logged
+                    with suppress(StorageFailed):  # the store has logged it
                         store.crashed(report.jobs)
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
@@ -383,7 +384,7 @@ class Stores:
         return self._users[weights_hash] > 1
 
     async def release(self, weights_hash: str) -> None:
-        """Give a store back; without users it is closed."""
+        """Return a store; it is closed when it has no users."""
         async with self._turn:
             self._users[weights_hash] -= 1
             if not self._users[weights_hash]:
@@ -397,6 +398,6 @@ class Stores:
             await asyncio.gather(*calls, return_exceptions=True)
 
     def close(self) -> None:
-        """Close all, when nobody uses them any more. Blocks."""
-        for store in list(self._stores.values()):  # one that a thread is opening may be put in meanwhile
+        """Close all stores, once they have no users. Blocks."""
+        for store in list(self._stores.values()):  # a thread may still add the store that it is opening
             store.close()

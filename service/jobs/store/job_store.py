@@ -1,4 +1,4 @@
-"""The store of durable jobs: what it promises, and the statements that SQLite and PostgreSQL have in common."""
+"""The interface of a store of durable jobs, and the statements that SQLite and PostgreSQL share."""
 
 import json
 import logging
@@ -30,13 +30,14 @@ from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-# The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
+# The most work of one sweep: other calls wait about 30 ms for it, or 0.2 s and more on a slow disk.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
-# An object is about to be written, or was; the row of its job refers to it; nobody does, and it is to be deleted.
+# States of an object: it is about to be written, or was; a job's row refers to it; no job will, and it is to be
+# deleted.
 PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
-ORPHAN_US = 3600 * 10**6  # after which nobody is waited for who noted an object
-AGAIN_US = 60 * 10**6  # after which another may try to delete what one has not
-MOST_KEYS = 100  # that are taken at a time
+ORPHAN_US = 3600 * 10**6  # after this time an object without a job is no longer waited for
+AGAIN_US = 60 * 10**6  # after this time another replica may try to delete an object
+MOST_KEYS = 100  # keys taken at a time
 
 
 class Removal(DeliveryStore):
@@ -44,12 +45,12 @@ class Removal(DeliveryStore):
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
+        """Delete jobs that ended before a time, and then the oldest ended ones until the rest takes at most max_bytes.
 
-        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much;
-        those of events before owed_after_us are not waited for: nobody tries them, as without a secret to sign them.
-        The room of deleted jobs is given back to the disk.
-        One call does a part of this, so that other calls need not wait long; returns whether to call again.
+        The newest job stays, whatever its size. A job with pending deliveries is not too old, but may take too much
+        space. Deliveries of events before owed_after_us do not count: without a secret to sign them nobody sends them.
+        The space of deleted jobs is returned to the disk. One call does a part of the work, so that other calls do not
+        wait long; it returns whether to call again.
         """
 
     @Call(writes=True)
@@ -62,15 +63,14 @@ class Removal(DeliveryStore):
         self._let_go(job_id)
         return deleted
 
-    # --- objects: each is a row of the table, from before it is written until it is deleted ---
-    # They are found by this table, and never by listing a bucket: what it does not know may be another's, as where two
-    # databases share a bucket.
+    # --- objects: each has a row in this table, from before it is written until it is deleted --- Objects are found by
+    # this table, and never by listing a bucket: another database may share the bucket.
 
     @Call(writes=True)
     def note_object(self, job_id: str, key: str) -> None:
-        """Note that an object is about to be written for a job that is held. Raises LeaseLost and ObjectGone.
+        """Note that an object is about to be written for a held job. Raises LeaseLost and ObjectGone.
 
-        From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
+        If no job refers to it within an hour, it counts as unneeded.
         """
         jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
         again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
@@ -92,9 +92,9 @@ class Removal(DeliveryStore):
             run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
-        """Take the keys of some objects that no job refers to, to delete them. Others may take them after a minute.
+        """Take the keys of some unneeded objects, to delete them. After a minute other replicas may take them.
 
-        From then on no job can come to refer to them.
+        From then on no job can refer to them.
         """
         objects, now_us = self._tables.objects, self.now_us()
         orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
@@ -108,17 +108,19 @@ class Removal(DeliveryStore):
         return keys
 
     def forget_objects(self, keys: Sequence[str]) -> None:
-        """Remove the rows of objects that were deleted."""
+        """Delete the rows of deleted objects."""
         objects = self._tables.objects
         with self._transaction() as run:
             run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
 
-    # --- in transactions of the rest of the store ---
+    # --- within transactions of the rest of the store ---
 
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """Do one part of a sweep, and return how many jobs it deleted. which: jobs other than this store's own."""
+        """Do one part of a sweep, and return the number of deleted jobs. which: jobs of other weights, if not this
+        store's.
+        """
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)
@@ -147,61 +149,61 @@ class Removal(DeliveryStore):
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
 
-RECORD_BYTES = 1024  # roughly what a job takes without its images and its webhook
+RECORD_BYTES = 1024  # rough size of a job without its images and its webhook
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
-    "done": ("start", "output", "completed"),  # it has begun, even if that was not noted
+    "done": ("start", "output", "completed"),  # it has begun, even if that was not recorded
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
-SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
+SIGNED = ("outcome", "finished_us", "fingerprint")  # these columns identify an outcome, to the microsecond
 
 
 class JobStore(Removal):
-    """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
+    """Stores jobs. Each call is one transaction, durable when it returns. Only one thread at a time may call.
 
-    The calls of a shared store come from as many threads as `Call.thread` names.
+    A shared store may be called from the threads that `Call.thread` names, one of each.
 
-    A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
+    A call that fails, or that meets unreadable data, raises StorageFailed and changes nothing.
 
-    A store holds the jobs that its server has added or claimed, until they end. It alone writes their snapshots and
-    their ends. In a shared store another replica may take them over, see shared_store.py.
+    A store holds the jobs that its server has added or claimed, until they end. Only the holder writes their snapshots
+    and their outcomes. In a shared store another replica may take them over, see shared_store.py.
 
     A subclass makes the engine, and claims jobs in its own way.
     """
 
     _engine: sa.Engine
-    _name = "the job store"  # in the log
+    _name = "the job store"  # its name in the log
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in self._jobs.c if column.name in fields]
 
-    # --- what each store does in its own way ---
+    # --- different in each store ---
 
     @abstractmethod
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """The ids of unfinished jobs by their weights, for weights that neither this server nor a living one serves.
+        """Return the ids of unfinished jobs, by weights, for weights that neither this server nor a live one serves.
 
-        served: hashes of weights that this server serves.
+        served: hashes of the weights that this server serves.
         """
 
     @Call(writes=True)
     @abstractmethod
     def check(self, *, write: bool) -> None:
-        """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""
+        """Check whether jobs can be stored, if necessary by a small write. Raises StorageFailed."""
 
     @abstractmethod
     def close(self) -> None:
-        """Hold nothing any more, and close the store; no call may follow."""
+        """Release all jobs, and close the store. No call may follow."""
 
-    # --- what they have in common ---
+    # --- the same in all stores ---
 
     @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """Keep a new job, and hold it or leave it for a replica to claim.
+        """Store a new job, and hold it or leave it for a replica to claim.
 
-        False if another has the key, which `find` finds; then nothing is kept.
+        Return False, and store nothing, if another job has the key; `find` returns that job.
         """
         jobs = self._tables.jobs
         data = arrays.pack_inputs(inputs) if inputs is not None else None
@@ -222,14 +224,15 @@ class JobStore(Removal):
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
         except StorageFailed as error:
             self._let_go(job.id)
-            if isinstance(error.__cause__, sa.exc.IntegrityError):  # another replica took the key after this one looked
+            # another replica used the key after this one had looked
+            if isinstance(error.__cause__, sa.exc.IntegrityError):
                 return False
             raise
         return True
 
     @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """Find the job that was added with this key, and say whether the request was the same."""
+        """Return the job that was added with this key, and whether the request was the same."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
@@ -257,7 +260,7 @@ class JobStore(Removal):
     ) -> list[JobRecord]:
         """List jobs with these outcomes that are older than `before`, newest first.
 
-        outcomes: None stands for unended jobs. owner: list only this owner's jobs. held: list unended jobs only
+        outcomes: None stands for unfinished jobs. owner: list only this owner's jobs. held: list unfinished jobs only
         if a live replica holds them (True), or only if none does (False).
 
         Jobs with damaged records are left out.
@@ -283,11 +286,11 @@ class JobStore(Removal):
         return records
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Replace the jobs' snapshots by these. Those of jobs that have ended, or are not held, are ignored."""
+        """Replace the jobs' snapshots. Snapshots of jobs that have ended, or are not held here, are ignored."""
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite takes 32,766 variables in a statement; a server has at most MAX_JOBS.
+            # SQLite allows 32,766 variables in a statement; a server has at most MAX_JOBS.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
@@ -296,7 +299,7 @@ class JobStore(Removal):
                 run(sa.insert(table), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """Read a job's last snapshot, if it was taken by the same build and can be read."""
+        """Read a job's last snapshot, if the same build took it and it is readable."""
         table = self._tables.snapshots
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
@@ -306,7 +309,7 @@ class JobStore(Removal):
         return None
 
     def inputs(self, job_id: str) -> Inputs | None:
-        """Read the inputs of an edit that has not ended."""
+        """Read the inputs of an unfinished edit."""
         data = self._data(self._tables.inputs, job_id)
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
@@ -331,8 +334,8 @@ class JobStore(Removal):
     def crashed(self, job_ids: Collection[str]) -> None:
         """Count a crash of the server against these jobs, held or not.
 
-        If there are several, only those without a count get one, as another may be the cause; a single job gets one
-        each time.
+        Of several jobs only those without a count get one, as another may be the cause; a single job gets one each
+        time.
         """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
@@ -343,11 +346,12 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
-        """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
+        """Store a job's outcome and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
-        What its webhook is to be told is owed from the same moment on.
+        From the same moment its webhook is owed the event.
 
-        images: an object was noted before it was written. Raises ObjectGone, and keeps nothing, if it was given up.
+        images: an object must have been noted before it was written. Raises ObjectGone, and stores nothing, if it was
+        given up.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)
@@ -363,7 +367,8 @@ class JobStore(Removal):
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
                 kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
-                if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
+                # an earlier attempt stored it, and its answer was lost
+                if run(sa.select(tables.jobs.c.id).where(*kept)).first():
                     return
                 raise LeaseLost(job_id)
             self._owe(run, job_id, webhook, EVENTS_OF_END[ending["outcome"]])
@@ -373,15 +378,15 @@ class JobStore(Removal):
                 pending = [tables.objects.c.key == images.key, tables.objects.c.state == PENDING]
                 kept_as = {"state": KEPT, "bytes": images.bytes, "sha256": images.sha256}
                 if not run(sa.update(tables.objects).where(*pending).values(**kept_as)).rowcount:
-                    raise ObjectGone(images.key)  # it is being deleted, or was
+                    raise ObjectGone(images.key)  # it is being deleted, or was deleted
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
 
-    # --- what a shared store says otherwise ---
+    # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Filter jobs. True: a living replica holds it; False: none does; None: all."""
+        """Filter jobs. True: a live replica holds the job; False: none does; None: all jobs."""
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
@@ -405,20 +410,20 @@ class JobStore(Removal):
             raise StorageFailed("the job store has no connection free") from None
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:
-        """The records of rows. One that is damaged is ended as failed, and left out."""
+        """Return the records of rows. A job with a damaged record is ended as failed and left out."""
         records, damaged = [], 0
         for row in rows:
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
-                with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
+                with suppress(StorageFailed, LeaseLost):  # the next replica that claims it tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
                     damaged += 1
         return Claimed(records, damaged)
 
     def _record(self, row: Any) -> JobRecord:
-        """Make a record of a row. Raises StorageFailed where that is damaged."""
+        """Make a record from a row. Raises StorageFailed if the row is damaged."""
         fields = {name: getattr(row, name) for name in JobRecord.__dataclass_fields__ if hasattr(row, name)}
         with arrays.reading(f"the record of job {row.id}"):
             fields["spec"] = SampleSpec.from_json(json.loads(row.spec))

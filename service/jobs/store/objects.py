@@ -1,7 +1,7 @@
-"""Objects in S3, or in what answers as S3 does: MinIO, Ceph, R2 and the like. Needs the extra `s3`.
+"""Objects in S3, or in a service with its API such as MinIO, Ceph or R2. Needs the extra `s3`.
 
-Where it is, and by which credentials, is said by the AWS_ variables that obstore reads. HTTP without TLS is spoken only
-to an endpoint whose URL says http.
+obstore reads address and credentials from the AWS_ variables. HTTP without TLS is used only for an endpoint whose URL
+says http.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ from tminus.service.errors import StorageFailed
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
-CALL_S = 60.0  # a call that takes longer is given up, with the wait for its turn
-BYTES_PER_S = 1e6  # what a line must do: for the bytes of an object a call has this much longer
-START_S = 15.0  # a call at the start that takes longer is given up
+CALL_S = 60.0  # time limit of a call, including the wait for its turn
+BYTES_PER_S = 1e6  # the slowest acceptable connection: a call has this much more time for an object's bytes
+START_S = 15.0  # time limit of a call at the start
 CONNECT_S = 5.0
-RETRIES, RETRY_S = 3, 20.0  # after which time no request is tried again
-AT_ONCE = 4  # downloads: each is in memory as a whole
+RETRIES, RETRY_S = 3, 20.0  # no request is retried after this time
+AT_ONCE = 4  # downloads at the same time: each is in memory as a whole
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # the first that is set is taken
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # the first one that is set is used
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 REGION = re.compile(r"[A-Za-z0-9-]+")
-METADATA = "169.254.169.254"  # where a machine of Amazon's is asked for credentials, when no variable has any
+METADATA = "169.254.169.254"  # a machine at Amazon gets credentials here, if no variable has any
 
 
 class S3Objects:
-    """The objects below a prefix of a bucket. Each call is bounded in time, and raises StorageFailed."""
+    """The objects below a prefix of a bucket. Each call has a time limit, and raises StorageFailed."""
 
     def __init__(self, url: str, folder: str) -> None:
-        """url: s3://bucket/prefix. folder: below it. Raises ValueError for what cannot be an address."""
+        """url: s3://bucket/prefix. folder: below the prefix. Raises ValueError for an invalid address."""
         match = URL.fullmatch(url)
         if match is None:
             got = "what has an @, as credentials have" if "@" in url else repr(url)
@@ -50,7 +50,7 @@ class S3Objects:
         client: ClientConfig = {
             "allow_http": _endpoint().startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(days=1),  # see _asking, which knows how much there is to send
+            "timeout": timedelta(days=1),  # _asking sets the limit, by the size of the data
         }
         backoff: BackoffConfig = {
             "init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2,
@@ -64,12 +64,12 @@ class S3Objects:
         except BaseError as error:
             raise ValueError(_reason(error)) from None
         self._gets = asyncio.Semaphore(AT_ONCE)
-        self._check_key = f"check-{uuid.uuid4().hex}"  # one, in case that it cannot be deleted
+        self._check_key = f"check-{uuid.uuid4().hex}"  # a single key, in case it cannot be deleted
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object. What it replaces is the same bytes."""
+        """Write an object. An object that it replaces has the same bytes."""
         async with _asking("write", len(data)):
-            # In one request: what is left of several, if they break off, stays in the bucket unseen.
+            # In one request: an interrupted multipart upload would leave invisible parts in the bucket.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
@@ -77,19 +77,19 @@ class S3Objects:
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
-            except FileNotFoundError as error:  # of the bucket, too
+            except FileNotFoundError as error:  # raised for a missing bucket too
                 if _code(error) == "NoSuchKey":
                     return None
                 raise
             return bytes(await found.bytes_async()) if found.meta["size"] == size else b""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; it is no error where one is not there."""
+        """Delete objects. A missing object is no error."""
         async with _asking("delete"):
             await obstore.delete_async(self._store, list(keys))
 
     async def check(self) -> None:
-        """Write something small, read it, and delete it."""
+        """Write a small object, read it, and delete it."""
         key, data = self._check_key, b"tminus"
         await self.put(key, data)
         if await self.get(key, len(data)) != data:
@@ -98,7 +98,7 @@ class S3Objects:
 
 
 def open_objects(url: str, folder: str) -> S3Objects:
-    """Open an object store in which objects can be written, read and deleted. Raises ValueError where they cannot."""
+    """Open an object store. Raises ValueError unless objects can be written, read and deleted in it."""
     objects = S3Objects(url, folder)
 
     try:
@@ -111,7 +111,7 @@ def open_objects(url: str, folder: str) -> S3Objects:
 
 
 def _endpoint() -> str:
-    """The URL of the endpoint, from the environment; empty for Amazon's. Raises ValueError for text that is no URL."""
+    """Return the endpoint's URL from the environment; empty for Amazon's. Raises ValueError for text that is no URL."""
     for name in REGIONS:
         if (region := os.environ.get(name)) and not REGION.fullmatch(region):
             raise ValueError(f"{name} must be a region such as eu-central-1, got {region!r}")
@@ -126,14 +126,14 @@ def _endpoint() -> str:
     except ValueError:
         is_url = False
     if not is_url or parts.username is not None or parts.query or parts.fragment or re.search(r"\s", endpoint):
-        # It is not shown: a password may be in it.
+        # The URL is not shown: it may contain a password.
         raise ValueError(f"{name} must be a URL such as http://minio:9000, without a password")
     return endpoint
 
 
 @asynccontextmanager
 async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
-    """Give up in time, and raise StorageFailed for whatever goes wrong. size: in bytes, of what is sent."""
+    """Limit the time of a call, and raise StorageFailed for any error. size: the bytes to send."""
     limit_s = CALL_S + size / BYTES_PER_S
     try:
         async with asyncio.timeout(limit_s):
@@ -144,15 +144,15 @@ async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """The code of an answer of S3's that says no."""
+    """Return the error code in an answer of S3."""
     found = re.search(r"<Code>([^<]*)</Code>", str(error))
     return found[1] if found is not None else ""
 
 
 def _reason(error: Exception) -> str:
-    """What the library says, in a line: the answer's code and message, or why there was none.
+    """Return the library's error in one line: the code and message of the answer, or why there was none.
 
-    Its own text has the whole answer, in which the request is told that was signed.
+    The error's own text has the whole answer, which may repeat the signed request.
     """
     text = str(error)
     if code := _code(error):

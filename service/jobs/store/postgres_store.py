@@ -1,6 +1,6 @@
-"""Durable jobs in PostgreSQL, shared by any number of replicas: connections bounded in time, tables, and the store.
+"""Durable jobs in PostgreSQL, shared by any number of replicas: connections with time limits, tables, and the store.
 
-Which replica has which job: see shared_store.py.
+shared_store.py decides which replica has which job.
 """
 
 import logging
@@ -24,10 +24,10 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 
 log = logging.getLogger(__name__)
 
-STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
+STATEMENT_S = 10.0  # time limit of a statement, so that a lease can be renewed in time
 CONNECT_S = 5
-VERSION = 4  # of tables.py
-# From each earlier version to the next. Servers of the version before go on working.
+VERSION = 4  # version of the tables in tables.py
+# From each earlier version to the next. Servers of the version before keep working.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE jobs ADD COLUMN webhook TEXT",
@@ -50,9 +50,9 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
 
 
 def connect(url: str, namespace: str) -> sa.Engine:
-    """An engine for a database, and no connection yet. What the URL sets holds, and our options hold beside its own.
+    """Make an engine for a database, without connecting. The URL's settings override ours.
 
-    Raises ValueError for what is no URL of PostgreSQL.
+    Raises ValueError unless it is a PostgreSQL URL.
     """
     try:
         parsed = sa.make_url(url)
@@ -61,8 +61,8 @@ def connect(url: str, namespace: str) -> sa.Engine:
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
     limit_ms = round(1000 * STATEMENT_S)
-    # The database has these too, or it would keep for two hours what a server held as its packets were lost, or as it
-    # was stopped in a transaction: connections, and locks on jobs, which no other could claim.
+    # The database gets these time limits too. Otherwise, after a lost connection or a server stopped in mid-
+    # transaction, it would keep the connection and its locks on jobs for two hours, and no replica could claim them.
     of_the_database = {
         "statement_timeout": limit_ms,
         "lock_timeout": limit_ms,
@@ -81,10 +81,10 @@ def connect(url: str, namespace: str) -> sa.Engine:
         "keepalives_count": 3,
         "tcp_user_timeout": limit_ms,
         "options": own_options,
-        "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
+        "prepare_threshold": None,  # a proxy that pools by transaction uses another connection for each
     }
     arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
-    if "options" in parsed.query:  # of two values the later one holds
+    if "options" in parsed.query:  # the later of two values wins
         arguments["options"] = " ".join([own_options, *parsed.normalized_query["options"]])
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
@@ -93,12 +93,13 @@ def connect(url: str, namespace: str) -> sa.Engine:
 
 
 def prepare_schema(engine: sa.Engine, namespace: str) -> None:
-    """Bring a namespace to this version, in one transaction; several replicas that start at once wait for each other.
+    """Upgrade a namespace to this version, in one transaction. Replicas that start at the same time wait for each
+    other.
 
-    namespace: a schema of the database, so that several clusters can share it. Raises ValueError where the database
+    namespace: a schema of the database, so that several clusters can share it. Raises ValueError if the database
     cannot be reached or used, or is of a newer version.
     """
-    # Alembic made the tables of earlier releases and kept their version in this table.
+    # Alembic made the tables of earlier releases and stored their version in this table.
     versions = sa.table("alembic_version", sa.column("version_num"), schema=namespace)
     try:
         with engine.begin() as connection:
@@ -130,10 +131,10 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
 
 
 def own_address(url: str, host: str, port: int) -> str | None:
-    """The URL by which other replicas reach a server that listens here; None where that cannot be found out.
+    """Return the URL at which other replicas reach this server; None if it cannot be found.
 
-    One that listens on every address is reached by the one that its packets to the database have; one that listens on
-    this machine only, by replicas beside it, if the database is there too.
+    A server that listens on every address uses the address of its packets to the database. A server that listens only
+    on this machine is reached by replicas on it, if the database is on it too.
     """
     try:
         towards = _towards(sa.make_url(url).host or "localhost")
@@ -153,14 +154,14 @@ def _towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
-# The format of what jobs ask for. Raise it for a new sampler or field of the spec, with a line in `format_of`: a server
+GONE = timedelta(hours=1)  # after its lease has ended for this long, a replica and the weights it served are forgotten
+# The format of jobs' requests. Raise it for a new sampler or field of the spec, with a line in `format_of`: a server
 # leaves jobs of a higher format to newer servers.
 JOB_FORMAT = 4
 
 
 class PostgresStore(SharedStore):
-    """The jobs of one set of weights, as one replica has them. Owns its engine."""
+    """One replica's view of the jobs of one set of weights. Owns its engine."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class PostgresStore(SharedStore):
         lease_s: float,
         address: str | None = None,
     ) -> None:
-        """engine: of a database whose tables `prepare_schema` has brought to this version."""
+        """engine: for a database whose tables `prepare_schema` has upgraded."""
         super().__init__(namespace, weights_hash, replica, lease_s, address)
         self._engine, self._schema = engine, namespace
 
@@ -187,9 +188,9 @@ class PostgresStore(SharedStore):
         return found
 
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Sweep as JobStore says; one replica does at a time, and the others have nothing to do.
+        """Sweep as JobStore does. Only one replica does so at a time; for the others the call does nothing.
 
-        Jobs of weights that nobody serves are deleted too, by their age and not by their size.
+        Jobs of weights that no replica serves are deleted too, by age only.
         """
         jobs, replicas = self._tables.jobs, self._replicas
         with self._transaction() as run:
@@ -198,9 +199,9 @@ class PostgresStore(SharedStore):
             run(sa.delete(replicas).where(replicas.c.lease_until < sa.func.clock_timestamp() - GONE))
             if self._sweep(run, before_us, max_bytes, owed_after_us):
                 return True
-            # Not those of a replica that went within the last hour, which may be starting again.
+            # A replica that ended within the last hour may be starting again, so its weights count as served.
             unserved = jobs.c.weights.not_in(sa.select(replicas.c.weights))
-            ended = jobs.c.outcome.is_not(None)  # in the words of the index
+            ended = jobs.c.outcome.is_not(None)  # written as in the index
             old = [jobs.c.finished_us < before_us, ~self._is_owed(owed_after_us)]
             weights = run(sa.select(jobs.c.weights).where(ended, *old, unserved).limit(1)).scalar_one_or_none()
             if weights is None or not self._may_sweep(run, weights):
@@ -208,19 +209,19 @@ class PostgresStore(SharedStore):
             return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
 
     def _may_sweep(self, run: Run, weights: str) -> bool:
-        """Whether these weights are this replica's to sweep until its transaction ends."""
+        """Whether this replica may sweep these weights until its transaction ends."""
         key = sa.func.hashtext(f"tminus sweep {self._schema} {weights}")
         return bool(run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one())
 
     def check(self, *, write: bool) -> None:
         with self._transaction() as run:
-            if write:  # no row, and yet what a database that may only be read refuses
+            if write:  # changes no row, but a read-only database refuses it
                 run(sa.update(self._replicas).where(sa.false()).values(fingerprint=""))
             else:
                 run(sa.select(1))
 
     def close(self) -> None:
-        """Free what is held at once. If the database does not answer, it is free when the lease ends."""
+        """Release all jobs at once. If the database does not answer, they are free when the lease ends."""
         jobs = self._tables.jobs
         try:
             with suppress(StorageFailed), self._transaction() as run:
@@ -231,7 +232,7 @@ class PostgresStore(SharedStore):
         finally:
             self._engine.dispose()
 
-    # --- what a JobStore asks ---
+    # --- called by JobStore ---
 
     def _understood(self) -> Conditions:
         return [self._tables.jobs.c.format <= JOB_FORMAT]
@@ -252,9 +253,9 @@ class PostgresStore(SharedStore):
 def open_postgres(
     url: str, namespace: str, lease_s: float, address: str | None = None
 ) -> Callable[[str], PostgresStore]:
-    """Bring the database to this version, and return what opens the store of some weights, by their hash.
+    """Upgrade the database to this version, and return a function that opens the store for a hash of weights.
 
-    Raises ValueError for a database that cannot be reached or used, without the password of the URL.
+    Raises ValueError, without the URL's password, for a database that cannot be reached or used.
     """
     engine = connect(url, namespace)
     try:
@@ -276,7 +277,7 @@ def open_postgres(
 
 
 def format_of(job: JobRecord) -> int:
-    """The lowest format that has all that a job asks for.
+    """Return the lowest format that has everything in a job's request.
 
     Format 4 added pndm and bit depths; 3 noise between two seeds; 2 webhooks.
     """

@@ -1,7 +1,7 @@
-"""Which replica works on which job of a shared store: claims, leases by the database's clock, and fencing tokens.
+"""Assigns the jobs of a shared store to replicas: claims, leases by the database's clock, and fencing tokens.
 
-Whoever claims a job gets its next fence, a number that only grows. A replica that lost its lease, asleep or cut off,
-writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do distributed locking").
+A claim raises the job's fence, a number that only grows. A replica that lost its lease, while suspended or cut off,
+still has the old fence, so its writes change nothing (Kleppmann 2016, "How to do distributed locking").
 """
 
 import math
@@ -24,9 +24,9 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, kept_bytes, 
 from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
-CLAIM_JOBS = 32  # the most that one claim looks at
-MOST_DOUBLINGS = 8  # of the lease: the longest wait of a job that lost its replica again and again
-AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others cannot do wait so long for it
+CLAIM_JOBS = 32  # the most jobs that one claim considers
+MOST_DOUBLINGS = 8  # doublings of the lease: the longest wait of a job that keeps losing its replica
+AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that only it can run wait this long
 DATABASE_S = sa.func.extract("epoch", sa.func.clock_timestamp())
 
 
@@ -36,9 +36,9 @@ class SharedStore(JobStore):
     def __init__(
         self, namespace: str, weights_hash: str, replica: str, lease_s: float, address: str | None = None
     ) -> None:
-        """replica: its name, its own. lease_s: how long a job is held without a renewal.
+        """replica: its unique name. lease_s: how long a job is held without a renewal.
 
-        address: the URL by which other replicas reach this one.
+        address: the URL at which other replicas reach this one.
         """
         self._replicas, tables = make_postgres_tables(namespace)
         super().__init__(tables)
@@ -50,15 +50,15 @@ class SharedStore(JobStore):
         # Such a job may have caused the loss of its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
-        self._fences: dict[str, int] = {}  # of the jobs that are held
-        self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
-        self._ahead_us = now_us() - _steady_us()  # the database's clock, over one that nobody sets
+        self._fences: dict[str, int] = {}  # fences of the held jobs
+        self._unsure: set[str] = set()  # jobs to delete, since it is unknown whether they were added
+        self._ahead_us = now_us() - _steady_us()  # the database's clock minus a monotonic one
 
     def _now(self) -> sa.ColumnElement[int]:
         return sa.cast(DATABASE_S * 1_000_000, sa.BigInteger)
 
     def read_clock(self) -> None:
-        """Know the database's time, as after each renewal. Raises StorageFailed."""
+        """Read the database's time, as each renewal does. Raises StorageFailed."""
         asked_us = _steady_us()
         with self._transaction() as run:
             self._know_time(run(sa.select(DATABASE_S)).scalar_one(), asked_us)
@@ -67,29 +67,29 @@ class SharedStore(JobStore):
         self._ahead_us = round(float(database_s) * 1e6) - (asked_us + _steady_us()) // 2
 
     def now_us(self) -> int:
-        """The time of the database, as far as the clocks were apart at the last renewal."""
+        """Return the database's time, from the clocks' difference at the last renewal."""
         return _steady_us() + self._ahead_us
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         try:
             return super().add(job, key, inputs, held=held)
         except StorageFailed:
-            if key is None:  # else the client's next try finds it
+            if key is None:  # with a key, the client's next attempt finds it
                 self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
     def claim(
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
     ) -> Claimed:
-        """Hold jobs that have not ended and that no replica holds. A job with more rows than `rows` is left.
+        """Claim unfinished jobs that no replica holds. A job with more rows than `rows` is left.
 
-        Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these the
-        shortest suspect comes first, unless another is on trial here; released jobs follow by arrival. A suspect is a
-        job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and the oldest if
-        the intake accepts it.
+        Jobs that were held before come first, up to begun_places: their clients wait for the next step. Among these
+        the shortest suspect comes first, unless another suspect is on trial here; released jobs follow by arrival. A
+        suspect is a job whose replica was lost. Then come new jobs that the intake accepts, the shortest first, and
+        the oldest if the intake accepts it.
 
-        A job that another build began is left while a replica of that build lives. A job with a table whose hash is not
-        in `tables` is left while another build lives or may be starting again. A job with a damaged record ends as
+        A job that another build began is left while a replica of that build lives. A job with a table whose hash is
+        not in `tables` is left while another build lives or may be starting again. A job with a damaged record ends as
         failed.
         """
         jobs = self._tables.jobs
@@ -112,7 +112,7 @@ class SharedStore(JobStore):
             shortest = run(free(new, length, arrival)).all()
             chosen += [row for row in shortest if intake.offer(row.places)]
             if intake.refused < math.inf:
-                oldest = run(free(new, arrival).limit(1)).first()  # None: one with its table has just started
+                oldest = run(free(new, arrival).limit(1)).first()  # None if another replica has just claimed it
                 is_next = oldest is not None and oldest not in chosen
                 if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
@@ -140,9 +140,10 @@ class SharedStore(JobStore):
         return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def _may_be_tried(self) -> sa.ColumnElement[bool]:
-        """Choose the suspects whose wait is over, if none is on trial here. A trial lasts a lease at most.
+        """Select the suspects whose wait is over, if none is on trial here. A trial lasts a lease at most.
 
-        So a job that ends its server delays no other, and a restart has time to count a crash before the next trial.
+        So a job that ends its server delays no other job, and a restart has time to count a crash before the next
+        trial.
         """
         jobs, now = self._tables.jobs, sa.func.clock_timestamp()
         free_for_s = sa.func.extract("epoch", now - jobs.c.lease_until)
@@ -150,7 +151,7 @@ class SharedStore(JobStore):
         is_due = sa.or_(jobs.c.takeovers == 0, ~self._left_behind, free_for_s > wait_s)
         here = jobs.alias()
         on_trial = [here.c.replica == self._replica, here.c.outcome.is_(None), here.c.on_trial_at > now - self._lease]
-        # The next renewal takes back the jobs whose lease this replica let expire, or leaves them to others.
+        # The next renewal takes back jobs whose lease has expired, or leaves them to other replicas.
         not_mine = jobs.c.replica.is_distinct_from(self._replica)
         return sa.and_(jobs.c.fence > 0, self._suspect, not_mine, is_due, ~sa.exists(here.c.id).where(*on_trial))
 
@@ -166,9 +167,9 @@ class SharedStore(JobStore):
 
     @Call(writes=True)
     def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
-        """Hold what is held for one more lease, tell others the pace, and return the jobs that are held.
+        """Renew the leases of the held jobs, report the pace to other replicas, and return the held jobs.
 
-        known: the jobs that are worked on. Others that are held, since the answer to a claim was lost, are let go.
+        known: the jobs that this replica works on. Other held jobs are released; the answer to their claim was lost.
         """
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
@@ -178,7 +179,7 @@ class SharedStore(JobStore):
         worked_on = jobs.c.id == sa.any_(_texts(known))
         longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
-        # Their clients were told that they were not kept, and have no key to find them by.
+        # Their clients were told that they were not stored, and have no key to find them.
         unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = _steady_us()
         with self._transaction() as run:
@@ -193,14 +194,14 @@ class SharedStore(JobStore):
         return frozenset(self._fences)
 
     def load(self) -> ClusterLoad:
-        """What all replicas have to do."""
+        """Return the work of all replicas."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         # A replica with two builds of the same weights, during a reload, counts once.
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
-        # How long ago it told its backlog.
+        # The age of its reported backlog.
         told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
         least = sa.func.min(sa.func.greatest(0, living.c.backlog_s - told_s)).filter(living.c.id != self._replica)
         held = sa.func.avg(living.c.backlog_s)
@@ -221,7 +222,7 @@ class SharedStore(JobStore):
 
     @Call(writes=True)
     def release(self, job_id: str) -> None:
-        """Leave a job to whichever replica claims it; until then its snapshot can still be kept."""
+        """Release a job, so that any replica may claim it; until then its snapshot can still be stored."""
         free = sa.update(self._tables.jobs).where(*self._held([job_id])).values(replica=None, lease_until=None)
         with self._transaction() as run:
             run(free)
@@ -246,13 +247,13 @@ class SharedStore(JobStore):
 
     @Call("reads", quick=True)
     def open_jobs(self, owner: str) -> frozenset[str]:
-        """The ids of an owner's jobs that have not ended."""
+        """Return the ids of an owner's unfinished jobs."""
         jobs = self._tables.jobs
         query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
         with self._transaction() as run:
             return frozenset(run(query).scalars())
 
-    # --- what a store asks ---
+    # --- called by JobStore ---
 
     def _mine(self) -> Conditions:
         jobs = self._tables.jobs
@@ -276,7 +277,7 @@ class SharedStore(JobStore):
         self._fences.pop(job_id, None)
 
     def _lease_of_new(self, job_id: str, held: bool) -> dict[str, Any]:
-        """Hold a job that is being added, or leave it to others; returns its columns."""
+        """Hold a job that is being added, or leave it to other replicas; returns its columns."""
         if not held:
             return {"fence": 0}
         self._fences[job_id] = 1
@@ -294,7 +295,7 @@ def _steady_us() -> int:
 
 
 def _texts(each: Collection[str]) -> sa.ColumnElement[Any]:
-    """An array, which may have more members than a statement may have parameters."""
+    """Make an array parameter, which may have more members than a statement may have parameters."""
     return sa.literal(list(each), ARRAY(sa.Text))
 
 

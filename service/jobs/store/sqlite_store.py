@@ -38,23 +38,23 @@ from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
 
-SWEEP_PAGES = 512  # that one call gives back to the disk
-SPARE_PAGES = 256  # free pages that stay in the file, to be used again
-WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun in its place
-SPARE_BYTES = 8 * 2**20  # a WAL is copied too where it and the file have more room than this that nothing needs
+SWEEP_PAGES = 512  # the most pages that one call returns to the disk
+SPARE_PAGES = 256  # free pages that stay in the file for reuse
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun
+SPARE_BYTES = 8 * 2**20  # a WAL is also copied if it and the file have more unused space than this
 
 
 class SqliteStore(JobStore):
-    """Owns one connection, which locks out all other processes. Raises ValueError for a file that cannot be used."""
+    """Owns one connection, which locks out all other processes. Raises ValueError for an unusable file."""
 
     def __init__(self, file: Path | None) -> None:
-        """file: None keeps everything in memory, no longer than the process lives."""
+        """file: None keeps everything in memory, until the process ends."""
         super().__init__(make_sqlite_tables())
         self._file, self._name = file, f"the job store {file}"
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
         self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
-        self._identity: tuple[int, int] | None = None  # of the file; None until it is open
+        self._identity: tuple[int, int] | None = None  # device and inode of the file; None until it is open
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -70,7 +70,7 @@ class SqliteStore(JobStore):
                 "journal_mode = WAL",
                 "synchronous = FULL",  # an accepted job survives a power cut too
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # to which a longer one is cut when a new one is begun
+                f"journal_size_limit = {WAL_BYTES}",  # the size to which a longer WAL is cut when a new one begins
                 "secure_delete = FAST",  # Debian's SQLite would overwrite deleted pages with zeros
             ):
                 self._pragma(pragma)
@@ -81,9 +81,9 @@ class SqliteStore(JobStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
-            self._unended()  # what the server reads first: if this fails it must not start
+            self._unended()  # the server's first read: if it fails the server must not start
             attempted = self._deliveries.c.held_until_us.is_not(None)
-            with self._transaction() as run:  # no attempt goes on: there was one process, and it has ended
+            with self._transaction() as run:  # no delivery attempt is running: the only process has ended
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             if file is not None:
@@ -121,10 +121,10 @@ class SqliteStore(JobStore):
         return added
 
     def _note_kept(self) -> None:
-        """Note beside the file how many jobs it has had: a start that finds fewer of them says so."""
+        """Write the number of jobs so far beside the file: a start that finds fewer reports it."""
         if self._file is None:
             return
-        with suppress(OSError):  # no harm: the jobs are in the file
+        with suppress(OSError):  # harmless: the jobs are in the file
             descriptor = os.open(kept(self._file), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 os.pwrite(descriptor, b"%-20d" % number_of_jobs(self._driver), 0)
@@ -132,7 +132,7 @@ class SqliteStore(JobStore):
                 os.close(descriptor)
 
     def claim_all(self) -> Claimed:
-        """Hold all jobs that have not ended: no other server has the file. A damaged one is ended as failed."""
+        """Hold all unfinished jobs: no other server has the file. A damaged job is ended as failed."""
         return self._claimed(self._unended())
 
     def _unended(self) -> Sequence[Any]:
@@ -157,7 +157,7 @@ class SqliteStore(JobStore):
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:
-        """Give some of the file's free pages back to the disk; returns whether there are more."""
+        """Return some of the file's free pages to the disk; returns whether there are more."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
@@ -166,14 +166,14 @@ class SqliteStore(JobStore):
                 return bool(self._pragma("freelist_count")[0] < free)
             if self._file is not None:
                 self._shorten(self._file)
-        except (OSError, sqlite3.Error) as error:  # no harm: new jobs use the free pages
+        except (OSError, sqlite3.Error) as error:  # harmless: new jobs use the free pages
             log.warning("the job store %s does not shrink: %s", self._file, error)
         return False
 
     def _shorten(self, file: Path) -> None:
-        """Copy the WAL into the file, where both are large or the store is idle.
+        """Copy the WAL into the file if both are large or the store is idle.
 
-        A vacuum alone does not shorten the file; and what is in the WAL only, one bad byte may lose.
+        A vacuum alone does not shorten the file, and one bad byte may destroy data that are only in the WAL.
         """
         changes = self._driver.total_changes
         spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
@@ -188,15 +188,15 @@ class SqliteStore(JobStore):
     def _begin_wal(self) -> None:
         """Copy the WAL into the file and begin a new one.
 
-        Before the copy a row is written that says "a WAL follows"; the first transaction of the new WAL deletes it. A
-        start that still sees the row has lost the WAL.
+        Before the copy a row is written that says "a WAL follows". The first transaction of the new WAL deletes it. If
+        a start still finds the row, the WAL was lost.
         """
         try:
             self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
             self._pragma("wal_checkpoint(RESTART)")
             self._driver.execute("DELETE FROM wal_follows")
             self._most_wal_bytes = WAL_BYTES
-        except sqlite3.Error as error:  # no harm: the WAL has all, and grows
+        except sqlite3.Error as error:  # harmless: the WAL has everything, and grows
             log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
             self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
         self._begun_at = self._driver.total_changes
@@ -205,10 +205,11 @@ class SqliteStore(JobStore):
         self._check_there()
         if write:
             with self._transaction() as run:
-                run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))  # as it is: one page to the disk
+                # an unchanged value: writes one page to the disk
+                run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))
 
     def _check_there(self) -> None:
-        """Raise StorageFailed if the file has been deleted, or replaced: what is written would be lost with it."""
+        """Raise StorageFailed if the file was deleted or replaced, since writes would be lost with it."""
         if self._file is None:
             return
         try:
@@ -223,7 +224,7 @@ class SqliteStore(JobStore):
 
     def close(self) -> None:
         if not self._connection.closed:
-            with suppress(sqlite3.Error):  # it has a row only where there was no room to begin the last WAL
+            with suppress(sqlite3.Error):  # it has a row only if there was no space to begin the last WAL
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
@@ -240,7 +241,7 @@ class SqliteStore(JobStore):
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Lock out other processes, since two servers would both run the same jobs; let no transaction begin by itself."""
+    """Lock out other processes, since two servers would both run the same jobs. Begin no transaction implicitly."""
     connection.isolation_level = None
     connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
@@ -251,10 +252,11 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def open_store(state_dir: str, weights_hash: str) -> JobStore:
-    """Open the store of these weights' jobs, a file of their own: no other weights could finish the jobs.
+    """Open the file with the jobs of these weights. Other weights have other files, as they could not finish these
+    jobs.
 
-    state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. Where the disk is full, opening
-    is tried again at each call. Raises ValueError for a folder or file that cannot be used, with what to do about it.
+    state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. If the disk is full, each call
+    tries to open it again. Raises ValueError for an unusable folder or file, with what to do about it.
     """
     folder = state_folder(state_dir)
     if folder is None:
@@ -268,7 +270,7 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 
 
 def state_folder(state_dir: str) -> Path | None:
-    """Make the folder of what outlives the process; None for ":memory:". Raises ValueError as open_store does."""
+    """Make the state folder; returns None for ":memory:". Raises ValueError as open_store does."""
     if state_dir == IN_MEMORY:
         return None
     try:
@@ -284,7 +286,9 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore whose file cannot be opened, as its disk is full. Each call tries again, and raises StorageFailed."""
+    """A JobStore whose file cannot be opened because its disk is full. Each call tries again, and raises
+    StorageFailed.
+    """
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file

@@ -1,6 +1,6 @@
-"""The tables of a job store, as SQLAlchemy knows them.
+"""The tables of a job store, in SQLAlchemy.
 
-New ones are made from these. A change of them needs another VERSION, and how to come to it from the one before, in
+New databases are made from these. A change needs another VERSION, and an upgrade from the one before, in
 sqlite_file.py and in postgres_store.py.
 """
 
@@ -12,21 +12,21 @@ import sqlalchemy as sa
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Jobs, and what belongs to them: rows of the other tables have a job's id."""
+    """Jobs and the tables that refer to them by a job's id."""
 
     metadata: sa.MetaData
     jobs: sa.Table
     snapshots: sa.Table
     images: sa.Table
     inputs: sa.Table
-    objects: sa.Table  # every object of ours, whether or not a job refers to it
-    deliveries: sa.Table  # what webhooks are told
+    objects: sa.Table  # every object of this store, with or without a job
+    deliveries: sa.Table  # messages to webhooks
 
 
 def make_tables(
     schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
 ) -> Tables:
-    """The tables of a store. of_jobs, of_deliveries: what these have beside the common columns."""
+    """Make the tables of a store. of_jobs, of_deliveries: additional columns."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
@@ -81,7 +81,7 @@ def make_tables(
         sa.Index("objects_by_job", "job_id"),
         sa.Index("objects_by_state", "state", "since_us"),
     )
-    deliveries = sa.Table(  # a row is made when its event has happened
+    deliveries = sa.Table(  # a row is added when its event happens
         "deliveries",
         metadata,
         sa.Column("id", sa.Text, primary_key=True),  # webhook-id
@@ -89,10 +89,10 @@ def make_tables(
         sa.Column("event", sa.Text, nullable=False),
         sa.Column("receiver", sa.Text, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of who attempts it
+        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of the current attempt
         sa.Column("since_us", sa.BigInteger, nullable=False),
         sa.Column("due_us", sa.BigInteger, nullable=False),
-        sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
+        sa.Column("held_until_us", sa.BigInteger),  # null: no attempt is running
         sa.Column("error", sa.Text),
         sa.UniqueConstraint("job_id", "event"),
         *of_deliveries,
@@ -101,7 +101,7 @@ def make_tables(
 
 
 def make_sqlite_tables() -> Tables:
-    """The tables of a file, whose jobs are all of the same weights."""
+    """Make the tables of a file, whose jobs all have the same weights."""
     of_jobs = (
         sa.UniqueConstraint("key"),
         sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
@@ -116,21 +116,21 @@ def make_sqlite_tables() -> Tables:
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
-    """The replicas that live, and the tables that both stores have."""
+    """Make the table of live replicas, and the tables that both stores have."""
     new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
     pending = sa.text("state = 'pending'")
     of_jobs = (
-        sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
-        sa.Column("format", sa.Integer, nullable=False),  # that who works on it must know
-        sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
+        sa.Column("weights", sa.Text, nullable=False),  # the hash of the weights, as long as in a file's name
+        sa.Column("format", sa.Integer, nullable=False),  # the format that a server must know to run it
+        sa.Column("places", sa.BigInteger, nullable=False),  # its total cost, in forward passes
         sa.Column("rows", sa.Integer, nullable=False),
-        sa.Column("replica", sa.Text),  # who holds it, or held it last
-        sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
-        sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it
-        sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # from replicas that had gone
-        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # when its holder claimed it; null: it is no suspect
+        sa.Column("replica", sa.Text),  # its holder, or its last one
+        sa.Column("fence", sa.BigInteger, nullable=False),  # the number of holds so far
+        sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: no replica holds it
+        sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # takeovers from lost replicas
+        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # when its holder claimed it; null: it is not a suspect
         sa.UniqueConstraint("weights", "key"),
-        # For servers of earlier versions: they look for a UUID that a client chose among jobs of all weights.
+        # For servers of earlier versions: they look up a client's UUID among the jobs of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
         sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
         sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),
@@ -142,7 +142,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         ),
     )
     of_deliveries = (
-        # A server of version 1 deletes jobs, and knows nothing of deliveries.
+        # A server of version 1 deletes jobs without their deliveries.
         sa.ForeignKeyConstraint(["job_id"], [f"{schema}.jobs.id"], ondelete="CASCADE"),
         sa.Index("deliveries_by_due", "due_us", postgresql_where=pending),
         sa.Index("deliveries_by_receiver", "receiver", postgresql_where=pending),

@@ -1,1 +1,1 @@
-"""Webhooks of durable jobs: who may be told, what is owed, and how it is signed and sent."""
+"""Webhooks of durable jobs: allowed receivers, owed events, signatures and delivery."""

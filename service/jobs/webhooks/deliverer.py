@@ -1,11 +1,12 @@
 """Sends deliveries to webhooks, with growing waits between attempts, until each is delivered or given up.
 
-The store keeps the deliveries. A server claims a delivery for each attempt; if that server dies, another claims it when
+The store has the deliveries. A server claims a delivery for each attempt; if that server dies, another claims it when
 the claim ends. So a receiver gets each event at least once, under one id.
 
-Receivers that do not answer hold up no others. An owner may have as many attempts as there are slots free: one alone
-gets half of them, two a third each, and there is always room for one more (dynamic thresholds, Choudhury & Hahne 1998).
-Receivers whose last attempt failed share half of the slots in the same way, and the rest is for those that answer.
+Receivers that do not answer delay no others. An owner may have as many attempts as there are free slots: a single
+owner gets half of the slots, two get a third each, and there is always room for one more (dynamic thresholds,
+Choudhury & Hahne 1998). Receivers whose last attempt failed share half of the slots in the same way; the rest is for
+those that answer.
 """
 
 import asyncio
@@ -33,16 +34,16 @@ from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-HELD_S = ATTEMPT_S + 5.0  # a claim
-POLL_INTERVAL_S = 5.0  # between looks for deliveries that other servers or an earlier start have left
+HELD_S = ATTEMPT_S + 5.0  # duration of a claim
+POLL_INTERVAL_S = 5.0  # between searches for deliveries that other servers or an earlier start have left
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
-JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
+JITTER = 0.25  # random part of a wait, up or down, so that simultaneous failures are not retried together
 MOST_ATTEMPTS = 200
-NOT_THERE_S = 5.0  # until it is tried again where this server could not read the job, or not look its receiver up
+NOT_THERE_S = 5.0  # wait after this server could not read the job or look up the receiver
 
-AT_ONCE, FAILING_AT_ONCE = 256, 128  # attempts of one model's jobs; those of them to receivers that failed last
-BEGUN_AT_ONCE = 32  # so that the event loop has other turns between their beginnings
-MOST_FAILING = 256  # receivers that are known to fail
+AT_ONCE, FAILING_AT_ONCE = 256, 128  # attempts for one model's jobs; of these, attempts to receivers that failed last
+BEGUN_AT_ONCE = 32  # so that the event loop gets other turns in between
+MOST_FAILING = 256  # remembered failing receivers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,15 @@ def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
 
 
 class Slots:
-    """Owns the attempts under way, and remembers the receivers that failed last."""
+    """Owns the running attempts, and remembers the receivers that failed last."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, tuple[Delivery, bool]] = {}  # by id; whether its receiver was known to fail
+        # by id; the bool tells whether its receiver was known to fail
+        self._taken: dict[str, tuple[Delivery, bool]] = {}
         self._failing: dict[Whose, None] = {}  # the newest last
 
     def room(self) -> Room | None:
-        """Return the room for new attempts; None if all is taken."""
+        """Return the room for new attempts; None if all slots are taken."""
         free = AT_ONCE - len(self._taken)
         if free <= 0:
             return None
@@ -91,24 +93,24 @@ class Slots:
         )
 
     def take(self, delivery: Delivery) -> None:
-        """Note that an attempt begins."""
+        """Record the start of an attempt."""
         self._taken[delivery.id] = delivery, delivery.error is not None or delivery.whose in self._failing
 
     def give_back(self, delivery: Delivery) -> None:
-        """Note that it has ended."""
+        """Record the end of an attempt."""
         del self._taken[delivery.id]
 
     def sharer(self, delivery: Delivery) -> str:
-        """Say whose share of look-ups an attempt takes: an owner's receivers that failed last have one of their own."""
+        """Return the key of an attempt's share of look-ups: an owner's failing receivers have a separate share."""
         _, is_failing = self._taken[delivery.id]
         return f"{delivery.owner}\x1ffailing" if is_failing else delivery.owner
 
     def answered(self, delivery: Delivery) -> None:
-        """Note that its receiver answers."""
+        """Record that its receiver answers."""
         self._failing.pop(delivery.whose, None)
 
     def failed(self, delivery: Delivery) -> None:
-        """Note that its receiver does not answer, or answers with an error."""
+        """Record that its receiver does not answer, or answers with an error."""
         self.answered(delivery)
         self._failing[delivery.whose] = None
         if len(self._failing) > MOST_FAILING:
@@ -116,7 +118,7 @@ class Slots:
 
 
 class Deliverer:
-    """Sends the deliveries of one store. In the event loop's thread only."""
+    """Sends the deliveries of one store. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -130,16 +132,16 @@ class Deliverer:
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._slots = Slots()
-        self._due_s: list[float] = []  # a heap: when this server's next attempts are due, by the loop's clock
+        self._due_s: list[float] = []  # a heap of the times of this server's next attempts, by the loop's clock
 
     async def run(self) -> None:
-        """Deliver until this is cancelled."""
+        """Deliver until cancelled."""
         async with asyncio.TaskGroup() as attempts:  # the claim of a cancelled attempt ends by itself
             while True:
                 try:
                     self._store.owes.clear()
                     await self._look(attempts)
-                except StorageFailed:  # which the store has logged
+                except StorageFailed:  # the store has logged it
                     await asyncio.sleep(POLL_INTERVAL_S)
                     continue
                 except Exception:
@@ -147,7 +149,7 @@ class Deliverer:
                 await self._wait()
 
     async def _look(self, attempts: asyncio.TaskGroup) -> None:
-        """Begin the attempts that are due, as far as there is room. An attempt that ends wakes this again."""
+        """Begin the due attempts, as far as there is room. The end of an attempt wakes this again."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
             heapq.heappop(self._due_s)
@@ -161,7 +163,7 @@ class Deliverer:
             attempts.create_task(self._attempt(delivery))
 
     async def _wait(self) -> None:
-        """Wait until something may be due: an event, an attempt that has ended, a time that has come."""
+        """Wait until something may be due: an event, the end of an attempt, or a time."""
         until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else POLL_INTERVAL_S
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(POLL_INTERVAL_S, until_due_s))):
@@ -174,7 +176,7 @@ class Deliverer:
                 log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
             elif ended.state != "pending":
                 self._metrics.count("tminus_webhook_events_total", ended.state)
-        except StorageFailed:  # its claim ends, and then it is sent once more
+        except StorageFailed:  # the claim ends, and the message is sent once more
             pass
         except Exception:
             log.exception("the end of webhook %s of job %s could not be kept", delivery.id, delivery.job_id)
@@ -193,7 +195,7 @@ class Deliverer:
         except NotDelivered as error:
             self._slots.failed(delivery)
             return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)
-        except InvalidField:  # --webhook-allow has changed since
+        except InvalidField:  # --webhook-allow was changed
             return self._failed(delivery, "this receiver is not allowed any more", 0.0)
         except StorageFailed as error:
             if not error.damaged:
@@ -218,9 +220,9 @@ class Deliverer:
     def _failed(
         self, delivery: Delivery, reason: str, took_s: float, *, is_final: bool = False, counts: bool = True
     ) -> tuple[Delivery, float, bool]:
-        """Return what `_ended` does, for what did not succeed.
+        """Return the result of `_ended` for a failure.
 
-        counts: whether it was an attempt. Else its receiver has not failed, and its waits do not grow.
+        counts: whether it was an attempt. Otherwise the receiver has not failed, and its waits do not grow.
         """
         if counts:
             self._metrics.observe("tminus_webhook_attempt_duration_seconds", took_s, "failed")

@@ -21,29 +21,29 @@ from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
 DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
-DELIVERY_BYTES = 512  # roughly what an event takes
-AT_ONCE_EACH = 4  # attempts of one owner's jobs to one receiver
+DELIVERY_BYTES = 512  # rough size of an event
+AT_ONCE_EACH = 4  # attempts for one owner's jobs to one receiver
 DeliveryState = Literal["pending", "delivered", "given_up"]
 Whose = tuple[str, str]  # an owner and a receiver of its jobs
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One event of a job that its receiver is to be told, or was."""
+    """One event of a job for its receiver, delivered or not."""
 
-    id: str  # the same in each attempt: webhook-id
+    id: str  # webhook-id, the same in each attempt
     job_id: str
     event: Event
     receiver: str  # scheme, host and port
     state: DeliveryState
-    attempts: int  # how many were begun; also the fence of the newest
+    attempts: int  # the number of attempts begun; also the fence of the newest
     since_us: int  # when the event happened, by the store's clock
     error: str | None = None  # why the last attempt failed
-    owner: str = ""  # of the job, where it was claimed
+    owner: str = ""  # the job's owner, set by a claim
 
     @property
     def whose(self) -> Whose:
-        """The owner, and whom it tells: what one owner's receiver does is nothing to another's."""
+        """The owner and the receiver: a failing receiver of one owner does not affect another owner's."""
         return self.owner, self.receiver
 
 
@@ -51,28 +51,28 @@ class Delivery:
 class Room:
     """The deliveries that may be claimed: how many, and which owners and receivers are left out."""
 
-    most: int  # in all
-    most_failing: int  # of receivers that failed last
-    each: int = AT_ONCE_EACH  # of one owner to one receiver
-    busy: frozenset[Whose] = frozenset()  # of which nothing
-    failing: frozenset[Whose] = frozenset()  # which failed last, beside those of deliveries that did
-    full: frozenset[str] = frozenset()  # owners of which nothing
-    full_of_failing: frozenset[str] = frozenset()  # and those of which nothing to receivers that failed last
+    most: int  # the total
+    most_failing: int  # to receivers that failed last
+    each: int = AT_ONCE_EACH  # for one owner and receiver
+    busy: frozenset[Whose] = frozenset()  # pairs without room
+    failing: frozenset[Whose] = frozenset()  # pairs that failed last, beside those known from the deliveries
+    full: frozenset[str] = frozenset()  # owners without room
+    full_of_failing: frozenset[str] = frozenset()  # owners without room for receivers that failed last
 
 
 class DeliveryStore(ABC):
-    """The calls of a JobStore that are about deliveries, and what they and its other calls stand on."""
+    """The calls of a JobStore for deliveries, and the basis of all its calls."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables, self._jobs, self._deliveries = tables, tables.jobs, tables.deliveries
 
     @abstractmethod
     def now_us(self) -> int:
-        """The Unix time by the store's clock, in microseconds: one for all replicas."""
+        """Return the Unix time by the store's clock, in microseconds; the same for all replicas."""
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[Run]:
-        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
+        """Run statements in one transaction. Raises StorageFailed if one of them fails, which undoes all."""
 
     def _now(self) -> sa.ColumnElement[int]:
         """The store's time as an expression: by the database's own clock, where several servers use it."""
