@@ -29,7 +29,7 @@ class SamplerFacts:
     )
     looks_back: int = 0  # the number of earlier predictions of x_0 in the mean of a step that adds noise
     needs_signal: bool = False  # its first step is not defined at alpha_bar = 0
-    # the last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false
+    # The last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false.
     may_end_at_alpha_bar_0: bool = False
 
     @property

@@ -450,12 +450,12 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
         if noise.family == "ve":
-            # Only a network with this scaling is known to make images in [0, 1].
+            # Only a UNet2DModel of pixels is known to make images in [0, 1].
             if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
-        # diffusers divides the output by the time
         elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":
+            # Diffusers would divide the output by the time.
             wanted = "positional or learned without a ScoreSdeVeScheduler"
             raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
@@ -580,8 +580,7 @@ def save_checkpoint(
     folded_guidance: float | None = None,
     alpha: bool | None = None,
 ) -> None:
-    """Write a folder that tminus loads. diffusers loads it too, if it has such a network. Each file is written
-    atomically.
+    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file is written atomically.
 
     alpha: whether the last of four channels is alpha; None writes nothing about it.
 

@@ -1,4 +1,6 @@
-"""The base class of configurations: reads fields from JSON; checks name the field, its bound and its value."""
+"""The base class of configurations. It reads fields from JSON, and its errors name the field, the bound and
+the value.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        # loaded from a checkpoint, never trained here
+        # Loaded from a checkpoint, never trained here.
         self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def velocity_weights(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
     where L_simple has almost nothing to gain, brightness and shape are decided.
     """
     alpha_bar = schedule.alpha_bar
-    # the factor for x_0; for v it is sqrt(1 - alpha_bar)
+    # The factor for x_0; for v it is sqrt(1 - alpha_bar).
     q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q
     return (q**2 / (1 - alpha_bar)).clamp(max=MAX_WEIGHT)
 

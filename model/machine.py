@@ -23,9 +23,7 @@ LOOK_S = 0.5
 
 
 def free_memory_bytes() -> int | None:
-    """Return the free memory of the machine, or of its container if that is less; None if the system does not report
-    it.
-    """
+    """Return the free memory of the machine, or of its container if less; None if the system does not report it."""
     known = [free for free in (_of_machine(), _of_cgroup()) if free is not None]
     return min(known, default=None)
 

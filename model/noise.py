@@ -121,8 +121,8 @@ class NoiseSchedule:
         return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
 
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); shapes as
-        in q_sample.
+        """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); see q_sample for
+        shapes.
         """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
@@ -242,7 +242,7 @@ class NoiseConfig(Checked):
         require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
-            # with one step the first beta would be the last
+            # With one step the first beta would be the last.
             require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
@@ -332,7 +332,7 @@ class NoiseConfig(Checked):
             fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
             fields.pop("variance_type", None)  # only DDPM has different fixed variances
-        # written in that class's fields
+        # Written in that class's fields.
         if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:
             fields = {name: value for name, value in fields.items() if name not in ("clip_sample", "clip_sample_range")}
             fields |= {"thresholding": True, "sample_max_value": 1.0}

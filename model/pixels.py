@@ -111,7 +111,7 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     """Convert 16 bits to 8, and lay transparent pixels over the background."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        # this rounds; Pillow's own conversion clips at 255
+        # This rounds; Pillow's own conversion clips at 255.
         grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is None:
             return grey

@@ -47,8 +47,8 @@ class Table:
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
-        """Return the table without its first `start` lines. The first remaining x0 stands in for the x0 of the missing
-        lines.
+        """Return the table without its first `start` lines. The first remaining x0 stands in for the
+        missing lines' x0.
         """
         lines = [list(line) for line in self.lines[start:]]
         if start and lines:
@@ -67,9 +67,7 @@ def _hash_of(table: Table) -> str:
 
 
 def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
-    """Return the table with the nearest number of steps, by ratio, then the nearest guidance; in a tie the
-    larger one.
-    """
+    """Return the table with the nearest number of steps, by ratio, then the nearest guidance; in a tie the larger."""
     return min(
         tables,
         key=lambda table: (

@@ -71,9 +71,7 @@ class Plan:
         return torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
 
     def q_sample(self, x_0: Tensor, eps: Tensor) -> Tensor:
-        """Draw the x_t at which the first pass starts (Ho et al. 2020, eq. 4): x_0, eps [B, C, H, W] -> [B,
-        C, H, W].
-        """
+        """Draw the x_t at which the first pass starts (Ho et al. 2020, eq. 4): x_0, eps and x_t are [B, C, H, W]."""
         signal, noise = (
             each.to(x_0.dtype).to(x_0.device) for each in (self.alpha_bar[0].sqrt(), (1 - self.alpha_bar[0]).sqrt())
         )

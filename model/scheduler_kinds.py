@@ -116,8 +116,8 @@ class SchedulerKind:
 
     @property
     def clips_by_threshold(self) -> bool:
-        """Whether the class has dynamic thresholding instead of clip_sample. With sample_max_value 1 it is the same
-        clip.
+        """Whether dynamic thresholding replaces clip_sample in the class. With sample_max_value 1 it is the
+        same clip.
         """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own

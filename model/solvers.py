@@ -104,7 +104,7 @@ def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
     M = matrices(len(alpha_bar))
     s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     s[-1] = 0
-    # multiplied by eps = (x - sqrt(abar) x0) / sqrt(1-abar)
+    # Multiplied by eps = (x - sqrt(abar) x0) / sqrt(1-abar).
     towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()
     a = towards_x_t / levels.sigma
     M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
@@ -253,7 +253,7 @@ def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
     to_middle = Levels(levels.alpha_bar[:K], alpha_bar_middle)
     from_middle = Levels(alpha_bar_middle, levels.alpha_bar_next[:K])
     (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
-    # coefficients of x and x0
+    # Coefficients of x and x0.
     at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)
     x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # each as its own coefficients
     passes: list[Tensor] = []

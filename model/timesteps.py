@@ -1,6 +1,4 @@
-"""The timesteps that a sampler visits, as plain numbers without torch: the service computes a request's
-cost from them.
-"""
+"""The timesteps that a sampler visits, as plain numbers without torch: the service computes costs from them."""
 
 import math
 from bisect import bisect_left

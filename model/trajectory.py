@@ -50,7 +50,7 @@ class PlanNumbers:
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """Return the register's factor in the mean of pass k; the register is the x0 of two passes before. 0 without
+        """Return the factor of the register, the x0 of two passes before, in the mean of pass k; 0 without
         registers.
         """
         if self.matrices is None:

@@ -142,8 +142,8 @@ class UpBlock(nn.Module):
 
 
 class SkipDownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then, except in the last block, a level of
-    half the size.
+    """Resnets (each followed by attention in an Attn block), then a level of half the size, except in the
+    last block.
     """
 
     def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
@@ -306,7 +306,7 @@ class UNet2D(Denoiser):
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         centred = self.config.center_input_sample
-        if centred != self.unit_input:  # two of these cancel
+        if centred != self.unit_input:  # both conversions together cancel
             x = 2 * x - 1 if centred else (x + 1) / 2
         h: Tensor = self.conv_in(x)
         skips, image = [h], x  # only Skip blocks use the image

@@ -108,7 +108,7 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename attention weights from before 2023 (query, key, value, proj_attn), and Fourier features, to
+    """Rename attention weights from before 2023 (query, key, value, proj_attn) and Fourier features to
     current names.
     """
     renamed = {}

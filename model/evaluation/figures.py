@@ -1,5 +1,5 @@
-"""The figures of an evaluation, as frozen values: for a checkpoint, for the samples of one seed, and over several
-seeds.
+"""The figures of an evaluation, as frozen values: of a checkpoint, of the samples of one seed, and over
+several seeds.
 """
 
 import dataclasses

@@ -71,8 +71,8 @@ class Judge:
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
-        """Raise EvaluateError unless checkpoint, data and classifier fit. classifier=None leaves out figures that need
-        one.
+        """Raise EvaluateError unless checkpoint, data and classifier fit. Without a classifier some figures are left
+        out.
         """
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier

@@ -46,7 +46,7 @@ class EvaluateOptions:
     batch_size: int = 100
     precision: str = "float32"  # float32, tf32 or bfloat16; the update is always float32
     bound_images: int = 200
-    # timesteps drawn for each image; the first ones, which make up most of the bound, are always drawn
+    # Timesteps drawn for each image; the first ones, which make up most of the bound, are always drawn.
     bound_timesteps: int = 100
     spacing: str | None = None  # spacing of the timesteps; None is the checkpoint's own for this sampler
     guidance_interval: tuple[int, int] | None = None  # guided timesteps lo <= t <= hi; None is all

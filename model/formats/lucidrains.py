@@ -43,7 +43,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     channels, out = net["init_conv.weight"].shape[1], len(net["final_conv.weight"])
     levels = len({key.split(".")[1] for key in net if key.startswith("downs.")})
     linear = [f"downs.{level}.2.to_out.0.weight" in net for level in range(levels)]
-    # shape [2, heads, d, n] for linear attention
+    # Shape [2, heads, d, n] for linear attention.
     mem = [net[f"downs.{level}.2.mem_kv"].shape for level in range(levels)]
     config = LucidrainsConfig(
         sample_size=given.image_size,

@@ -17,7 +17,7 @@ from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32
-# the number of leading parts of a key that name the module
+# The number of leading parts of a key that name the module.
 DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -57,7 +57,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
     widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
     attends = [f"{first}.1" in modules for first in firsts]
-    # the mid block attends too
+    # The mid block attends too.
     attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]
     out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
     learned = out_channels == 2 * in_channels

@@ -35,7 +35,7 @@ from tminus.model.pixels import MAX_CHANNELS, to_model_range
 from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32, write_weights
 
 VQ, KL = "VQModel", "AutoencoderKL"
-# the default of diffusers' AutoencoderKL: 1 / the standard deviation of Stable Diffusion's latents
+# The default of diffusers' AutoencoderKL: 1 / the standard deviation of Stable Diffusion's latents.
 USUAL_SCALE = 0.18215
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -391,9 +391,7 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
 
 
 def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
-    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], one colour for
-    each latent.
-    """
+    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], a colour for each latent."""
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
 

@@ -134,9 +134,7 @@ class _SelfAttention(nn.Module):
 
 
 class Dome272UNet(Denoiser):
-    """The network, with the parameter names of its files, except class_embedding: label_emb with the null
-    class added.
-    """
+    """The network, with the parameter names of its files. class_embedding is label_emb with the null class added."""
 
     config: Dome272Config
 

@@ -1,4 +1,4 @@
-"""The settings of runs. No torch: the commands make their options of the texts in the annotations."""
+"""The settings of training runs. No torch: the commands make their options from these annotations."""
 
 import math
 from dataclasses import dataclass

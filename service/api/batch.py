@@ -1,5 +1,5 @@
-"""GET /batch: the jobs that wait and run now, each at its own timestep. Ids and seeds are for callers who
-may see them.
+"""GET /batch: the waiting and running jobs, each at its own timestep. Ids and seeds are for callers who may
+see them.
 """
 
 import asyncio

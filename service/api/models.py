@@ -1,5 +1,5 @@
-"""The served models by name, and the parts that answer their requests. A request without a name uses the
-default model.
+"""The served models by name, and the parts that answer their requests. The default model answers requests without a
+name.
 """
 
 import time
@@ -35,9 +35,7 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One model, with the parts that all models share. Each loaded model has a Services, and every handler
-    takes one.
-    """
+    """One model, with the parts that all models share. Each loaded model has a Services, which every handler takes."""
 
     number: int  # of the model in this process; never reused
     model: ModelInfo

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 FORWARDED = "x-tminus-forwarded"
 PASSED = (b"authorization", b"cookie", b"traceparent", b"x-request-id")
-# whatever the address and the answer contain
+# Whatever the address and the answer contain.
 FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
 CONNECT_S, ANSWER_S = 1.0, 2.0  # after which the answer has what this replica knows
 SILENT_S = 40.0  # most seconds between two events; comments come more often

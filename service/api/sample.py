@@ -111,7 +111,7 @@ async def sample(services: Services, request: Request) -> Response:
     """Sample, and wait for the images."""
     values, errors = await read_parameters(request, services.limits)
     offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
-    # errors of the body come before those of Accept
+    # Errors of the body come before those of Accept.
     media_type = offered[0] if errors else negotiate(request, offered, hint)
     if media_type == NPY:
         values = {"bit_depth": 32} | values
@@ -210,7 +210,7 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
 
 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Make an answer with the frames as PNGs in JSON, and with the images if no `until` stops the job. Raises
+    """Make an answer with the frames as PNGs in JSON, and the images unless `until` ends the job. Raises
     InvalidField.
     """
     _check_depth(spec, "every")
@@ -226,8 +226,7 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Return the bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField if they are too
-    many.
+    """Return the bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField for too many.
 
     MAX_FRAME_BYTES bounds the frames, including the result.
     """

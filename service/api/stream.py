@@ -155,9 +155,7 @@ class _Stream:
         return message
 
     async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
-        """Wait for a message. A message with more than `most_characters` is not parsed, and counts as an
-        empty object.
-        """
+        """Wait for a message. A message of more than `most_characters` is not parsed, and counts as an empty object."""
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
@@ -276,9 +274,7 @@ class _Stream:
 
 @asynccontextmanager
 async def _in_time() -> AsyncIterator[None]:
-    """Bound the time of a send. Raises WebSocketDisconnect if uvicorn closed the connection (large message,
-    no pong).
-    """
+    """Bound the time of a send. Raises WebSocketDisconnect if uvicorn has closed the connection."""
     try:
         async with asyncio.timeout(SEND_S):
             yield

@@ -100,9 +100,7 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
 
 async def _open_jobs(services: Services, caller: Caller) -> int:
-    """Count a caller's jobs that have not ended; jobs elsewhere are counted only if the caller's limit may
-    be reached.
-    """
+    """Count a caller's unfinished jobs. Jobs elsewhere are counted only if the caller's limit may be reached."""
     if (most := caller.limits.jobs) is None:
         return 0
     new_jobs = services.new_jobs
@@ -191,7 +189,7 @@ def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
 
     This happens with a single step spaced `leading` or `linspace`: both visit t = 0 alone, as in diffusers.
     """
-    # with strength, the job begins with an image that is noised for its first step
+    # With strength, the job begins with an image that is noised for its first step.
     if spec.steps > 1 or spec.strength is not None:
         return None
     if spec.table is not None and not model.has_table(spec.table):  # the job ended before the tables were changed

@@ -75,8 +75,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 
 
 def metrics_answer(metrics: Metrics, request: Request) -> Response:
-    """Make the answer of /metrics: OpenMetrics if Accept names it with at least the quality of plain text, else plain
-    text.
+    """Make the answer of /metrics: OpenMetrics if Accept names it and does not prefer plain text.
 
     Other media types in Accept are ignored, as in Prometheus' own exporters.
     """

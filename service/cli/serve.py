@@ -7,14 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tminus.service.cli.configuration import Kind, SettingsCommand, read_settings, settings_options
+from tminus.service.cli.configuration import SettingsCommand, read_settings, settings_options
 from tminus.service.cli.output import fail
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.logs import SERVER_FORM, set_up_log
@@ -28,13 +27,6 @@ SLACK_S = 15.0  # for Serve to see that replicas have ended, and to kill the oth
 # No usage statistics, and no deduplication of log lines.
 QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-
-
-def _begin(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> Kind:
-    """Read the settings, and set up the log as they say."""
-    settings, _ = read_settings(kind, config, flags)
-    set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
-    return settings
 
 
 @click.command(
@@ -54,10 +46,11 @@ def serve(config: Path | None, **flags: Any) -> None:
     The page is at http://localhost:8000, unless --port or --host says otherwise. The settings page of the docs
     describes the options in full. You can also give each as a variable, or as a line of the file that --config names.
     """
-    settings = _begin(Settings, config, flags)
+    settings, _ = read_settings(Settings, config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An
     # exception is no way out: raised in the middle of a library's start, it can abort the process.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
+    set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
 
     from tminus.service.startup.serve import serve as run_server
 
@@ -94,8 +87,9 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
     It needs the extra `ray`. It joins a running cluster, or else starts one on this machine. When the command ends, the
     replicas drain, and a cluster that it started ends.
     """
-    settings = _begin(RaySettings, config, flags)
+    settings, _ = read_settings(RaySettings, config, flags)
     _exit_on_signals()
+    set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
     for name, value in QUIET_AND_WHOLE.items():  # read as Ray is imported
         os.environ.setdefault(name, value)
     try:

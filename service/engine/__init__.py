@@ -1,3 +1,1 @@
-"""Row state on the device, executors of the forward pass, and the measurements before serving. Only here is
-torch used.
-"""
+"""Row state on the device, executors of the forward pass, and measurements before serving. Only this imports torch."""

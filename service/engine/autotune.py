@@ -51,7 +51,7 @@ BUDGET_S = 30.0  # after this no further size is tried; on a busy machine all si
 LARGE_BYTES = 64 * 2**20  # weights of a large network: each further pass size holds another copy
 WORTH_LARGE = 0.85  # in place of WORTH for a large network
 FEW_THREADS = 4  # with so few threads, passes of a large network are as fast together as one by one
-# a candidate whose passes of one place are this much slower than the best (product of both times) is skipped
+# A candidate whose passes of one place are this much slower than the best (product of both times) is skipped.
 HOPELESS = 8.0
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # rows for comparing two executors
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
@@ -161,9 +161,7 @@ class TimedChoice:
 
 
 class Builder:
-    """Builds executors of one checkpoint and takes over its network. OpenVINO's graph is converted once for all of
-    them.
-    """
+    """Builds executors of one checkpoint and takes over its network. OpenVINO's graph is converted only once."""
 
     def __init__(
         self,
@@ -200,8 +198,7 @@ class Builder:
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
-        """Return the least time of several calls, since other programs may run too; the first call warms up and is not
-        counted.
+        """Return the least time of several calls, since other programs may run too. The first call only warms up.
 
         A slow call is repeated only once.
         """
@@ -273,7 +270,7 @@ class Builder:
 
         def reference() -> Tensor:
             before = torch.get_num_threads()
-            # on a busy machine the threads wait for one another
+            # On a busy machine the threads wait for one another.
             torch.set_num_threads(self._threads if self.is_large else 1)
             try:
                 with torch.inference_mode(), multiplying(device, tf32=False):
@@ -368,9 +365,7 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build an earlier start's choice, made idle or busy; None if there is none, or if it is unfit. Nothing
-    is timed.
-    """
+    """Build an earlier start's choice, made idle or busy, without timing; None if there is none, or if it is unfit."""
     builder = Builder(checkpoint, device, wish.threads, cache)
     try:
         candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -556,7 +551,7 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
     builder.tell(lone_s)
     if lone_s > LONG_S:
         full = rows_of(full, 0, wish.threads * (size or 1))
-    # the best possible row of a full batch, with a pass on every thread
+    # The best possible row of a full batch, with a pass on every thread.
     at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)
     if size == 1 and at_best.score > hopeless:
         return at_best
@@ -580,8 +575,9 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make example rows, always the same, at mixed timesteps and classes: x [B, C, H, W], t [B], class_labels [B] or
-    None.
+    """Make the same example rows each time, at mixed timesteps and classes.
+
+    Returns x [B, C, H, W], t [B], class_labels [B] or None.
     """
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config

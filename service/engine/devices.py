@@ -37,8 +37,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a GPU's context is dead, for example after an illegal access: every call fails then. Waits for the
-    device.
+    """Whether a GPU's context is dead, as after an illegal access: then every call fails. Waits for the device.
 
     A GPU that ran out of memory is not lost.
     """

@@ -38,9 +38,7 @@ NONE = np.zeros(0, np.int64)
 
 
 class Engine:
-    """Owns the latents. Every row has a slot in tensors on the device; values that differ by row are
-    gathered by index.
-    """
+    """Owns the latents. Every row has a slot in tensors on the device; values by row are gathered by index."""
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class Engine:
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
         self._first_line = zeros(max_rows)  # the line of the row's pass 0; passes that an edit skips have no line
-        # on the host: the number of ticks launched before the row was added
+        # On the host: the number of ticks launched before the row was added.
         self._added_at = np.zeros(max_rows, np.int64)
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps known values
@@ -169,7 +167,7 @@ class Engine:
         Another tick, with other rows, may begin before that call. Until a row's tick ends, reads return its old values
         and it must not be removed. A batch reaches the device in one transfer; nothing loops over rows.
         """
-        # the number is global to the process, and another model may have set it
+        # The number is global to the process, and another model may have set it.
         if torch.get_num_threads() != self._torch_threads:
             torch.set_num_threads(self._torch_threads)
         num_rows, num_guided = len(batch.rows), len(batch.guided)

@@ -214,7 +214,7 @@ class CompiledExecutor:
         precision: str = "float32",
         sizes: Sequence[int],
     ) -> None:
-        """Compile, which takes a minute. shape: [C, H, W] of one row. sizes: of a pass, ascending, at most
+        """Compile, which takes a minute. shape: [C, H, W] of one row. sizes: pass sizes, ascending, at most
         MAX_GRAPHS.
         """
         assert 1 <= len(sizes) <= MAX_GRAPHS

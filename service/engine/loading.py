@@ -378,9 +378,7 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """Return an earlier start's batch sizes, if they are still good: on a flat curve noise would change
-    them each time.
-    """
+    """Return an earlier start's batch sizes if still good: on a flat curve noise would change them each time."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(

@@ -49,11 +49,11 @@ log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
 MOST_KEPT_BYTES = 4 * 2**30  # bytes of converted graphs in the cache folder
-# prefix of a folder being written, and the longest time that writing takes
+# Prefix of a folder being written, and the longest time that writing takes.
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
 MAX_TIMES_BETWEEN = 4096  # embeddings of fractional timesteps that are kept
 VECTOR = 64  # floats: no processor's torch computes more at once
-# a mark that no file stores; without it OpenVINO multiplies by a constant's inverse
+# A mark that no file stores; without it OpenVINO multiplies by a constant's inverse.
 DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 

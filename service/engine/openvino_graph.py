@@ -28,7 +28,7 @@ else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 LARGE = 2**18  # numbers in a row's feature map: 1 MiB, the size of a core's cache
-# at most this many channels, at least this many numbers: OpenVINO changes their layout slowly
+# At most this many channels, at least this many numbers: OpenVINO changes their layout slowly.
 NARROW, WORTHWHILE = 64, 2**14
 WINDOW = 16  # largest side in pixels of a window whose mean is taken at once
 # Row m lists the rows of a 3x3 kernel that meet row m of the 4x4 kernel on the smaller map.
@@ -38,7 +38,7 @@ SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
     """Convert a module, and clear torch's caches, which would keep the traced weights until exit."""
     with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that are constant here
-        # otherwise torch traces a second time to compare, which doubles the time
+        # Otherwise torch traces a second time to compare, which doubles the time.
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = openvino.convert_model(traced, input=list(inputs))
     with contextlib.suppress(AttributeError):  # private names of torch
@@ -184,9 +184,7 @@ def _norm_by_windows(node: Any) -> Any:
 
 
 def _split_shift(x: Any) -> tuple[Any, Any]:
-    """Split the part of a sum that is constant over a channel, such as the timestep's, so that it is not added in
-    memory.
-    """
+    """Split off the part of a sum that is constant over a channel, such as the timestep's: it need not be in memory."""
     node = x.get_node()
     if node.get_type_name() == "Add":
         for values, shift in ((0, 1), (1, 0)):

@@ -63,7 +63,7 @@ class CrashFile:
         self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        # another start took the file for a leftover and deleted it before the lock
+        # Another start took the file for a leftover and deleted it before the lock.
         if not os.fstat(self._descriptor).st_nlink:
             raise FileNotFoundError(f"another start has deleted {self._file}")
         os.posix_fallocate(self._descriptor, 0, BYTES)  # reserves the space: the disk may be full later

@@ -182,7 +182,7 @@ class JobRunner:
         """Submit a job of an earlier process to the worker once there is room. Raises the error that ends the job."""
         record = job.record
         isolated = record.crashes > 0 or record.suspect
-        # first: snapshots are found by the fingerprint, which is known once the model is loaded
+        # First: snapshots are found by the fingerprint, which is known once the model is loaded.
         await self._ensure_loaded(job)
         check_table(record.spec, self._model.info)
         work = work_of(record.spec, self._model.info, self._model.number)

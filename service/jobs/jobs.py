@@ -134,7 +134,7 @@ class Jobs:
     def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
         self._worker, self._statuses = worker, statuses
         self._lifecycles: dict[int, Lifecycle] = {}  # by model number
-        # held while a job's images are read, by job id
+        # Held while a job's images are read, by job id.
         self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._recent: TTLCache[str, Pixels] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=lambda images: images.nbytes)
 
@@ -266,7 +266,7 @@ class Jobs:
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
                 for view in await _kept_views(lifecycle, before, states, limit, sees):
-                    # the view of a job that is held here has more details, until the job ends
+                    # The view of a job that is held here has more details, until the job ends.
                     if view.record.id not in found or view.record.outcome is not None:
                         found[view.record.id] = view
         views = [
@@ -315,7 +315,7 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await job.over.wait()
         except TimeoutError:
-            # the job ended otherwise, and its result takes long to store
+            # The job ended otherwise, and its result takes long to store.
             if job.ending is not None and job.ending.outcome != "cancelled":
                 if lifecycle.leases is not None:
                     await lifecycle.leases.cancel(job.record)
@@ -352,18 +352,16 @@ class Jobs:
         raise _not_found(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """Return the address of another replica that works on a job; None without such an address. Raises
-        StorageFailed.
-        """
+        """Return the address of another replica that works on a job; None if it has none. Raises StorageFailed."""
         lifecycle = self._lifecycles.get(view.model)
-        # a file store marks no record as held
+        # A file store marks no record as held.
         if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
         return await lifecycle.store.call(SharedStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
-        """Add a viewer to a job, and close its mailbox when the job ends. Return None if the job has ended or is not
-        held here.
+        """Add a viewer to a job, and close its mailbox when the job ends. Return None if it is not held
+        here any more.
         """
         job = self._held(job_id)
         if job is not None:
@@ -529,8 +527,8 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Submit a new job to the worker or leave it to other replicas, and store it. Return None if its key has a job
-        by now.
+        """Submit a new job to the worker or leave it to other replicas, and store it; None if its key already has a
+        job.
         """
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store

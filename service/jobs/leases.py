@@ -60,7 +60,7 @@ class Leases:
         store.holders.append(held.ids)
         self._ended = False  # whether claiming and renewing have stopped
         self._renewing: asyncio.Task[None] | None = None
-        # load of all replicas when it was last read; None while the database is away
+        # Load of all replicas when it was last read; None while the database is away.
         self.load: ClusterLoad | None = None
         self._asked_s = -math.inf  # time of the last attempt to read the load
         self._retry_queue = RetryQueue()  # clients that got a Retry-After for another replica since the last attempt
@@ -141,7 +141,7 @@ class Leases:
         await self._claim()
 
     async def claim(self) -> Claimed:
-        """Claim jobs that nobody holds, as far as there is room. The caller holds the store's turn and runs the jobs at
+        """Claim jobs that nobody holds, as far as there is room. The caller has the store's turn and runs the jobs at
         once.
         """
         if not self._worker.state.ready or any(job.state is HeldState.WAITING for job in self._held):
@@ -169,8 +169,8 @@ class Leases:
     # --- jobs of any replica ---
 
     async def cancel(self, record: JobRecord) -> bool:
-        """Cancel a job that another replica or nobody holds. Return False if it has ended. Its holder notices when it
-        renews.
+        """Cancel a job that another replica or none holds; False if it has ended. Its holder notices at its next
+        renewal.
         """
         if not await self._store.call(SharedStore.cancel, record.id):
             return False
@@ -188,9 +188,7 @@ class Leases:
         return work.places < self._least_waiting and intake.has_room(work.places)
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
-        """Store a job that any replica may claim. Return None if another job has the key. Raises the errors of
-        Admission.enter.
-        """
+        """Store a job that any replica may claim; None if another job has the key. Raises as Admission.enter does."""
         self._worker.state.check_open()
         load, has_picture = await self._store.call(SharedStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(

@@ -50,9 +50,7 @@ class Lifecycle:
 
     @property
     def needs_model(self) -> bool:
-        """Whether a job is in the worker, or waits for room in it. A job that waits for the model to be loaded does not
-        count.
-        """
+        """Whether a job is in the worker, or waits for room in it. A job whose model is being loaded does not count."""
         states = (HeldState.IN_WORKER,) if self.runner.is_unloaded else (HeldState.IN_WORKER, HeldState.WAITING)
         return any(job.state in states for job in self.held)
 

@@ -40,8 +40,7 @@ class Retention:
         return bool(fails) and any(job.state is HeldState.ENDING for job in self._held)
 
     async def keep_end(self, job: HeldJob, ended: JobRecord, images: Pixels | None) -> None:
-        """Store the outcome of a job, and retry until it is stored. Raises LeaseLost, and Draining when the process
-        ends.
+        """Store the outcome of a job, and retry until it is stored. Raises LeaseLost, and Draining at shutdown.
 
         Clients get the outcome only once it is stored, since a restart before that runs the job again.
         """

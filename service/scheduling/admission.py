@@ -61,7 +61,7 @@ class Admission:
         self._speeds: dict[int, Speed] = {}  # keyed by model
         # Held while one request is being admitted; guards the attributes below. Taken before _lock.
         self._admitting = threading.Lock()
-        # keyed by owner; None is for all
+        # Keyed by owner; None is for all.
         self._retry_queues: defaultdict[str | None, RetryQueue] = defaultdict(RetryQueue)
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
         # Room forecasts by owner, each with its time; emptied when a job comes in.
@@ -166,7 +166,7 @@ class Admission:
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return a model's Intake, with room for jobs that at most `ahead_s` seconds of work precede."""
+        """Return a model's Intake. At most `ahead_s` seconds of work go before a job that it takes."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)

@@ -25,7 +25,7 @@ from tminus.service.work import Batch, JobRows, Work
 Rank = tuple[float, float, int]  # the owner's service time, the seconds of work left, the job's number
 
 RESERVED_SHARE = 0.25  # the oldest job's share of the places, or of the time
-# the leader is this many full ticks, or this many seconds, behind the next owner
+# The leader is this many full ticks, or this many seconds, behind the next owner.
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2
 LONGER = 1.25  # other owners' rows may lengthen a leader's tick by this factor
 MOST_IN_FLIGHT = 2  # ticks: Python works on one while the processor computes the other
@@ -43,7 +43,7 @@ class TickTimes:
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    # the duration of a full tick that overlaps another, as a share; None: ticks do not overlap
+    # The duration of a full tick that overlaps another, as a share; None: ticks do not overlap.
     overlapped: float | None = None
 
     def __post_init__(self) -> None:

@@ -150,7 +150,7 @@ class LoadQueue:
         return pending
 
     async def _wait(self, pending: PendingLoad, most_s: float) -> None:
-        """Wait for a load, which continues if the wait is cancelled. Raises the load's error, Draining, or
+        """Wait for a load, which continues if the wait is cancelled. Raises as the load does, Draining, or
         TimeoutError.
         """
         until_s = time.monotonic() + most_s

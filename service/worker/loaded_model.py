@@ -14,9 +14,7 @@ ReadSnapshot = Callable[[], Snapshot]  # may wait for a copy from the GPU
 
 
 class Keeper(Protocol):
-    """Decides when to take snapshots of running jobs, and stores them. The worker's thread calls it, so it
-    never waits.
-    """
+    """Decides when to take snapshots of running jobs, and stores them. The worker's thread calls it; it never waits."""
 
     def due(self, now_s: float) -> bool:
         """Whether to take snapshots now."""

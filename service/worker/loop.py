@@ -72,7 +72,7 @@ class Loop:
     def __init__(
         self, *, clock: Callable[[], float], on_task_done: Callable[[TaskDone], None], report: ReportCurrentJobs
     ) -> None:
-        """on_task_done: called in the autoencoder's thread after each task; it passes tasks of jobs to the method.
+        """on_task_done: called in the autoencoder's thread after each task; pass the tasks of jobs to `on_task_done`.
 
         report: called in each thread with the durable jobs that the thread is working on.
         """
@@ -124,7 +124,7 @@ class Loop:
         """Begin a job: its rows step from the next tick, or as soon as its picture is encoded."""
         with self._working_on([job]):
             answered = job.future.done() and not job.future.cancelled()  # the client was answered while the worker hung
-            # from here on only the worker can end the job
+            # From here on only the worker can end the job.
             if answered or not job.future.set_running_or_notify_cancel():
                 self.events.append(Ended(job))
                 return
@@ -136,9 +136,7 @@ class Loop:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Enter the turnstile to work on jobs. An isolated job waits until no tick and no autoencoder task
-        is running.
-        """
+        """Enter the turnstile to work on jobs. An isolated job waits until no tick and no autoencoder task runs."""
         if jobs[0].new.isolated:
             self._end_ticks()
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)

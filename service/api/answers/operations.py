@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of each call: its name, and what it does. Prose only.
+"""The names and descriptions of the calls in the OpenAPI document. Prose only.
 
 A route takes its part by `described`. The reference page of the API is made from the document, so that this is the one
 place for these texts. Parameters are described where they are checked, in api/request/schemas.py.

@@ -70,8 +70,8 @@ def identify(access: Access, scope: Scope) -> Caller:
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Return whether a WebSocket's handshake has a key or needs none. Raises Unauthorized for a wrong key in its
-    header.
+    """Return whether a WebSocket's handshake has a key or needs none. Raises Unauthorized if its header has a wrong
+    key.
     """
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)

@@ -36,7 +36,7 @@ CONTROL_FRAMES = 64  # a second: pings and pongs
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Return whether bytes came in more pieces than any client needs. A small piece takes as long to parse as a large
+    """Return whether bytes came in more pieces than any client needs. A small piece costs as much to parse as a large
     one.
     """
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
@@ -77,7 +77,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     """uvicorn's WebSocket connection with the bounds above. Runs in the event loop's thread."""
 
     budget: ClassVar[ByteBudget]  # shared by all connections of one server; set by `stream_protocol`
-    # called when the handshake is answered, and at the end
+    # Called when the handshake is answered, and at the end.
     handshake_answered: Callable[[], None] = staticmethod(lambda: None)
     _received: Hold  # bytes since the app last took a message
     _second, _control_frames = 0.0, 0  # start of the current second, and the control frames in it
@@ -137,7 +137,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         return self._control_frames <= CONTROL_FRAMES
 
     def _fail(self, code: CloseCode, reason: str) -> None:
-        """Close for the client's error. Reading goes on for a moment: TCP loses the close frame if data is
+        """Close for the client's error. Reading goes on briefly, as TCP loses the close frame if data is
         left unread.
         """
         if self.conn.eof_sent:
@@ -188,7 +188,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         super().connection_lost(exc)
 
     async def send(self, message: Any) -> None:
-        """Send a message of the app. Raises ClientDisconnected for an accept after the client has gone, which ends the
+        """Send a message of the app. Raises ClientDisconnected for an accept after the client has gone; this ends the
         app.
 
         After an answer in place of a handshake nothing is missing, though uvicorn would log an error.
@@ -205,8 +205,8 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
-        """Run the app, then abort the connection after LINGER_S: a closed transport waits for its reader
-        without limit.
+        """Run the app, then abort the connection after LINGER_S: a closed transport may wait for its reader
+        for ever.
         """
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
@@ -292,7 +292,7 @@ class _Addresses(_TrustedHosts):
             ip_address(host)
         except ValueError:
             return "", 0
-        # after % an IPv6 address may have any text: the zone of some machine
+        # After % an IPv6 address may have any text: the zone of some machine.
         return ("", 0) if "%" in host else (host, port)
 
 

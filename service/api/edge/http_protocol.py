@@ -43,9 +43,9 @@ BULK_BYTES = 65_536  # taken in a turn where nothing is parsed
 KEPT_S = 75
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # time and bytes for the rest of a request after its answer
 LAST_LINGER_S = 0.5  # the time when the server ends
-# an answer must leave at this rate, in bytes a second over SENT_S, or its connection is aborted
+# An answer must leave at this rate, in bytes a second over SENT_S, or its connection is aborted.
 SENT_RATE, SENT_S = 8192, 40.0
-# in the kernel, which by default holds megabytes, and then takes no more from a slow reader's answer for minutes
+# In the kernel, which by default holds megabytes, and then takes no more from a slow reader's answer for minutes.
 UNSENT_BYTES = 131_072
 # A target with scheme and host, as proxies get it. A server must accept it too (RFC 9112, section 3.2.2).
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
@@ -116,7 +116,7 @@ class _Parser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request) and (absolute := ABSOLUTE.fullmatch(event.target)):
             host, path, query = absolute.groups(b"")
-            # an absolute target overrides the Host header
+            # An absolute target overrides the Host header.
             headers = [(name, value) for name, value in event.headers if name != b"host"]
             return h11.Request(
                 method=event.method, headers=[(b"host", host), *headers], target=(path or b"/") + query,
@@ -326,9 +326,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over to a WebSocket. If the library rejects the handshake, take it back and refuse the
-        request.
-        """
+        """Hand the connection over to a WebSocket. If the library rejects the handshake, refuse the request."""
         if self.transport.get_write_buffer_size():  # the WebSocket's protocol would not know of the unsent bytes
             self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return

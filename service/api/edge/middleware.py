@@ -37,9 +37,7 @@ GONE = "client_gone"  # the client disconnected before the answer
 
 
 def new_request_id(scope: Scope) -> str:
-    """Set REQUEST_ID to the client's X-Request-ID, if that is well-formed and has no key in it, or to a new id. Returns
-    it.
-    """
+    """Set REQUEST_ID to a well-formed X-Request-ID of the client that has no key in it, or to a new id. Returns it."""
     asked = Headers(scope=scope).get("x-request-id", "")
     request_id = asked if WELL_FORMED.fullmatch(asked) and masked(asked) == asked else uuid.uuid4().hex
     REQUEST_ID.set(request_id)
@@ -139,7 +137,7 @@ class RequestContext:
                 headers["X-Request-ID"] = request_id
                 if error_form(scope["method"], scope["path"]) is None:
                     headers["API-Version"] = API_VERSION
-                # browsers then do not take a client's text or pixels for a page
+                # Browsers then do not take a client's text or pixels for a page.
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self._draining():
                     headers["Connection"] = "close"
@@ -206,8 +204,8 @@ class MemoryLimit:
         answers: ByteBudget,
         refused: Callable[[str], None],
     ) -> None:
-        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: called with the code of each
-        refusal.
+        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: called with each
+        refusal's code.
         """
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
@@ -226,9 +224,7 @@ class MemoryLimit:
         return self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
-        """Count an answer while it is sent, or send a refusal instead. The hold on the request's body is released
-        first.
-        """
+        """Count an answer while it is sent, or send a refusal instead. The body of the request is released first."""
         waiting: list[Message] = []  # the beginning of an answer that may still be refused
         is_refused = False
 

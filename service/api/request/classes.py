@@ -72,8 +72,7 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
 
 
 def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
-    """Return a label for the class of this number: the number, with the prefix NUMBER if another class has it as a
-    name.
+    """Return a label for a class: its number, with the prefix NUMBER if the number is another class's name.
 
     None stands for no class.
     """

@@ -79,9 +79,7 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
 
 
 def _part(body: bytes, start: int, end: int) -> Part:
-    """Parse the bytes between two delimiters: the rest of a line, headers, an empty line, data. Raises
-    MalformedForm.
-    """
+    """Parse a part: the rest of the delimiter's line, headers, an empty line, data. Raises MalformedForm."""
     head, empty_line, _ = body[start : min(end, start + MAX_HEAD_BYTES)].partition(b"\r\n\r\n")
     rest, *headers = head.split(b"\r\n")
     if not empty_line or rest.strip(b" \t"):

@@ -41,7 +41,7 @@ Kind = TypeVar("Kind", bound=RequestSchema)
 P = ParamSpec("P")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")  # an Idempotency-Key
 MAX_MARKS = 4096  # the most MARKS in a body. A request has some forty, plus any in its class names
-# starts of lists, objects and members. Python's garbage collector visits them repeatedly while it makes more
+# Starts of lists, objects and members. Python's garbage collector visits them repeatedly while it makes more.
 MARKS = b"[{:"
 SMALL_BYTES = 64 * 1024  # parsed in the event loop, in a millisecond or two; larger bodies are parsed in a thread
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "keep", "show", "webhook_events_filter"})
@@ -177,9 +177,7 @@ async def parse_call(
     errors: ValidationErrors | None = None,
     context: object = None,
 ) -> Kind:
-    """Check the parameters of a call, in a thread if they have much base64. Raises the errors of
-    RequestSchema.parse.
-    """
+    """Check the parameters of a call, in a thread if they have much base64. Raises as RequestSchema.parse does."""
     size_bytes = sum(len(values[name]) for name in PICTURES if isinstance(values.get(name), str))
     return await off_loop(size_bytes, kind.parse, values, bounds, errors, context)
 
@@ -229,9 +227,7 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form. files: names of the fields that may be an image. Raises JobCancelled and the errors of
-    `parse_form`.
-    """
+    """Read a form. files: names of the fields that may be an image. Raises JobCancelled, and as `parse_form` does."""
     body, held = await read_body(request), body_of(request.scope)
     with held.budget.hold(SMALL_BYTES, held.owner) as copies:
         copies.add(len(body))  # parsing copies the parts
@@ -309,9 +305,7 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], errors: ValidationErrors) -> dict[str, Any]:
-    """Merge query and body. A field with two different values is left out, and a ConflictingField is added
-    to errors.
-    """
+    """Merge query and body. A field with two different values is left out, and errors gets a ConflictingField."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):

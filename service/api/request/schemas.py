@@ -291,8 +291,7 @@ def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Rename parameters to the names of POST /sample. Returns the parameters, and the names in the request by our
-    names.
+    """Rename parameters to those of POST /sample. Returns them, and for each name of ours the name in the request.
 
     names: our names by the other API's names. Raises ConflictingField for a parameter that is given by two names.
     """

@@ -118,9 +118,7 @@ class Removal(DeliveryStore):
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """Do one part of a sweep, and return the number of deleted jobs. which: jobs of other weights, if not this
-        store's.
-        """
+        """Do one part of a sweep, and return the number of deleted jobs. which: jobs; None means this store's."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)
@@ -224,7 +222,7 @@ class JobStore(Removal):
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
         except StorageFailed as error:
             self._let_go(job.id)
-            # another replica used the key after this one had looked
+            # Another replica used the key after this one had looked.
             if isinstance(error.__cause__, sa.exc.IntegrityError):
                 return False
             raise
@@ -367,7 +365,7 @@ class JobStore(Removal):
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
                 kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
-                # an earlier attempt stored it, and its answer was lost
+                # An earlier attempt stored it, and its answer was lost.
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():
                     return
                 raise LeaseLost(job_id)

@@ -50,7 +50,7 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
 
 
 def connect(url: str, namespace: str) -> sa.Engine:
-    """Make an engine for a database, without connecting. The URL's settings override ours.
+    """Make an engine for a database, without connecting. The URL's settings win over ours; options of both apply.
 
     Raises ValueError unless it is a PostgreSQL URL.
     """
@@ -93,8 +93,7 @@ def connect(url: str, namespace: str) -> sa.Engine:
 
 
 def prepare_schema(engine: sa.Engine, namespace: str) -> None:
-    """Upgrade a namespace to this version, in one transaction. Replicas that start at the same time wait for each
-    other.
+    """Upgrade a namespace to this version, in one transaction. Replicas that start together wait for each other.
 
     namespace: a schema of the database, so that several clusters can share it. Raises ValueError if the database
     cannot be reached or used, or is of a newer version.

@@ -52,7 +52,7 @@ class JobRecord:
     owner: str = ""  # the name of its API key
     crashes: int = 0  # crashes of the worker, or of the whole process, during this job
     webhook: Webhook | None = None  # the receiver of its events
-    # whether a live replica held it when it was read; only in a shared store
+    # Whether a live replica held it when it was read; only in a shared store.
     held: bool = field(default=False, compare=False)
     suspect: bool = field(default=False, compare=False)  # set by a claim: an earlier replica was lost during this job
     ahead_us: int = field(default=0, compare=False)  # the store's clock minus this machine's

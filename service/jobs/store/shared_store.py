@@ -112,7 +112,7 @@ class SharedStore(JobStore):
             shortest = run(free(new, length, arrival)).all()
             chosen += [row for row in shortest if intake.offer(row.places)]
             if intake.refused < math.inf:
-                oldest = run(free(new, arrival).limit(1)).first()  # None if another replica has just claimed it
+                oldest = run(free(new, arrival).limit(1)).first()  # None if a replica with its table has just started
                 is_next = oldest is not None and oldest not in chosen
                 if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)

@@ -205,7 +205,7 @@ class SqliteStore(JobStore):
         self._check_there()
         if write:
             with self._transaction() as run:
-                # an unchanged value: writes one page to the disk
+                # An unchanged value: writes one page to the disk.
                 run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))
 
     def _check_there(self) -> None:
@@ -252,8 +252,7 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def open_store(state_dir: str, weights_hash: str) -> JobStore:
-    """Open the file with the jobs of these weights. Other weights have other files, as they could not finish these
-    jobs.
+    """Open the file with the jobs of these weights. Each set of weights has its own file.
 
     state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. If the disk is full, each call
     tries to open it again. Raises ValueError for an unusable folder or file, with what to do about it.
@@ -286,9 +285,7 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore whose file cannot be opened because its disk is full. Each call tries again, and raises
-    StorageFailed.
-    """
+    """A JobStore whose file cannot be opened because its disk is full. Each call retries, and raises StorageFailed."""
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file

@@ -71,7 +71,7 @@ class Slots:
     """Owns the running attempts, and remembers the receivers that failed last."""
 
     def __init__(self) -> None:
-        # by id; the bool tells whether its receiver was known to fail
+        # By id; the bool tells whether its receiver was known to fail.
         self._taken: dict[str, tuple[Delivery, bool]] = {}
         self._failing: dict[Whose, None] = {}  # the newest last
 
