@@ -180,3 +180,20 @@ def test_whatever_replicas_do_one_at_most_may_write_a_job(postgres: Postgres) ->
     shelf = DatabaseShelf(postgres.url(), LEASE_S)
     openers = [shelf.opener() for _ in range(3)]
     run_state_machine_as_test(lambda: Stores(openers, shelf.expire), settings=SETTINGS)
+
+
+def test_a_replica_writes_nothing_to_a_job_that_another_has_taken_over(database: DatabaseShelf) -> None:
+    first, second = database.open(), database.open()
+    first.add(record := job("a"))
+    first.save({"a": snapshot(seed=1)}, "build")
+    database.expire()
+    assert [each.id for each in claim(second).jobs] == ["a"]
+
+    first.save({"a": snapshot(seed=2)}, "build")
+    first.release("a")
+    with pytest.raises(LeaseLost):
+        first.note_object("a", "an object")
+    with pytest.raises(LeaseLost):
+        first.finish(ended(record, "failed"))
+    assert same(second.snapshot("a", "build"), snapshot(seed=1))
+    second.finish(ended(record, "cancelled"))
