@@ -17,7 +17,7 @@ from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0  # before a test gives up: only a test that fails waits so long
 
 INFO = ModelInfo(
     name="fake",
