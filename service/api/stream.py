@@ -155,7 +155,7 @@ class _Stream:
         return message
 
     async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
-        """Wait for a message and parse it. Return {} without parsing if it is longer than `most_characters`."""
+        """Wait for a message and parse it. Return {} for a message of more than `most_characters`."""
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
