@@ -143,7 +143,7 @@ def _samplers(model: ModelInfo) -> dict[str, str]:
 
 
 def _check(name: str, value: object, model: ModelInfo) -> None:
-    """Raise InvalidField for a request beyond the model: another image size, or a class to avoid."""
+    """Raise InvalidField if the model cannot fulfil the request: another image size, or a class to avoid."""
     size = {"width": model.width_px, "height": model.height_px}
     if name == "negative_prompt":
         if value != "":

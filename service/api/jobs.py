@@ -1,4 +1,4 @@
-"""POST and GET /jobs, and the routes of one job: state, images, cancel and delete. Its events are in events.py."""
+"""POST and GET /jobs, and the routes of one job: state, images, cancel and delete. events.py has the job's events."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -66,7 +66,6 @@ class JobsCall(RequestSchema):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The requested states; all states by default."""
         return STATES if self.state is None else tuple(self.state.split(","))
 
     @property

@@ -56,12 +56,11 @@ class Services:
     recordings: RecordingRoom
     webhooks: AllowedReceivers | None  # receivers allowed besides public ones; None if webhooks are off
     loaded_s: int  # Unix time in seconds of the model's registration
-    noise_turns: CallerTurns  # make POST /noise send the worker one image at a time
+    noise_turns: CallerTurns  # limits the worker to one image of POST /noise at a time
     models: "Models"  # the registry of all models
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the parameters that depend on the model."""
         return bounds_of(self.model, self.limits)
 
     @property
@@ -70,7 +69,7 @@ class Services:
         return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory, and return the Services that its name refers to by then.
+        """Wait until the model is in memory, and return the current Services of its name.
 
         request: the wait ends if this request's client disconnects; None for a message on a WebSocket. Raises the
         errors of LoadQueue.ensure_loaded.
@@ -201,7 +200,6 @@ class Models:
 
     @property
     def in_memory(self) -> list[ServedModel]:
-        """The served models that are in memory."""
         return [one for one in self.served if one.loaded is not None]
 
     def find(self, name: str) -> ServedModel | None:
@@ -217,5 +215,4 @@ class Models:
         return self._served.pop(name)
 
     def forget(self, number: int) -> None:
-        """Remove a model that is no longer served."""
         del self._by_number[number]

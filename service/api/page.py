@@ -20,7 +20,7 @@ from tminus.service.api.request.reading import qualities
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {
     "Cache-Control": "no-cache",
-    # The page shows blob: URLs of data that it has created itself.
+    # blob: URLs refer to data that the page has created.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

@@ -94,7 +94,7 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Describes a response before its job runs: what the job records for it, and the encoding of the result."""
+    """Describes a response before its job runs: the data to record during the job, and the encoding of the result."""
 
     media_type: str
     etag_form: str  # everything besides the spec that determines the bytes
@@ -227,7 +227,7 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Return the bytes of all frames before the result, including x_T if `from_noise`.
+    """Return the size in bytes of all frames before the result, including x_T if `from_noise`.
 
     Raises InvalidField if the frames and the result together exceed MAX_FRAME_BYTES.
     """
@@ -263,7 +263,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
     with_noise = len({*noisy}.intersection(selection.passes))
-    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # one s for each value
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # the file has one s for each value
     rounded = len(selection.points) + len(selection.predictions) + with_noise
     image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes

@@ -131,7 +131,6 @@ class _Stream:
         return access.with_secret(self._secret)
 
     async def _end(self, error: Exception) -> None:
-        """Send the error and close the connection."""
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError()
@@ -173,7 +172,6 @@ class _Stream:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
     async def _job(self, preview: StreamCall, new: NewJob, caller: Caller) -> None:
-        """Run one job, and send its frames and result."""
         model = self._services.model
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")

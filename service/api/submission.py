@@ -1,4 +1,4 @@
-"""The only path from request parameters to a job, for every kind of request.
+"""Creates the jobs of all kinds of requests from their parameters.
 
 Parameters are checked before a job is accepted.
 """
@@ -36,7 +36,7 @@ MOSTLY_IMAGE = 0.5  # alpha_bar_t: the image's share of the variance of x_t
 async def ensure_loaded(
     services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
 ) -> Services:
-    """Wait until the model is in memory, and return its Services by then. The wait shortens the deadline.
+    """Wait until the model is in memory, and return its current Services. Subtract the wait from the deadline.
 
     HEAD loads no model, because the server can respond to HEAD without one. A caller without quota for the job loads no
     model either: `submit` refuses the job. An invalid request raises before a model is loaded.
@@ -92,7 +92,7 @@ async def prepare_job(
 
 @asynccontextmanager
 async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncIterator[None]:
-    """Charge a caller for a job. An exception in the block takes the charge back. Raises QuotaExceeded.
+    """Charge a caller for a job. An exception in the block refunds the charge. Raises QuotaExceeded.
 
     The price is one row-step for each pass of each row. A guided step counts twice, and a skipped step not at all.
     """
@@ -159,7 +159,7 @@ def _key(
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
-    if transparent:  # the same mask then means another image
+    if transparent:  # a transparent mask gives another image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
@@ -199,7 +199,7 @@ def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
     # With strength, the job starts from an image that is noised for the first step.
     if spec.steps > 1 or spec.strength is not None:
         return None
-    if spec.table is not None and not model.has_table(spec.table):  # a finished job, whose table was removed since
+    if spec.table is not None and not model.has_table(spec.table):  # the job ended before its table was removed
         return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:

@@ -27,10 +27,9 @@ from tminus.service.errors import TooManyBytes, TooManyStreams
 
 TCP_NOTSENT_LOWAT = 25  # from linux/tcp.h; the socket module does not define it
 TURN_BYTES = 2048  # about 300 of the smallest chunks or frames, which take 1 ms to parse
-# The pieces that any body or message may have, and the number of bytes that allows one more piece.
+# Any body or message may have FREE_PIECES pieces, and one more for each BYTES_PER_PIECE bytes.
 FREE_PIECES, BYTES_PER_PIECE = 1024, 64
-# Limit for asyncio's buffer and for the kernel's. The default buffers hold megabytes, so a slow reader would get old
-# frames.
+# Limit for asyncio's and the kernel's send buffers. The defaults are megabytes: a slow reader would get old frames.
 UNSENT_BYTES = 16_384
 LINGER_S = 10.0  # seconds after the app ends, for the client to read the rest and to answer the close
 LAST_LINGER_S = 1.0  # seconds after a close for a client's error; data received meanwhile is discarded
@@ -123,7 +122,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         """Resume reading, and stop counting the connection as HTTP."""
         self.handshake_answered()
         self.transport.resume_reading()
-        self.__dict__.pop("handshake_answered", None)  # the callback keeps the HTTP protocol object in memory
+        self.__dict__.pop("handshake_answered", None)  # the callback would keep the HTTP protocol object in memory
 
     def _takes_control_frame(self) -> bool:
         """Count a control frame. Close with 1008 and return False if the current second has too many."""
@@ -189,16 +188,15 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     async def send(self, message: Any) -> None:
         """Send a message from the app.
 
-        Raises ClientDisconnected, which ends the app, if the app accepts a handshake whose client has disconnected.
-        Mark the handshake as complete after an HTTP response in its place: uvicorn would otherwise log an error.
+        Raises ClientDisconnected, which ends the app, if the app accepts a handshake whose client has disconnected. If
+        the app responds to a handshake with HTTP, mark the handshake as complete: uvicorn would otherwise log an error.
         """
         if message["type"] == "websocket.accept" and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.accept":
             self._end_handshake()
-        # uvicorn waits for its buffer only before the next message. Wait here too, so that the message counts until it
-        # is sent.
+        # uvicorn waits only before the next message. Wait here, so that a message counts until it is sent.
         if message["type"] == "websocket.send":
             await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
@@ -256,7 +254,7 @@ class Streams:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Count a stream as busy while the block runs: until the last byte of its job's images is sent."""
+        """Count a stream as busy while the block runs."""
         self._busy += 1
         self._quiet.clear()
         try:
@@ -287,8 +285,7 @@ class ForwardedAddresses(ProxyHeadersMiddleware):
 
 class _Addresses(_TrustedHosts):
     def get_trusted_client_address(self, x_forwarded_for: str) -> tuple[str, int]:
-        """Return the client's address and port, or an empty address, which uvicorn ignores, if the address is invalid.
-        """
+        """Return the client's address and port. Return an empty address, which uvicorn ignores, for an invalid one."""
         host, port = super().get_trusted_client_address(x_forwarded_for)
         try:
             ip_address(host)
@@ -299,7 +296,7 @@ class _Addresses(_TrustedHosts):
 
 
 def counted_address(host: str) -> str:
-    """Return the unit that limits apply to: an IPv4 address, or an IPv6 /64 network, which one customer has.
+    """Return the unit to which limits apply: an IPv4 address, or the IPv6 /64 network of one customer.
 
     A dual-stack socket reports an IPv4 address as ::ffff:a.b.c.d.
     """

@@ -1,11 +1,11 @@
-"""HTTP connections under uvicorn: limits on heads, deadlines, a limit for each address, and closing without data loss.
+"""HTTP connections under uvicorn: limits on heads, deadlines, a limit per address, and a close that loses no response.
 
 A connection is counted and timed until it ends, or until its WebSocket handshake is answered.
 
 Sending has a deadline too: asyncio's transports wait for slow readers without limit, even after they are closed.
 
-uvicorn has no settings for most of these limits, and the class that is extended here is not public. So pyproject.toml
-limits uvicorn's version, and a test names what is missing if the class changes.
+uvicorn has no settings for most of these limits, and its class is not public. So pyproject.toml limits uvicorn's
+version, and a test reports changes of the class.
 """
 
 import logging
@@ -43,14 +43,13 @@ BULK_BYTES = 65_536  # bytes read in one turn if nothing is parsed
 # way, the client gets an error.
 KEPT_S = 75
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # seconds and bytes for the rest of a request after its response
-LAST_LINGER_S = 0.5  # seconds instead, for refused connections and while the server shuts down
+LAST_LINGER_S = 0.5  # seconds, for refused connections and during shutdown
 # Minimum rate of sending a response, in bytes per second over SENT_S seconds. Slower connections are aborted.
 SENT_RATE, SENT_S = 8192, 40.0
 # Limit on unsent bytes in the kernel. The default is megabytes: a slow reader's response would then show no progress
 # for minutes.
 UNSENT_BYTES = 131_072
-# A request target with scheme and host, as clients send it to proxies. A server must accept it too (RFC 9112, section
-# 3.2.2).
+# A request target with scheme and host, as sent to proxies. Servers must accept it too (RFC 9112, section 3.2.2).
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
 # Key in `open_by_address` for refused connections that linger, and their maximum number. Further refused connections
@@ -203,11 +202,10 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def data_received(self, data: bytes) -> None:
         """Process received data, unless the connection is closing or has an unanswered request.
 
-        The connection must be read even then, because only reading shows that the client disconnects. A further request
-        that arrives before the response begins is dropped. The connection closes after the response, so the client
-        tries again. A further request that arrives after the response has begun is kept until the response ends. The
-        client may send such a request before this server knows that the response is complete: a response to HEAD is
-        complete after its head.
+        Only reading shows that the client has disconnected, so data is read but dropped before the response begins. The
+        connection then closes after the response, so that the client sends a dropped request again. Data that arrives
+        later is kept until the response ends. A client may send its next request before this server knows that the
+        response is complete, for example after the head of a response to HEAD.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -226,7 +224,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         """Return the maximum number of bytes to read in the next turn.
 
         h11 limits an incomplete head, but accepts a head of any size that arrives in one piece. So read at most one
-        byte beyond this limit: h11 then refuses a longer head. A body of declared length is not parsed.
+        byte more than this limit: h11 then refuses a longer head. A body of declared length is not parsed.
         """
         if self.conn.their_state is h11.IDLE:
             return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
@@ -341,8 +339,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
             del self._outlet  # the outlet would keep this protocol in memory
-            # Clients wait for the response to a handshake. Do not read until then: uvicorn cannot refuse an earlier
-            # frame.
+            # Clients wait for the handshake's response. Do not read until then: uvicorn cannot refuse an earlier frame.
             self.transport.pause_reading()
             self._stop_waiting()
             self._expect_head()

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LEAST_RATE = 8192  # minimum bytes per second of a body
 WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-WEBHOOK = "webhook"  # the parameter's name
+WEBHOOK = "webhook"
 TARGET_CHARACTERS = 200  # maximum length of a path with query in the log
 READ_CHARACTERS = 2000  # maximum length to decode: a target of 16 KiB would take 2 ms
 # Size of the pieces of a long response. uvicorn holds at most two pieces before it waits.
@@ -108,9 +108,9 @@ def pieces_of(message: Message) -> Iterator[Message]:
 class RequestContext:
     """Gives each request an id, times the request by route and status, and sends a long response in pieces.
 
-    The id is the client's X-Request-ID, if that is well-formed. While the server drains, each response closes its
-    connection, because the server could end before it answers a next request. A request that is unanswered when the
-    server ends is refused.
+    The id is the client's X-Request-ID, if well-formed. While the server drains, each response closes its connection,
+    because the server may end before the client's next request. A request that is unanswered when the server ends is
+    refused.
     """
 
     def __init__(
@@ -186,11 +186,11 @@ def body_of(scope: Scope) -> Hold:
 
 
 class MemoryLimit:
-    """Limits the memory that clients' data takes: received bodies, and responses that are being sent.
+    """Limits the memory for clients' data: received bodies, and responses that are being sent.
 
-    All bodies together may take MAX_HELD_BYTES, and one caller's bodies a share of it. A body counts until a job is
-    made from it, because the job keeps no part of the body (see `body_of`). Other bodies count until their response
-    begins.
+    All bodies together may take MAX_HELD_BYTES, and one caller's bodies a share of this limit. A body counts until a
+    job is made from it, because the job keeps no part of the body (see `body_of`). Other bodies count until their
+    response begins.
 
     All responses share one budget. A response's body, an event or a WebSocket message counts while it is being sent. A
     cached body that several clients get counts once, but each WebSocket message is a copy. A response with a

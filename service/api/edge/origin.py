@@ -71,8 +71,7 @@ class AllowedSites:
         return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
-        """Return whether an origin is allowed. Ignore the scheme of this server's pages, because a TLS proxy hides it.
-        """
+        """Return whether an origin is allowed. Ignore the scheme of our own pages, because a TLS proxy hides it."""
         scheme, _, rest = origin.partition("://")
         origin_host = rest.partition("/")[0]
         return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")
