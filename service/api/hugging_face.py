@@ -156,7 +156,6 @@ def _check(name: str, value: object, model: ModelInfo) -> None:
 
 
 def _described(contract: Contract) -> Described:
-    """Return the JSON schema of the body."""
     model, fields = contract.model, contract.fields(SampleRequest)
     size = {
         name: {"type": "integer", "enum": [px]} for name, px in (("width", model.width_px), ("height", model.height_px))

@@ -240,7 +240,6 @@ class _Stream:
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
     async def _show(self, mailbox: Mailbox, progress: Progress) -> None:
-        """Send frames until the mailbox is closed."""
         while (frame := await mailbox.take()) is not None:
             if not (shown := await progress.shown(frame)):
                 continue
@@ -251,7 +250,6 @@ class _Stream:
             self._services.metrics.count("tminus_frames_sent_total")
 
     async def _deliver(self, preview: StreamCall, spec: SampleSpec, result: JobResult, dropped: int) -> None:
-        """Send the final message with the job's times, then the pictures."""
         pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result, self._services.model)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(

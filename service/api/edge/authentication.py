@@ -207,7 +207,6 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
 
 
 def _bearer(headers: Headers) -> str | None:
-    """Return the Bearer token of the Authorization header, or None for other schemes."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
 

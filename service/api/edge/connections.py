@@ -61,7 +61,6 @@ class ReadsInTurns(BufferedProtocol):
     _buffer = bytearray()
 
     def turn_bytes(self) -> int:
-        """Return the maximum number of bytes to read in the next turn."""
         return TURN_BYTES
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish

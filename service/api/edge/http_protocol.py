@@ -74,7 +74,6 @@ class _Outlet:
         self._protocol, self._transport = protocol, protocol.transport
 
     def write(self, data: bytes) -> None:
-        """Write a part of a response. Start the timer if the part is not sent at once."""
         was_left = self._transport.get_write_buffer_size()
         self._transport.write(data)
         self._written += len(data)
@@ -94,7 +93,6 @@ class _Outlet:
             self._timer = None
 
     def _expect_sent(self) -> None:
-        """Restart the timer if bytes are unsent."""
         self.stop_waiting()
         if left := self._transport.get_write_buffer_size():
             self._sent = self._written - left
@@ -162,7 +160,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.conn, self.timeout_keep_alive = _Parser(h11.SERVER, MAX_HEAD_BYTES), KEPT_S
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Count the connection and wait for a head, or refuse the connection."""
         transport = cast(Transport, transport)  # uvloop's transport, used under Ray, has another base class
         super().connection_made(transport)
         self._outlet = _Outlet(self)
