@@ -1,1 +1,1 @@
-"""HTTP and WebSocket: requests become specs, and results become responses. Nothing is computed here."""
+"""The HTTP and WebSocket API: converts requests to specs and results to responses, and computes no images."""

@@ -1,4 +1,4 @@
-"""GET /models, and the calls that load, reload and unload models while the server runs."""
+"""Routes under /models: list, load, reload and unload models while the server runs."""
 
 from collections.abc import Awaitable, Mapping
 from typing import Protocol
@@ -16,26 +16,29 @@ from tminus.service.api.request.reading import BARE
 
 
 class Loader(Protocol):
-    """Loads and unloads models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
+    """Loads, reloads and unloads models while the server runs.
+
+    Methods raise ModelBusy, ModelNotFound, CheckpointRefused or another ServiceError.
+    """
 
     def unloaded_models(self) -> Awaitable[Mapping[str, str]]:
-        """Return the models that can be loaded and are not served, and the state of each."""
+        """Return the state of each model that can be loaded but is not served, keyed by name."""
 
     def state(self, services: Services) -> str:
-        """Return the state of a model that is served."""
+        """Return the state of a served model: loaded, loading, unloading or unloaded."""
 
     def load(self, name: str) -> Awaitable[Services]:
-        """Bring a model into memory, and serve it."""
+        """Load a model into memory and serve it."""
 
     def reload(self, name: str) -> Awaitable[Services]:
-        """Read a model's folder again, and serve its current content."""
+        """Read the model's folder again and serve its current content."""
 
     def unload(self, name: str) -> Awaitable[None]:
-        """Free a model's memory when its jobs have ended. Without loading on demand, stop serving it."""
+        """Free a model's memory after its jobs end. Stop serving the model if loading on demand is off."""
 
 
 class ModelSummary(BaseModel):
-    """One model, in the list of all."""
+    """A model in the list of all models."""
 
     name: str
     default: bool = Field(description="Whether requests that name no model use this one.")
@@ -45,13 +48,13 @@ class ModelSummary(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Lists the models of this server."""
+    """The models of this server."""
 
     models: list[ModelSummary]
 
 
 def admin_routes(models: Models, loader: Loader, access: Access) -> APIRouter:
-    """Make the routes."""
+    """Return a router with the routes under /models."""
     router = APIRouter(prefix="/models", tags=["models"])
     refusals = failures(401, 403, 404, 409, 422, 500, 503)
 

@@ -1,5 +1,6 @@
-"""GET /batch: the waiting and running jobs, each at its own timestep. Ids and seeds are for callers who may
-see them.
+"""GET /batch: lists the waiting and running jobs, each at its own timestep.
+
+A job's id and seed are null for callers who may not see the job.
 """
 
 import asyncio
@@ -19,13 +20,13 @@ from tminus.service.api.request.reading import BARE
 from tminus.service.errors import ModelUnloaded
 from tminus.service.work import JobStatus, timesteps_of
 
-MOST_JOBS = 64  # the most jobs in an answer
-FRESH_S = 0.1  # the jobs are read at most once in this time, for all callers
+MOST_JOBS = 64  # maximum number of jobs in a response
+FRESH_S = 0.1  # seconds for which all callers share the jobs of one read
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """The constants of one job: its number here, its model's T, and the timestep of each of its passes."""
+    """Constants of a listed job: its number in GET /batch, T of its model, and the timestep of each of its passes."""
 
     number: int
     num_timesteps: int
@@ -33,7 +34,7 @@ class _Known:
 
 
 class BatchJob(BaseModel):
-    """One job, and the step and timestep of its rows."""
+    """A job, with the step and timestep of its rows."""
 
     number: int = Field(description="A number that stays the same for as long as the job runs.")
     id: str | None = Field(description="Null where the caller may not see the job.")
@@ -51,7 +52,7 @@ class BatchJob(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """The worker's jobs at this moment."""
+    """The worker's waiting and running jobs."""
 
     max_batch: int = Field(description="The places in a forward pass of the default model.")
     rows_active: int = Field(description="The rows in the last forward pass. 0 when idle.")
@@ -60,18 +61,18 @@ class BatchAnswer(BaseModel):
 
 
 class RunningJobs:
-    """Owns the jobs as they were read last from the worker. In the event loop's thread only."""
+    """Holds the jobs that the worker reported last. Used only in the event loop's thread."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
         self._known: dict[str, _Known] = {}
         self._numbers = count(1)
-        self._statuses: list[JobStatus] = []  # of the jobs in an answer
+        self._statuses: list[JobStatus] = []  # at most MOST_JOBS
         self._more = 0
-        self._looked_s = float("-inf")  # by the event loop's clock
+        self._looked_s = float("-inf")  # time of the last read, by the event loop's clock
 
     async def seen_by(self, caller: Caller) -> BatchAnswer:
-        """Return the answer for a caller."""
+        """Return the jobs, without the ids and seeds that the caller may not see."""
         await self._look()
         services = self._models.default
         return BatchAnswer(
@@ -85,7 +86,7 @@ class RunningJobs:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._looked_s < FRESH_S:
             return
-        statuses = await self._models.default.statuses.all()  # of all models, which share one worker
+        statuses = await self._models.default.statuses.all()  # jobs of all models, because all models share one worker
         self._looked_s = now_s
         known, self._known = self._known, {}
         for status in statuses[:MOST_JOBS]:
@@ -99,7 +100,7 @@ class RunningJobs:
         try:
             model = self._models.numbered(status.model).model
             timesteps = timesteps_of(status.spec, model)
-        except (ModelUnloaded, ValueError):  # the job's table has left the checkpoint: the job is about to fail
+        except (ModelUnloaded, ValueError):  # the job's model or sampler table no longer exists
             return None
         return _Known(next(self._numbers), model.num_timesteps, timesteps)
 
@@ -123,7 +124,7 @@ class RunningJobs:
 
 
 def batch_routes(models: Models) -> APIRouter:
-    """Make the route."""
+    """Return a router with GET /batch."""
     router, batch = APIRouter(tags=["jobs"]), RunningJobs(models)
 
     @router.get("/batch", **described("get_batch"), dependencies=BARE, responses=failures(422))

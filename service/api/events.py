@@ -1,7 +1,7 @@
-"""GET /jobs/{id}/events: a durable job as server-sent events, with frames on request.
+"""GET /jobs/{id}/events: streams a durable job as server-sent events, with frames on request.
 
-The events give the job's present state, not its history. A client that reconnects gets what is new to it, and never
-misses the final event.
+The events give the current state, not the history. A client that reconnects continues after the last event it received,
+and never misses the final event.
 """
 
 import asyncio
@@ -33,19 +33,19 @@ from tminus.service.jobs.jobs import JobView, held_view
 from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.preview import Frame, Mailbox, Watch
 
-POLL_S = 1.0  # seconds between two reads of a job without frames
+POLL_S = 1.0  # seconds between two reads of a job's state while no frame arrives
 RECONNECT_MS = 2000
-LAST = "end"  # the id of the final event
+LAST = "end"  # id of the final event
 
 
 def event_routes(models: Models, contract: Contract) -> APIRouter:
-    """Make the route."""
+    """Return a router with GET /jobs/{id}/events."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
 
     @router.get(
         "/{job_id}/events",
         **described("watch_job"),
-        response_class=Response,  # EventSourceResponse here would be for a function that yields
+        response_class=Response,  # FastAPI's EventSourceResponse works only with a handler that yields
         responses={
             200: {
                 "description": "The events",
@@ -62,7 +62,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         request: Request, job_id: str, preview: Annotated[PreviewRequest, in_query(PreviewRequest)]
     ) -> Response:
         last_id = request.headers.get("last-event-id", "")
-        services = models.default  # for the parts that all models share
+        services = models.default  # used only for the parts that all models share
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
         if last_id == LAST and view.state in OUTCOMES:  # 204 makes an EventSource stop reconnecting
             return Response(status_code=204)
@@ -78,21 +78,21 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 class _Follower:
-    """Follows a job to its end for one connection, whichever replica works on the job.
+    """Streams a job's events to one connection until the job ends, whichever replica holds the job.
 
-    While this replica holds the job, its worker supplies the events. While another replica holds it, that replica's
-    events are passed on. While no replica holds it, the client gets the state in the store.
+    If this replica holds the job, its worker supplies the events. If another replica holds the job, that replica's
+    events are forwarded. If no replica holds the job, the client gets the state from the store.
     """
 
     def __init__(self, models: Models, request: Request, preview: PreviewRequest, view: JobView, last_id: str) -> None:
-        """last_id: the id of the last event that the client has seen."""
+        """last_id: the id of the last event that the client received."""
         self._models, self._request, self._preview, self._last_id = models, request, preview, last_id
         self._services, self._jobs = models.default, models.default.jobs
         self._sees, self._view = caller_of(request).sees, view
-        self._viewer = self._watch()  # before anything is answered, so that no frame is missed
+        self._viewer = self._watch()  # watch before the response begins, to miss no frame
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Yield events until the job has ended, or the server is about to end."""
+        """Yield events until the job ends or is deleted, or the server shuts down."""
         yield format_sse_event(retry=RECONNECT_MS)
         told = ""
         while self._view.record.outcome is None:
@@ -110,7 +110,7 @@ class _Follower:
                     yield events
                 if self._last_id == LAST:
                     return
-            if self._is_ending:  # the client comes back, to another replica
+            if self._is_ending:  # the client reconnects, to another replica
                 return
             if self._view.state == "waiting" != told:
                 yield _event("waiting", _standing(None, None))
@@ -118,7 +118,7 @@ class _Follower:
             await asyncio.sleep(POLL_S)
             try:
                 self._view = await self._jobs.find_durable(self._view.record.id, self._sees)
-            except JobNotFound:  # the job was deleted: the client gets the error when it reconnects
+            except JobNotFound:  # the job was deleted; a client that reconnects gets 404
                 return
             except StorageFailed:
                 continue
@@ -126,23 +126,22 @@ class _Follower:
         yield _event(self._view.state, JobAnswer.of(self._view).model_dump(), LAST)
 
     def close(self) -> None:
-        """Stop watching the job in this process."""
         if self._viewer is not None:
             self._viewer.close()
             self._viewer = None
 
     @property
     def _is_ending(self) -> bool:
-        """Whether this process will take no further step of any job."""
+        """Return whether this process will run no further step of any job."""
         return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":
-        """Let the worker show the job; None if this process does not hold it."""
+        """Start watching the job in this process. Return None if this process does not hold the job."""
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
         )
-        shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # without it no pictures
-        # A job that resumed from a snapshot may be behind the client's last step: repeated steps are shown again.
+        shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # no pictures by default
+        # A job that resumed from a snapshot may be behind the client's last step. Repeated steps are then shown again.
         known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
         watch = Watch(self._preview.pace, shows, mailbox.put, min(known, self._view.step or 0))
         job = self._jobs.watch(self._view.record.id, watch, mailbox)
@@ -153,15 +152,19 @@ class _Follower:
         return _Viewer(services, job, watch, mailbox, progress, self._last_id)
 
     async def _holder(self) -> str | None:
-        """Return the address of the replica that holds the job; None if no other replica does."""
+        """Return the address of the other replica that holds the job.
+
+        Return None if no other replica holds the job, if the store fails, or if a replica forwarded this request.
+        """
         with suppress(StorageFailed):
             return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
         return None
 
     async def _passed_on(self, address: str) -> AsyncIterator[bytes]:
-        """Yield the events of the holder, as long as it holds the job.
+        """Yield the holder's events while it holds the job.
 
-        A holder that hangs sends nothing and keeps its connection. So the store is read while it is silent.
+        A hanging holder sends nothing but keeps its connection open. So check the store whenever POLL_S pass without an
+        event.
         """
         sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
         async with aclosing(none_when_quiet(sent, POLL_S)) as parts:
@@ -175,31 +178,30 @@ class _Follower:
     async def _is_held_at(self, address: str) -> bool:
         try:
             return await self._jobs.held_at(self._view) == address
-        except StorageFailed:  # no other replica can claim the job then
+        except StorageFailed:  # no other replica can claim the job while the store fails
             return True
 
 
 @dataclass
 class _Viewer:
-    """Shows one connection a job that this process holds."""
+    """Sends one connection the events of a job that this process holds."""
 
-    services: Services  # of the job's model
+    services: Services  # services of the job's model
     job: HeldJob
     watch: Watch
     mailbox: Mailbox
     progress: Progress
-    last_id: str  # of the last event that was sent
+    last_id: str  # id of the last event that was sent
 
     def close(self) -> None:
-        """Stop watching."""
         self.services.jobs.unwatch(self.job, self.watch)
         self.mailbox.close()
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
-        """Yield events until the job is no longer held here, or the server is about to end."""
+        """Yield events until this process no longer holds the job, or the server shuts down."""
         waiting, last_sent = view.state == "waiting", None
         standing = _standing(view.position, view.eta_s)
-        if not waiting:  # so that a client that reconnects does not keep an old state
+        if not waiting:  # a client that reconnects may still show an old state
             yield _event("progress", await self.progress.after(view.step or 0))
         while True:
             if waiting and standing != last_sent:
@@ -222,7 +224,7 @@ class _Viewer:
                 yield event
 
     async def _events_of(self, frame: Frame) -> list[bytes]:
-        """Make the events of a frame: its pictures, or `progress` if no pictures were requested."""
+        """Return the events of a frame: its pictures, or `progress` if the client requested no pictures."""
         step = str(frame.step)
         if not self.watch.show:
             self.last_id = step
@@ -233,7 +235,7 @@ class _Viewer:
         self.last_id = step
         self.services.metrics.count("tminus_frames_sent_total")
         media_type = f"image/{self.progress.preview.frame_format}"
-        # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
+        # Only the last picture of a step has the id, so a client that loses an earlier picture gets the step again.
         ids = [None] * (len(shown) - 1) + [step]
         return [
             _event(
@@ -246,7 +248,7 @@ class _Viewer:
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
-    """Return the members of a `waiting` event. The time is rounded, so that a new event is not due every second."""
+    """Return the fields of a `waiting` event. Round the time, so that not every poll sends a new event."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 

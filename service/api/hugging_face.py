@@ -1,8 +1,8 @@
-"""Hugging Face's inference API for text-to-image and image-to-image: POST to the address of the server or of a model.
+"""Hugging Face's inference API for text-to-image and image-to-image: POST to the URL of the server or of a model.
 
 The source is huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types).
-Its InferenceClient posts to the exact URL of a model, and takes the answer's bytes as an image. Both tasks have one
-address. In text-to-image `inputs` is the prompt. In image-to-image `inputs` is the picture, and the prompt is among
+Its InferenceClient posts to the exact URL of a model, and reads the response body as an image. Both tasks use the same
+URL. For text-to-image, `inputs` is the prompt. For image-to-image, `inputs` is the picture, and the prompt is one of
 the parameters.
 """
 
@@ -42,18 +42,19 @@ from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
-PATH = "/"  # the path of a model's API, and of the server for its default model
-BARE_PATH = "/models/{model}"  # the path of a model without the last slash
-NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # our names by theirs
-# Our parameters that a request may mix with theirs. The prompt replaces class_label.
+PATH = "/"  # root of a model's API, or of the server for its default model
+BARE_PATH = "/models/{model}"  # a model's path without the trailing slash
+NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # our names, keyed by Hugging Face's
+# Our own parameters that a request may also contain. The prompt replaces class_label.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
 KNOWN = (*NAMES, *CHECKED, *OURS)
-OF_EDITS = ("prompt", "strength")  # only in image-to-image; strength is ours, and their client passes on any name
+# Either of these makes a request image-to-image. `strength` is our parameter: Hugging Face's client forwards any name.
+OF_EDITS = ("prompt", "strength")
 
 
 def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) -> APIRouter:
-    """Make the route."""
+    """Return a router with POST `path`."""
     router = APIRouter(tags=["hugging face"])
     of_path = [path_parameter("model")] if path == BARE_PATH else []
     router.post(
@@ -73,16 +74,16 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
 
 
 async def text_to_image(services: Services, request: Request) -> Response:
-    """Answer with the images of a prompt, or of a picture and a prompt, as POST /sample does."""
+    """Respond with images for a prompt, or for a picture and a prompt, as POST /sample does."""
     media_type = negotiate(request, MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
     try:
         body = await read_json(request, services.limits.max_body_bytes, None)
-    except MalformedBody as error:  # their client sends a picture without parameters as raw bytes
+    except MalformedBody as error:  # Hugging Face's client sends a picture without parameters as raw bytes
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     parameters, given_as = parameters_of(body, services.model)
-    del body  # it may have a picture
+    del body  # free the picture, if any
     with named_as_given(given_as):
         asked = await parse_call(SampleRequest, parameters, services.bounds)
         del parameters
@@ -92,9 +93,10 @@ async def text_to_image(services: Services, request: Request) -> Response:
 
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, Any], dict[str, str]]:
-    """Turn a body into the parameters of POST /sample. Returns them, and their names in the body by our names.
+    """Convert a body to the parameters of POST /sample.
 
-    Raises InvalidField, UnknownField, ConflictingField.
+    Return the parameters, and the names that the body uses for them, keyed by our names. Raises InvalidField,
+    UnknownField and ConflictingField.
     """
     check_names(body, ("inputs", "parameters"))
     given, inputs = body.get("parameters", {}), body.get("inputs")
@@ -119,7 +121,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, 
 
 
 def _sampler(scheduler: object, model: ModelInfo) -> str:
-    """Return the sampler for a scheduler, which is a sampler's name or a diffusers class with its defaults."""
+    """Return the sampler that `scheduler` names: a sampler, or a diffusers class with its default settings."""
     known = _samplers(model)
     if not isinstance(scheduler, str) or scheduler not in known:
         raise InvalidField.of("scheduler", f"one of {', '.join(known)}", scheduler)
@@ -127,21 +129,21 @@ def _sampler(scheduler: object, model: ModelInfo) -> str:
 
 
 def _samplers(model: ModelInfo) -> dict[str, str]:
-    """Return the samplers by their own names and by the names of diffusers classes."""
+    """Return the model's samplers, keyed by their own names and by names of diffusers classes."""
     known = {name: name for name in model.samplers}
     for name in CLASS_NAMES:
         try:
             kind = scheduler_kind(name, {})
-        except ValueError:  # its default sampler is not served
+        except ValueError:  # the default sampler of this class is not supported
             continue
-        # EDM and flow matching classes fit only models of that kind; the other classes fit every model.
+        # Classes for EDM or flow matching fit only models of that kind. All other classes fit every model.
         if kind.sampler in model.samplers and kind.family in ("betas", "consistency", FAMILY_OF[model.prediction_type]):
             known[name] = kind.sampler
     return known
 
 
 def _check(name: str, value: object, model: ModelInfo) -> None:
-    """Raise InvalidField for what the model cannot do: it has one image size, and cannot avoid a class."""
+    """Raise InvalidField if the model cannot fulfil the request: another image size, or a class to avoid."""
     size = {"width": model.width_px, "height": model.height_px}
     if name == "negative_prompt":
         if value != "":
@@ -149,12 +151,11 @@ def _check(name: str, value: object, model: ModelInfo) -> None:
     elif name == "target_size":
         if value != size:
             raise InvalidField.of(name, f"the model's own size, {size}", value)
-    elif value != size[name] or isinstance(value, bool):  # to Python, True is 1
+    elif value != size[name] or isinstance(value, bool):  # True == 1 in Python
         raise InvalidField.of(name, f"{size[name]}, as all images of this model are", value)
 
 
 def _described(contract: Contract) -> Described:
-    """Describe the body."""
     model, fields = contract.model, contract.fields(SampleRequest)
     size = {
         name: {"type": "integer", "enum": [px]} for name, px in (("width", model.width_px), ("height", model.height_px))

@@ -1,4 +1,4 @@
-"""POST and GET /jobs, and the calls of one job: state, images, cancel and delete. Events are in events.py."""
+"""POST and GET /jobs, and the routes of one job: state, images, cancel and delete. events.py has the job's events."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -43,11 +43,11 @@ from tminus.service.jobs.jobs import STATES
 from tminus.service.jobs.store.records import Place
 
 MAX_PAGE = 200
-COPIES = 3  # most copies of a job's images in memory while they are read: packed, unpacked, and as an array
+COPIES = 3  # copies of a job's images in memory while they are read: packed, unpacked, and an array
 
 
 class JobsCall(RequestSchema):
-    """Parameters of GET /jobs, in the query."""
+    """Query parameters of GET /jobs."""
 
     state: Annotated[
         str | None,
@@ -66,12 +66,11 @@ class JobsCall(RequestSchema):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The states in the request; all states by default."""
         return STATES if self.state is None else tuple(self.state.split(","))
 
     @property
     def place(self) -> Place | None:
-        """The place where the page begins; None for the newest job."""
+        """The position where the page starts; None for the newest job."""
         if self.before is None:
             return None
         created_us, _, job_id = self.before.partition("-")
@@ -79,14 +78,14 @@ class JobsCall(RequestSchema):
 
 
 class JobImageCall(FloatsRequest):
-    """Parameters of GET /jobs/{id}/image, in the query."""
+    """Query parameters of GET /jobs/{id}/image."""
 
     index: Annotated[Index | None, in_words("all images")] = None
     """The index of the one image to return."""
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
-    """Make the routes. Routes of one job take the id of a job of any model."""
+    """Return a router with the routes under /jobs. Routes of one job accept the id of any model's job."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     of_job = failures(404, 422, 500, 507)
 
@@ -162,10 +161,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def post_job(services: Services, request: Request) -> Response:
-    """Accept a durable job: answer 202 with its address. A repeated Idempotency-Key gets the same answer again."""
+    """Accept a durable job and respond 202 with its URL. A repeated Idempotency-Key gets the first request's job."""
     values, errors = await read_parameters(request, services.limits)
     parameters = await parse_call(JobCall, values, services.bounds, errors, services.webhooks)
-    del values  # it may have a picture
+    del values  # free the picture, if any
     view, again = await create(services, request, parameters)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
@@ -181,7 +180,7 @@ async def post_job(services: Services, request: Request) -> Response:
 async def image(
     models: Models, request: Request, job_id: str, media_type: str, index: int | None, *, clip: bool
 ) -> Response:
-    """Answer with a job's images, or with 304 from its record alone. The requests of one caller take turns."""
+    """Respond with a job's images, or with 304 without reading them. Limit the caller's concurrent requests."""
     caller, jobs = caller_of(request), models.default.jobs
     async with caller.usage.turns:
         view = await jobs.done(job_id, caller.sees)

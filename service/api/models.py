@@ -1,5 +1,6 @@
-"""The served models by name, and the parts that answer their requests. The default model answers requests without a
-name.
+"""The registry of served models, and the services that answer their requests.
+
+A request that names no model uses the default model.
 """
 
 import time
@@ -35,11 +36,11 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One model, with the parts that all models share. Each loaded model has a Services, which every handler takes."""
+    """One model, and the parts that all models share. Each served model has a Services, which its handlers receive."""
 
-    number: int  # of the model in this process; never reused
+    number: int  # the model's number in this process; never reused
     model: ModelInfo
-    limits: Limits  # of the model's requests
+    limits: Limits  # limits on requests to this model
     allowed_sites: AllowedSites
     access: Access
     metrics: Metrics
@@ -49,30 +50,29 @@ class Services:
     statuses: JobStatuses
     decoder: Decoder
     encoder: Encoder
-    cache: LRUCache[str, bytes]  # bodies of answers, by ETag; in the event loop's thread only
+    cache: LRUCache[str, bytes]  # response bodies, keyed by ETag; used only in the event loop's thread
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom
-    webhooks: AllowedReceivers | None  # receivers allowed in addition to public ones; None: webhooks are off
-    loaded_s: int  # when the model was loaded, Unix time
-    noise_turns: CallerTurns  # the worker gets one image of POST /noise at a time
-    models: "Models"  # all of them
+    webhooks: AllowedReceivers | None  # receivers allowed besides public ones; None if webhooks are off
+    loaded_s: int  # Unix time in seconds of the model's registration
+    noise_turns: CallerTurns  # limits the worker to one image of POST /noise at a time
+    models: "Models"  # the registry of all models
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of parameters that depend on the model."""
         return bounds_of(self.model, self.limits)
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether a request has to wait until the model is loaded."""
+        """Return whether a request must wait for the model to load."""
         return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory, and return the Services that its name has then.
+        """Wait until the model is in memory, and return the current Services of its name.
 
-        request: cancels the wait if its client disconnects; None for a message of a WebSocket. Raises the errors of
-        LoadQueue.ensure_loaded.
+        request: the wait ends if this request's client disconnects; None for a message on a WebSocket. Raises the
+        errors of LoadQueue.ensure_loaded.
         """
         if not self.is_unloaded:
             return self
@@ -83,37 +83,34 @@ class Services:
 
 @dataclass(slots=True)
 class InMemory:
-    """The parts of a model that exist while it is in memory."""
+    """The parts of a model that exist only while the model is in memory."""
 
     model: LoadedModel
     keeper: SnapshotKeeper
-    release: Callable[[], object]  # called when the engine has no users left
+    release: Callable[[], object]  # called after the worker has unloaded the model
     memory_bytes: int
 
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """A model, until it is no longer served and its jobs are forgotten. Only ServedModels and the loader change it."""
+    """A registered model, which is served or still has jobs. Only Models, ServedModels and ModelLoader change it."""
 
     services: Services
     lifecycle: Lifecycle
-    loaded: InMemory | None  # None while the model is unloaded, and after it has left
-    users: int = 0  # requests that are being answered
-    loaded_s: float = float("-inf")  # time.monotonic of the last load while the server ran
-    last_used_s: float = field(default_factory=time.monotonic)  # when it was last busy or loaded
+    loaded: InMemory | None  # None while the model is not in memory
+    users: int = 0  # requests in progress
+    loaded_s: float = float("-inf")  # time.monotonic() of the last load after startup
+    last_used_s: float = field(default_factory=time.monotonic)  # time.monotonic() of the last use or load
 
     @property
     def name(self) -> str:
-        """The name that requests use."""
         return self.services.model.name
 
     @property
     def number(self) -> int:
-        """Its number in this process."""
         return self.services.number
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
-        """Replace the model's info and limits."""
         self.services = replace(self.services, model=info, limits=limits or self.services.limits)
         self.lifecycle.change(info, limits)
 
@@ -122,50 +119,50 @@ Handler = Callable[[Services, Request], Awaitable[Response]]
 
 
 class Models:
-    """The registry: owns the names, the served models, and models with jobs that are still kept.
+    """The registry: owns the served models, and the unserved models whose jobs are still kept.
 
-    In the event loop's thread only.
+    Use only in the event loop's thread, except for `all`.
     """
 
     def __init__(self, load_queue: LoadQueue) -> None:
         self.load_queue = load_queue
-        self._served: dict[str, ServedModel] = {}  # by name; the first is the default
-        self._by_number: dict[int, ServedModel] = {}  # also replaced and unloaded models
+        self._served: dict[str, ServedModel] = {}  # keyed by name; the first is the default
+        self._by_number: dict[int, ServedModel] = {}  # keyed by number; includes replaced and unloaded models
 
-    # --- for requests ---
+    # --- requests ---
 
     @property
     def default(self) -> Services:
-        """Return the model of a request that names none."""
+        """The model for requests that name no model."""
         return next(iter(self))
 
     def __iter__(self) -> Iterator[Services]:
         return (one.services for one in self._served.values())
 
     def named(self, name: str) -> Services:
-        """Return the model that is served under a name. Raises ModelNotFound."""
+        """Return the served model of this name. Raises ModelNotFound."""
         if (one := self._served.get(name)) is None:
             raise ModelNotFound.of(name, self._served)
         return one.services
 
     def numbered(self, number: int) -> Services:
-        """Return a model that is served or still has jobs. Raises ModelUnloaded if it has been forgotten."""
+        """Return a registered model, served or not. Raises ModelUnloaded if the model was forgotten."""
         if (one := self._by_number.get(number)) is None:
             raise ModelUnloaded
         return one.services
 
     def of(self, request: HTTPConnection) -> Services:
-        """Return the model that a request is for. Raises ModelNotFound."""
+        """Return the model that the request's path names, or the default model. Raises ModelNotFound."""
         name = request.path_params.get("model")
         return self.default if name is None else self.named(name)
 
     def used(self, request: HTTPConnection) -> AbstractContextManager[Services]:
-        """Return the model that a request is for, and keep it from being unloaded meanwhile. Raises ModelNotFound."""
+        """Return a context manager that yields the request's model and prevents unloading. Raises ModelNotFound."""
         return self.using(self.of(request))
 
     @contextmanager
     def using(self, services: Services) -> Iterator[Services]:
-        """Count a user of a served model, which keeps it from being unloaded."""
+        """Count a user of the model while the block runs. A model with users is not unloaded."""
         one = self._by_number[services.number]
         one.users += 1
         try:
@@ -175,7 +172,7 @@ class Models:
             one.last_used_s = time.monotonic()
 
     def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
-        """Make a route's handler from one that also takes the services. name: the operation's name in OpenAPI."""
+        """Wrap `handle` as a route's handler that looks up the request's model. name: the route's name."""
 
         async def with_services(request: Request) -> Response:
             with self.used(request) as services:
@@ -184,16 +181,16 @@ class Models:
         with_services.__name__ = name
         return with_services
 
-    # --- for loading and unloading ---
+    # --- loading and unloading ---
 
     @property
     def served(self) -> list[ServedModel]:
-        """The models that are served, the default one first."""
+        """The served models, the default model first."""
         return list(self._served.values())
 
     @property
     def all(self) -> list[ServedModel]:
-        """All models, in the order of their loads. Callable from any thread."""
+        """All registered models, in the order of registration. Safe to call from any thread."""
         return list(self._by_number.values())
 
     @property
@@ -203,22 +200,19 @@ class Models:
 
     @property
     def in_memory(self) -> list[ServedModel]:
-        """The models that are served and in memory."""
         return [one for one in self.served if one.loaded is not None]
 
     def find(self, name: str) -> ServedModel | None:
-        """Return the model that is served under a name."""
         return self._served.get(name)
 
     def put(self, one: ServedModel) -> None:
-        """Serve a model, in place of an earlier one with its name."""
+        """Serve a model, in place of an earlier model of the same name."""
         self._served[one.name] = self._by_number[one.number] = one
 
     def remove(self, name: str) -> ServedModel:
-        """Stop serving a model, and return it. It must not be the default one."""
+        """Stop serving a model and return it. The name must not be the default model's."""
         assert name != self.default.model.name
         return self._served.pop(name)
 
     def forget(self, number: int) -> None:
-        """Forget a model that is not served and has no jobs."""
         del self._by_number[number]

@@ -1,4 +1,4 @@
-"""POST /noise: the forward process. Turns an uploaded image into x_t by the model's own noise schedule."""
+"""POST /noise: the forward process, which turns an uploaded image into x_t with the model's own noise schedule."""
 
 import asyncio
 import hashlib
@@ -43,7 +43,7 @@ from tminus.service.spec import Images
 
 
 def noise_routes(models: Models, contract: Contract) -> APIRouter:
-    """Make the route."""
+    """Return a router with POST /noise."""
     router = APIRouter(tags=["noise"])
     router.post(
         "/noise",
@@ -59,7 +59,7 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def add_noise(services: Services, request: Request) -> Response:
-    """Answer with the image at timestep t."""
+    """Respond with the uploaded image, noised to timestep t."""
     model = services.model
     negotiate(request, (PNG,))
     check_encoding(request)
@@ -70,7 +70,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     asked.check_bounds(services.bounds, errors)
     errors.check()
     caller = caller_of(request)
-    if services.is_unloaded:  # a key without quota loads no model
+    if services.is_unloaded:  # a caller without quota must not load a model
         caller.check(row_steps=1, jobs=0)
         services = await services.ensure_loaded(request)
         model = services.model
@@ -92,7 +92,7 @@ async def add_noise(services: Services, request: Request) -> Response:
 
 
 async def _read_upload(request: Request, max_bytes: int, errors: ValidationErrors) -> tuple[bytes, dict[str, Any]]:
-    """Read the image, which is the body or a form's file `image`, and the other fields of a form.
+    """Read the image and the other form fields. The image is the body, or the form's file `image`.
 
     Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and the errors of read_form.
     """
@@ -115,12 +115,13 @@ async def _made(services: Services, caller: str, image: Images, t: int, seed: in
 
 
 async def _noised(services: Services, caller: str, image: Images, t: int, seed: int) -> Callable[[], Images]:
-    """Add the noise in the worker's thread, between two ticks. The returned function waits for a GPU.
+    """Add the noise in the worker's thread, between two ticks. Return a function that returns the image.
 
-    Another thread that runs torch would slow every tick. A second Philox, in numpy, would have to stay equal to the
-    bit. The worker gets one image at a time, so that a tick of the running jobs does not wait for many. An image of
-    32x32 pixels takes 0.15 ms, and one of 256x256 in colour 7 ms. For a latent model, the
-    autoencoder's thread runs that function.
+    The returned function may wait for a GPU. For a latent model, the autoencoder's thread does this wait instead.
+
+    A second thread that runs torch would slow down every tick, and a second Philox in numpy would have to be
+    bit-identical. The worker gets one image at a time, so that a tick waits for at most one image: 0.15 ms for 32x32
+    pixels, and 7 ms for 256x256 in colour.
     """
     async with services.noise_turns.taken(caller):
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
@@ -132,6 +133,6 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
 
 
 def _etag(recipe: dict[str, object], image: Images) -> str:
-    """Return the ETag of the answer, whose bytes are a function of the recipe and the pixels."""
+    """Return the ETag: a hash of the recipe and the pixels, which determine the response's bytes."""
     name = hashlib.sha256(json.dumps([PNG, recipe, image.shape], sort_keys=True).encode() + image.tobytes())
     return f'"{name.hexdigest()[:32]}"'

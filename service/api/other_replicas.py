@@ -1,7 +1,7 @@
-"""Requests to the replica that works on a job: for the job's state, events and frames.
+"""Requests to the replica that works on a job, for the job's state, events and frames.
 
-They carry the client's own credentials, so that a replica may do no more than its clients. A request from a replica is
-never passed on: it gets what this replica knows.
+These requests carry the client's own credentials, so a replica has no more rights than its clients. A request from a
+replica is never forwarded again: the response contains what this replica knows.
 """
 
 import logging
@@ -18,37 +18,39 @@ log = logging.getLogger(__name__)
 
 FORWARDED = "x-tminus-forwarded"
 PASSED = (b"authorization", b"cookie", b"traceparent", b"x-request-id")
-# Whatever the address and the answer contain.
+# Every error that a bad address or a bad response can raise.
 FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
-CONNECT_S, ANSWER_S = 1.0, 2.0  # after which the answer has what this replica knows
-SILENT_S = 40.0  # most seconds between two events; comments come more often
+CONNECT_S, ANSWER_S = 1.0, 2.0  # timeouts in seconds; afterwards this replica responds with what it knows
+SILENT_S = 40.0  # maximum seconds between two events; comments come more often
 EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
 
 
 class OtherReplicas:
-    """Owns the connections to other replicas, and opens them when they are needed."""
+    """Owns the HTTP client for other replicas, which is created on first use."""
 
     def __init__(self) -> None:
         self._http: httpx.AsyncClient | None = None
 
     async def close(self) -> None:
-        """Close the connections."""
         if self._http is not None:
             await self._http.aclose()
 
     async def job(self, address: str, request: Request, job_id: str) -> JobAnswer | None:
-        """Get a job's state from the replica at this address; None if it does not answer with one."""
+        """Return a job's state from the replica at this address, or None on failure."""
         try:
             answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
             return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
-        except FAILURES as error:  # among them pydantic's ValueError
+        except FAILURES as error:  # pydantic's ValidationError is a ValueError
             log.warning("%s does not tell where job %s stands: %r", address, job_id, error)
             return None
 
     async def events(
         self, address: str, request: Request, job_id: str, last_id: str
     ) -> AsyncGenerator[tuple[bytes, str]]:
-        """Yield the bytes of a job's events, with the id of the last event so far. Ends when the replica ends them."""
+        """Yield the bytes of a job's events, with the id of the last event so far.
+
+        Stops when the replica ends the stream, or on failure.
+        """
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request)
         if last_id:
@@ -62,7 +64,7 @@ class OtherReplicas:
                 if answer.status_code != 200:
                     return
                 async for part in answer.aiter_raw():
-                    whole, separator, rest = (rest + part).rpartition(b"\n\n")  # no half event is passed on
+                    whole, separator, rest = (rest + part).rpartition(b"\n\n")  # forward only complete events
                     if found := EVENT_ID.findall(whole):
                         last_id = found[-1].decode()
                     if separator:
@@ -70,19 +72,19 @@ class OtherReplicas:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
-            logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx would log each request that is passed on
+            logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs each request at level INFO
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits)
         return self._http
 
 
 def came_from_a_replica(request: Request) -> bool:
-    """Return whether a replica passed this request on."""
+    """Return whether another replica forwarded this request."""
     return FORWARDED in request.headers
 
 
 def _headers(request: Request) -> list[tuple[bytes, bytes]]:
-    """Make the headers to pass on. They stay raw, since a browser's cookies may contain any bytes."""
+    """Return the headers to forward, as raw bytes: a browser's cookies may contain any bytes."""
     passed = [(name, value) for name, value in request.headers.raw if name in PASSED]
     if request.client is not None:
         passed.append((b"x-forwarded-for", request.client.host.encode("latin-1", "ignore")))

@@ -1,6 +1,6 @@
 """GET / and /docs: the web page, the API in Swagger UI, and their files.
 
-All files are served from here. The pages load nothing from other sites.
+This server serves all files. The pages load nothing from other sites.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ from tminus.service.api.request.reading import qualities
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {
     "Cache-Control": "no-cache",
-    # blob: is for data that the page itself has made.
+    # blob: URLs refer to data that the page has created.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
-# Swagger UI sets style attributes, and its stylesheet contains its pictures.
+# Swagger UI sets style attributes, and its stylesheet contains images as data: URLs.
 DOCS_HEADERS = HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -37,9 +37,9 @@ GZIP_LEVEL = 6
 
 
 def compressed(request: Request, answer: Response) -> Response:
-    """Compress a long text without secrets, if the client accepts gzip.
+    """Return the response, compressed if the client accepts gzip. Use only for long texts without secrets.
 
-    Its ETag is weak, since it names both forms (RFC 9110, section 8.8.1).
+    The ETag becomes weak, because it identifies both the plain and the compressed form (RFC 9110, section 8.8.1).
     """
     if (tag := answer.headers.get("etag")) is not None:
         answer.headers["etag"] = f"W/{tag}"
@@ -66,9 +66,9 @@ class _Compressed(Response):
 
 
 def page_routes(*, with_metrics: bool = True) -> APIRouter:
-    """Make the routes. with_metrics: whether /metrics exists, so that the page links to it."""
+    """Return a router with the web page and its files. with_metrics: show the page's link to /metrics."""
     router = APIRouter(tags=["page"])
-    files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
+    files = StaticFiles(directory=FOLDER)  # responds 304 to a client that already has the file
     unlinked = (FOLDER / "index.html").read_text("utf-8").replace('<a id="metrics"', '<a id="metrics" hidden')
 
     @router.get("/", **described("get_page"), response_class=HTMLResponse)
@@ -85,7 +85,7 @@ def page_routes(*, with_metrics: bool = True) -> APIRouter:
 
 
 def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
-    """Make the routes that show the API. document: makes the OpenAPI document for a request."""
+    """Return a router with Swagger UI and the OpenAPI document. document: returns the document for a request."""
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
@@ -105,7 +105,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
 
 
 def _swagger_ui_folder() -> Path:
-    """Return the folder with Swagger UI's files in an installed package. None of its code is run."""
+    """Return the folder of Swagger UI's files in the package fastapi_offline, without importing the package."""
     spec = find_spec("fastapi_offline")
     assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None

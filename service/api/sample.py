@@ -1,4 +1,4 @@
-"""POST and GET /sample: a job is run, and its images, an animation or a trajectory are the answer."""
+"""POST and GET /sample: run a job and respond with its images, an animation or a trajectory."""
 
 import asyncio
 from collections.abc import Callable
@@ -57,15 +57,15 @@ from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecor
 from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
-# The media types that are offered, and the text that ends an error's list of them.
+# The media types on offer, and the end of the error message that lists them.
 WITHOUT_FRAMES = (WITHOUT_EVERY, ", or image/webp together with the parameter `every`")
 WITH_FRAMES = ((WEBP, JSON), f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step")
-MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
-MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
+MAX_FRAME_BYTES = 16 * 2**20  # pixels of all frames of one job
+MAX_TRAJECTORY_BYTES = 32 * 2**20  # size of the file
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
-    """Make the routes."""
+    """Return a router with POST and GET /sample."""
     router = APIRouter(tags=["sample"])
     handler, query = models.handler(sample, "sample"), contract.query(SampleCall)
     responses: dict[int | str, Described] = {
@@ -94,36 +94,36 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Describes an answer before its job runs: what the job records for it, and how it is encoded."""
+    """Describes a response before its job runs: the data to record during the job, and the encoding of the result."""
 
     media_type: str
-    etag_form: str  # what the bytes depend on besides the spec
-    metric_label: str  # of the time of encoding
-    make: Callable[[Any], bytes]  # encodes what `read` returns
+    etag_form: str  # everything besides the spec that determines the bytes
+    metric_label: str  # label of the metric of encoding time
+    make: Callable[[Any], bytes]  # encodes the value that `read` returns
     read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
     recording: Recorder[Any] | None = None  # receives rows while the job runs
-    held_bytes: int = 0  # besides the images, until they are encoded
-    held_for: str = "n"  # the parameter that held_bytes depends on
+    held_bytes: int = 0  # bytes in memory until the encoding ends, without the images
+    held_for: str = "n"  # the request parameter that determines held_bytes
     headers: dict[str, str] = field(default_factory=dict)
 
 
 async def sample(services: Services, request: Request) -> Response:
-    """Sample, and wait for the images."""
+    """Run a job and respond with its images."""
     values, errors = await read_parameters(request, services.limits)
     offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
-    # Errors of the body come before those of Accept.
+    # Report errors in the body before errors in Accept.
     media_type = offered[0] if errors else negotiate(request, offered, hint)
     if media_type == NPY:
         values = {"bit_depth": 32} | values
     parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
-    del values  # it may have a picture
+    del values  # free the picture, if any
     services = await ensure_loaded(services, caller_of(request), parameters, request)
     new = await prepare_job(services, caller_of(request), parameters, request)
     return await respond(services, request, new, answer_of(parameters, media_type, new.spec, services.model))
 
 
 def answer_of(parameters: SampleCall, media_type: str, spec: SampleSpec, model: ModelInfo) -> Answer:
-    """Make the answer in a media type. Raises InvalidField."""
+    """Describe the response in this media type. Raises InvalidField."""
     if parameters.every is not None:
         return (animated if media_type == WEBP else frames)(spec, parameters, parameters.every, model)
     if media_type == TRAJECTORY:
@@ -132,9 +132,9 @@ def answer_of(parameters: SampleCall, media_type: str, spec: SampleSpec, model: 
 
 
 async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
-    """Answer from the client's or the server's cache, or else run the job and encode its result."""
+    """Respond from the client's or the server's cache. Otherwise run the job and encode its result."""
     model, metrics = services.model, services.metrics
-    is_known = model.fingerprint != ""  # unknown for a model that was never loaded
+    is_known = model.fingerprint != ""  # a model that was never loaded has no fingerprint
     tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
@@ -148,7 +148,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
             metrics.count("tminus_answered_without_work_total", "cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
-    if request.method == "HEAD":  # the request is valid; HEAD runs nothing
+    if request.method == "HEAD":  # the request is valid, and HEAD runs no job
         return head_answer(headers, answer.media_type)
     loop = asyncio.get_running_loop()
     with services.recordings.taken(answer.held_bytes, answer.held_for) if answer.held_bytes else nullcontext():
@@ -161,7 +161,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         )  # fmt: skip
         encode_s = loop.time() - started_s
     if tag is not None and "no-store" not in directives:
-        with suppress(ValueError):  # larger than the whole cache
+        with suppress(ValueError):  # the content is larger than the whole cache
             services.cache[tag] = content
     headers |= {
         "X-Job-ID": new.id,
@@ -173,7 +173,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
 
 
 def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = True) -> Answer:
-    """Make an answer with the finished images, as `of_images` does. Raises InvalidField."""
+    """Describe a response with the finished images. Raises InvalidField if the bit depth and media type conflict."""
     if media_type == NPY:
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
@@ -183,17 +183,17 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
 
 
 def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
-    """Make an answer with images, as PNG, zip, JSON or floats. clip: whether floats are clipped to the range."""
+    """Describe a response with images as PNG, zip, JSON or floats. clip: clip floats to the value range."""
     form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
-    # Floats need a second copy while their axes are moved.
+    # Floats need a second copy while their axes are transposed.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
     return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
 def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Make an answer with the steps from noise to the images, as an animated WebP. Raises InvalidField."""
+    """Describe a response with an animated WebP of the steps from noise to the images. Raises InvalidField."""
     _check_depth(spec, "every")
     if len(asked.shows) > 1:
         raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
@@ -210,8 +210,9 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
 
 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Make an answer with the frames as PNGs in JSON, and the images unless `until` ends the job. Raises
-    InvalidField.
+    """Describe a JSON response with the frames as PNGs. Raises InvalidField.
+
+    The response also contains the finished images, unless `until` ends the job early.
     """
     _check_depth(spec, "every")
     until, held_bytes = asked.until, _frame_bytes(spec, asked, every, model, from_noise=True)
@@ -226,9 +227,9 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Return the bytes of the frames before the result, with x_T if `from_noise`. Raises InvalidField for too many.
+    """Return the size in bytes of all frames before the result, including x_T if `from_noise`.
 
-    MAX_FRAME_BYTES bounds the frames, including the result.
+    Raises InvalidField if the frames and the result together exceed MAX_FRAME_BYTES.
     """
     frame_bytes = len(asked.shows) * spec.n * model.height_px * model.width_px * model.channels
     steps = spec.num_passes if asked.until is None else min(spec.num_passes, asked.until + 1)
@@ -240,9 +241,10 @@ def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelIn
 
 
 def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
-    """Make an answer with the latents of every step, or of those in `keep`, and the distributions of the noisy steps.
+    """Describe a response with a trajectory: latents of the selected steps, and distributions of the noisy ones.
 
-    Raises InvalidField if the steps add too little noise, or if there are too many.
+    `keep` selects the steps; None selects all. Raises InvalidField if the steps add too little noise, or if the file
+    would be too large.
     """
     _check_depth(spec, f"Accept: {TRAJECTORY}")
     if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
@@ -261,7 +263,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
     with_noise = len({*noisy}.intersection(selection.passes))
-    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s is stored too
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # the file has one s for each value
     rounded = len(selection.points) + len(selection.predictions) + with_noise
     image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes
@@ -270,7 +272,8 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
         raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
-    # The peak is while it is packed: arrays, their bytes, and the file. Before, it is held in float32, which is less.
+    # Memory peaks during packing, which holds the arrays, their bytes and the file. The float32 arrays before that need
+    # less.
     path, held_bytes = TrajectoryRecorder(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
@@ -282,7 +285,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
 
 
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
-    """Return the error for a spec with no step that adds noise, and so without log p. It names what to change."""
+    """Return the error for a spec without noise, and so without log p. The error names the parameter to change."""
     noise = SAMPLER_FACTS[spec.sampler].noise
     if noise != "none" and spec.strength is not None:
         bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"

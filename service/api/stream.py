@@ -1,4 +1,4 @@
-"""WS /sample/stream: each message starts a job. The client gets previews while it runs, and its images at the end."""
+"""WS /sample/stream: each message starts a job. The client receives previews, and the images at the end."""
 
 import asyncio
 import logging
@@ -39,15 +39,15 @@ from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
-FIRST_MESSAGE_S = 10.0  # from connecting to the spec
-NEXT_MESSAGE_S = 60.0  # between two jobs
-KEY_CHARACTERS = 1024  # of a message that contains a key
-SEND_S = 60.0  # for each message: a client that reads nothing is disconnected
+FIRST_MESSAGE_S = 10.0  # seconds to wait for a key, and for the first job
+NEXT_MESSAGE_S = 60.0  # seconds to wait for the next job
+KEY_CHARACTERS = 1024  # maximum length of a first message, which contains a key
+SEND_S = 60.0  # timeout in seconds of each send: a client that reads nothing is disconnected
 NORMAL = 1000
 
 
 def stream_routes(models: Models) -> APIRouter:
-    """Make the route."""
+    """Return a router with WS /sample/stream."""
     router = APIRouter(tags=["sample"])
 
     @router.websocket("/sample/stream")
@@ -59,11 +59,11 @@ def stream_routes(models: Models) -> APIRouter:
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
             services = models.of(ws) if known else services  # a client without a key must not learn the models' names
-            services.worker.state.check_open()  # before accepting, so that a proxy can still try another server
+            services.worker.state.check_open()  # check before accepting, so a proxy can try another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()
-        except ServiceError as refusal:  # before it was accepted
+        except ServiceError as refusal:  # the WebSocket was not accepted
             note_error(refusal, services.metrics)
             status = refusal.status
             await ws.send_denial_response(render(refusal))
@@ -74,16 +74,16 @@ def stream_routes(models: Models) -> APIRouter:
 
 
 class _Stream:
-    """One connection. Its jobs run one after the other. Each uses the model that the name stands for when it begins."""
+    """Runs the jobs of one connection, one at a time. Each job looks up its model by name again."""
 
     def __init__(self, models: Models, services: Services, ws: WebSocket, *, known: bool) -> None:
-        """known: whether the handshake has a key; otherwise the first message must have one."""
+        """known: the handshake has a key or needs none; otherwise the first message must contain a key."""
         self._models, self._services, self._ws, self._known = models, services, ws, known
-        self._secret: str | None = None  # from a message, since pages cannot send it in a header
+        self._secret: str | None = None  # key from a message: a page cannot set headers of a WebSocket
 
     async def serve(self) -> None:
-        """Run jobs until the client ends, disconnects or makes an error. Raises nothing."""
-        with suppress(WebSocketDisconnect, TimeoutError):  # the client is gone, or reads nothing
+        """Run jobs until the client closes the connection, disconnects or makes an error. Raises nothing."""
+        with suppress(WebSocketDisconnect, TimeoutError):  # the client has disconnected, or reads nothing
             try:
                 if not self._known:
                     await self._introduce()
@@ -97,7 +97,7 @@ class _Stream:
                         self._models.used(self._ws) as self._services,
                     ):
                         asked = await parse_call(StreamCall, values, self._services.bounds)
-                        del values  # it may have megabytes, and the job may take an hour
+                        del values  # free megabytes of pictures: the job may run for an hour
                         self._services = await ensure_loaded(self._services, caller, asked)
                         new = await prepare_job(self._services, caller, asked)
                         where = "in a stream, whose images are PNGs"
@@ -112,7 +112,7 @@ class _Stream:
                 await self._end(error)
 
     async def _introduce(self) -> None:
-        """Read the first message, which must be a key alone. Raises Unauthorized."""
+        """Read the first message, which must contain only a key. Raises Silence, Unauthorized and MalformedMessage."""
         try:
             async with asyncio.timeout(FIRST_MESSAGE_S):
                 message = await self._receive(KEY_CHARACTERS)
@@ -124,27 +124,26 @@ class _Stream:
         self._caller()
 
     def _caller(self) -> Caller:
-        """Identify the caller by its key, which may have changed since. Raises Unauthorized."""
+        """Return the caller that the key identifies now. Raises Unauthorized if the key was removed."""
         access = self._services.access
         if self._secret is None or not access.has_keys:
             return identify(access, self._ws.scope)
         return access.with_secret(self._secret)
 
     async def _end(self, error: Exception) -> None:
-        """Send the error, and close."""
         if not isinstance(error, ServiceError):
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError()
         note_error(error, self._services.metrics)
         with self._services.streams.busy():
-            message = error.problem() | {"type": "error"}  # replaces the problem's type
+            message = error.problem() | {"type": "error"}  # replaces `type` of the problem document
             if error.retry_after_s is not None:
                 message["retry_after_s"] = error.retry_after_s
             await self._send(message)
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
-        """Wait for the parameters of a job. A cancel after the job's end is ignored, and a key is kept."""
+        """Wait for the parameters of a job. Ignore a cancel after a job's end, and store a new key. Raises Silence."""
         try:
             async with asyncio.timeout(patience_s):
                 while (message := await self._receive()).get("type") in ("cancel", "key"):
@@ -155,7 +154,7 @@ class _Stream:
         return message
 
     async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
-        """Wait for a message. A message of more than `most_characters` is not parsed, and counts as an empty object."""
+        """Wait for a message and parse it. Return {} for a message of more than `most_characters`."""
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
@@ -173,7 +172,6 @@ class _Stream:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
     async def _job(self, preview: StreamCall, new: NewJob, caller: Caller) -> None:
-        """Run one job, and send its frames and result."""
         model = self._services.model
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
@@ -204,7 +202,7 @@ class _Stream:
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
             error = await self._stop_listening(listening, done, new.id)
-            await showing  # finishes a frame that is being sent
+            await showing  # wait until the current frame is sent
             if error is not None:
                 raise error
             try:
@@ -224,25 +222,24 @@ class _Stream:
     async def _stop_listening(
         self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
     ) -> BaseException | None:
-        """Cancel the job if it still runs, and return the client's error, if any. Raises WebSocketDisconnect."""
+        """Cancel the job if it still runs. Return the client's error, if any. Raises WebSocketDisconnect."""
         error = listening.exception() if listening.done() else None
         if not done.done():
             was_asked = listening.done() and error is None
             self._services.worker.cancel(job_id, "client_cancelled" if was_asked else "client_gone")
         if isinstance(error, WebSocketDisconnect):
             raise error
-        listening.cancel()  # the client's further messages are about its next job
+        listening.cancel()  # the client's further messages belong to its next job
         await asyncio.wait([listening])
         return error
 
     async def _listen(self) -> None:
-        """Return when the client cancels. Raises MalformedMessage for any other message, and WebSocketDisconnect."""
+        """Return when the client cancels the job. Raises MalformedMessage for any other message."""
         message = await self._receive()
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
     async def _show(self, mailbox: Mailbox, progress: Progress) -> None:
-        """Send frames until the mailbox is closed."""
         while (frame := await mailbox.take()) is not None:
             if not (shown := await progress.shown(frame)):
                 continue
@@ -253,7 +250,6 @@ class _Stream:
             self._services.metrics.count("tminus_frames_sent_total")
 
     async def _deliver(self, preview: StreamCall, spec: SampleSpec, result: JobResult, dropped: int) -> None:
-        """Send the final message with the job's times, and then its pictures."""
         pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result, self._services.model)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
@@ -274,7 +270,7 @@ class _Stream:
 
 @asynccontextmanager
 async def _in_time() -> AsyncIterator[None]:
-    """Bound the time of a send. Raises WebSocketDisconnect if uvicorn has closed the connection."""
+    """Limit the time of a send. Raises TimeoutError, and WebSocketDisconnect if uvicorn has closed the connection."""
     try:
         async with asyncio.timeout(SEND_S):
             yield
@@ -283,7 +279,7 @@ async def _in_time() -> AsyncIterator[None]:
 
 
 def key_of(message: dict[str, Any]) -> str:
-    """Return the key in a message of type key. Raises MalformedMessage."""
+    """Return the key in a message of type `key`. Raises MalformedMessage."""
     secret = message.get("key")
     if message.keys() != {"type", "key"} or not isinstance(secret, str):
         raise MalformedMessage("a message of type key must have a key, which is text, and nothing else")

@@ -1,4 +1,7 @@
-"""The one way from parameters to a job, for every kind of request. Parameters are checked before a job is accepted."""
+"""Creates the jobs of all kinds of requests from their parameters.
+
+Parameters are checked before a job is accepted.
+"""
 
 import json
 import time
@@ -27,18 +30,18 @@ from tminus.service.spec import SampleSpec
 from tminus.service.work import Ticket, timesteps_of, work_of
 from tminus.service.worker.running_job import NewJob
 
-MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
+MOSTLY_IMAGE = 0.5  # alpha_bar_t: the image's share of the variance of x_t
 
 
 async def ensure_loaded(
     services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
 ) -> Services:
-    """Wait until the model is in memory, and return its Services then. The wait shortens the deadline.
+    """Wait until the model is in memory, and return its current Services. Subtract the wait from the deadline.
 
-    HEAD, and a caller without quota for the job, load no model: the server can answer HEAD without it, and `submit`
-    refuses the job. An invalid request raises before a model is loaded.
+    HEAD loads no model, because the server can respond to HEAD without one. A caller without quota for the job loads no
+    model either: `submit` refuses the job. An invalid request raises before a model is loaded.
 
-    request: cancels the wait if its client disconnects; None for a message of a WebSocket. Raises the errors of
+    request: the wait ends if this request's client disconnects; None for a message on a WebSocket. Raises the errors of
     spec_of and Services.ensure_loaded.
     """
     if not services.is_unloaded or (request is not None and request.method == "HEAD"):
@@ -60,9 +63,9 @@ async def prepare_job(
     *,
     transparent: bool = False,
 ) -> NewJob:
-    """Make the spec and decode the images, which are then removed from the parameters.
+    """Make a job from the parameters. Decode its images, and remove them from the parameters.
 
-    request, transparent: see `ensure_loaded` and decode_inputs. Raises the errors of spec_of and Decoder.inputs.
+    request: see `ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of and Decoder.inputs.
     """
     spec, inputs = spec_of(parameters, services.model, services.limits), None
     named = named_by(parameters.decisive())
@@ -89,9 +92,9 @@ async def prepare_job(
 
 @asynccontextmanager
 async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncIterator[None]:
-    """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
+    """Charge a caller for a job. An exception in the block refunds the charge. Raises QuotaExceeded.
 
-    The price is the number of passes of one row. A guided step counts twice, and a skipped step not at all.
+    The price is one row-step for each pass of each row. A guided step counts twice, and a skipped step not at all.
     """
     row_steps = new.work.places
     with caller.charged(row_steps, await _open_jobs(services, caller)):
@@ -100,7 +103,10 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
 
 async def _open_jobs(services: Services, caller: Caller) -> int:
-    """Count a caller's unfinished jobs. Jobs elsewhere are counted only if the caller's limit may be reached."""
+    """Return the number of the caller's unfinished jobs, or 0 if the caller has no limit.
+
+    The jobs of other servers are counted only if the jobs here are below the limit.
+    """
     if (most := caller.limits.jobs) is None:
         return 0
     new_jobs = services.new_jobs
@@ -109,10 +115,10 @@ async def _open_jobs(services: Services, caller: Caller) -> int:
 
 
 async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
-    """Charge a caller for a job that is not durable, and submit it to the worker.
+    """Charge a caller for a job that is not durable, and submit the job to the worker.
 
-    Raises the errors of `charged` and Worker.submit. Overloaded gives the time until the first of the servers that
-    share a job store has room.
+    Raises the errors of `charged` and Worker.submit. The retry time of Overloaded is the shortest of all servers that
+    share a job store.
     """
     try:
         async with charged(services, caller, new):
@@ -124,9 +130,10 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 async def create(
     services: Services, request: Request, parameters: JobCall, *, transparent: bool = False
 ) -> tuple[JobView, bool]:
-    """Make a durable job. Returns it, and whether it is an earlier job with the same Idempotency-Key.
+    """Create a durable job, unless an earlier job has the same Idempotency-Key.
 
-    transparent: see decode_inputs. Raises the errors of `prepare_job` and NewJobs.create.
+    Return the new or earlier job, and whether the job is the earlier one. transparent: see decode_inputs. Raises the
+    errors of `prepare_job` and NewJobs.create.
     """
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
@@ -138,33 +145,33 @@ async def create(
 def _key(
     request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
-    """Return the Idempotency-Key with a hash of its request; None for a request without a key. Raises InvalidField.
+    """Return the Idempotency-Key with a hash of its request, or None without a key. Raises InvalidField.
 
-    Each owner has keys of its own. transparent: see decode_inputs.
+    Each owner has separate keys. transparent: see decode_inputs.
     """
     if (name := key_in_headers(request)) is None:
         return None
-    # Defaults are left out, so that the hash stays the same in a version with more parameters.
+    # Exclude defaults, so that the hash stays the same in a version with more parameters.
     given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
-    # An earlier version left guidance 1 out of the hash. With steps, leaving it out still means the same.
+    # An earlier version left guidance 1 out of the hash. If `steps` is given, a missing guidance still means 1.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
-    if transparent:  # the same mask then gives another image
+    if transparent:  # a transparent mask gives another image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
 
 
 def cache_headers(etag: str | None) -> dict[str, str]:
-    """Make the headers that name an answer. An answer without an ETag must not be stored."""
+    """Return the caching headers of a response. A response without an ETag must not be stored."""
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
-    """Make the headers with the values that the job takes, and X-Warning if the images will be noise."""
+    """Return headers with the parameters that the job uses, and X-Warning if the images will be noise."""
     headers = {
         "X-Seed": str(spec.seed),
         "X-Sampler": spec.sampler,
@@ -176,7 +183,7 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
 
 
 def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
-    """Make the headers that give the range of floats, or the channels in pictures that do not show all."""
+    """Return headers with the range of floats, or with the shown channels if pictures cannot show every channel."""
     if media_type == NPY:
         return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
     if model.fits_pictures:
@@ -185,14 +192,14 @@ def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str,
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
-    """Return a warning if the images will be noise, since the first step takes x_T as an x_t that is mostly image.
+    """Return a warning if the images will be noise: the first step treats x_T as an x_t that is mostly image.
 
-    This happens with a single step spaced `leading` or `linspace`: both visit t = 0 alone, as in diffusers.
+    This happens for a single step with the spacing `leading` or `linspace`: its timestep is 0, as in diffusers.
     """
-    # With strength, the job begins with an image that is noised for its first step.
+    # With strength, the job starts from an image that is noised for the first step.
     if spec.steps > 1 or spec.strength is not None:
         return None
-    if spec.table is not None and not model.has_table(spec.table):  # the job ended before the tables were changed
+    if spec.table is not None and not model.has_table(spec.table):  # the job ended before its table was removed
         return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:

@@ -1,4 +1,4 @@
-"""GET /model, and the server's probes and /metrics."""
+"""GET /model and GET /model/schedule, the server's probes, and GET /metrics."""
 
 from operator import itemgetter
 
@@ -24,7 +24,7 @@ METRICS: Described = {"content": {OPENMETRICS: {"schema": {"type": "string"}}}, 
 
 
 def model_routes(models: Models) -> APIRouter:
-    """Make the routes of one model."""
+    """Return a router with GET /model and GET /model/schedule."""
     router = APIRouter(tags=["system"])
 
     @router.get("/model", **described("get_model"), dependencies=BARE, responses=failures(422))
@@ -47,7 +47,7 @@ def model_routes(models: Models) -> APIRouter:
 
 
 def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRouter:
-    """Make the routes of the whole server. metrics: None for no /metrics."""
+    """Return a router with the probes and /metrics. metrics: None disables /metrics."""
     router = APIRouter(tags=["system"])
 
     @router.get("/healthz", **described("get_liveness"), response_model=StatusAnswer, responses=failures(500, 503))
@@ -71,11 +71,11 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     return router
 
 
-# Problems are rendered here, not raised, because a failed probe must not count as a rejected request.
+# Render problems instead of raising them: a failed probe must not count as a rejected request.
 
 
 def metrics_answer(metrics: Metrics, request: Request) -> Response:
-    """Make the answer of /metrics: OpenMetrics if Accept names it and does not prefer plain text.
+    """Return the response of /metrics: OpenMetrics if Accept names it and does not prefer plain text.
 
     Other media types in Accept are ignored, as in Prometheus' own exporters.
     """
@@ -86,23 +86,24 @@ def metrics_answer(metrics: Metrics, request: Request) -> Response:
 
 
 def alive(worker: Worker) -> StatusAnswer | Response:
-    """Make the answer of /healthz. Callable from any thread."""
+    """Return the response of /healthz. Safe to call from any thread."""
     reason = fatal_error(worker)
     return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Return the error that needs a restart; None without one. Callable from any thread."""
+    """Return the error that only a restart can fix, or None. Safe to call from any thread."""
     return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 
 def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
-    """Return the error that new work would get now; None if work is accepted."""
+    """Return the error that new work would get now, or None if the server accepts work."""
     if (reason := fatal_error(worker)) is not None:
         return reason
     if worker.state.draining:
         return Draining()
     if not worker.state.ready:
         return NotReady()
-    # A shared store fails for all servers alike. If each left the pool, none would answer calls that need no store.
+    # Ignore failures of a shared store, because they affect every server. If every server became unready, none would
+    # answer calls that need no store.
     return jobs.store_failure(of_shared=False)

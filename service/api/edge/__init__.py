@@ -1,1 +1,1 @@
-"""Code around every request: connections, authentication, origins and bounds."""
+"""Processing around every request: connections, authentication, origin checks and limits."""

@@ -1,7 +1,8 @@
-"""Request checks: Host, Origin, and either `Authorization: Bearer KEY` or the cookie that POST /login sets for a page.
+"""Checks every request's Host, Origin and API key, and identifies its caller.
 
-The cookie also covers pictures, event streams and WebSockets, where a page can add no header. SameSite=Strict keeps
-other sites' pages from sending it. HttpOnly keeps scripts from reading it.
+The key is in `Authorization: Bearer KEY`, or in the cookie that POST /login sets for the web page. The cookie also
+works for images, event streams and WebSockets, to which a page can add no header. SameSite=Strict keeps other sites'
+pages from sending the cookie. HttpOnly keeps scripts from reading the cookie.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,9 @@ from tminus.service.tracing import PROBLEM, note
 
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
-# Paths for anyone: the server's health, and the page's own files, which do not depend on the models.
+# Paths without authentication: the server's health, and the page's own files, which do not depend on the models.
 OPEN_PATHS = frozenset({*HEALTH, "/login", "/logout"})
-PAGE = "/"  # open to GET only: Hugging Face's clients POST prompts here
+PAGE = "/"  # open only for reading: Hugging Face's clients POST prompts here
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
 SET_COOKIE = {
@@ -52,26 +53,30 @@ LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failure
 
 
 def caller_of(request: HTTPConnection) -> Caller:
-    """Return the caller of a request, as the middleware identified it."""
+    """Return the caller that AccessControl identified."""
     caller: Caller = request.state.caller
     return caller
 
 
 def identify(access: Access, scope: Scope) -> Caller:
-    """Identify the caller. Raises Unauthorized. A server without keys ignores credentials: they may be a proxy's."""
+    """Return the caller of a request. Raises Unauthorized.
+
+    A server without keys ignores credentials, because they may be meant for a proxy.
+    """
     headers = Headers(scope=scope)
     if access.has_keys:
         if (secret := _bearer(headers)) is not None:
             return access.with_secret(secret)
         if secret := _cookie(headers):
-            with suppress(Unauthorized):  # the cookie's key was removed: the page asks for another
+            with suppress(Unauthorized):  # the cookie's key was removed: the page asks for a new key
                 return access.with_secret(secret)
     return access.without_secret()
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Return whether a WebSocket's handshake has a key or needs none. Raises Unauthorized if its header has a wrong
-    key.
+    """Return whether a WebSocket handshake has a valid key or needs none.
+
+    Raises Unauthorized if the Authorization header has a wrong key.
     """
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
@@ -83,13 +88,13 @@ def has_key(access: Access, scope: Scope) -> bool:
 
 
 def is_open(path: str, method: str) -> bool:
-    """Whether a path needs no key with this method."""
+    """Return whether a path needs no key with this method."""
     path = OF_A_MODEL.sub("", path)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
 
 
 def check_version(scope: Scope) -> None:
-    """Raise UnsupportedVersion for a native request that names another version of the API. Probes are exempt."""
+    """Raise UnsupportedVersion for a request to the native API that names another version. Probes are exempt."""
     if scope["path"] in PROBES or error_form(scope["method"], scope["path"]) is not None:
         return
     for asked in Headers(scope=scope).getlist("API-Version"):
@@ -98,10 +103,10 @@ def check_version(scope: Scope) -> None:
 
 
 class AccessControl:
-    """Answers 403 or 401 to a bad Host, Origin or key. Otherwise puts the caller into `request.state`.
+    """Refuses a request with a bad Host, Origin, version or key. Otherwise stores the caller in `request.state`.
 
-    A request counts as a connection of its caller until its answer has ended. Each answer carries the rest of a quota.
-    The route of a WebSocket does both checks itself.
+    A request counts as a connection of its caller until its response ends. Each response has headers with the remaining
+    quota. WebSockets are not checked here: their route checks them.
     """
 
     def __init__(
@@ -125,7 +130,7 @@ class AccessControl:
             send = _with_allowance(caller, send)
             with caller.connected():
                 await self._app(scope, receive, send)
-        except ServiceError as refusal:  # raised here: errors of routes are answered by handlers
+        except ServiceError as refusal:  # raised by these checks; exception handlers answer errors of routes
             self._refused(refusal.code)
             note({PROBLEM: refusal.code})
             await render(refusal, scope)(scope, receive, send)
@@ -143,7 +148,6 @@ class WhoAnswer(BaseModel):
 
     @classmethod
     def of(cls, caller: Caller) -> "WhoAnswer":
-        """Return the answer for a caller."""
         allowance = caller.allowance
         return cls(
             name=caller.name or None,
@@ -156,14 +160,14 @@ class WhoAnswer(BaseModel):
 
 
 class LoginRequest(RequestSchema):
-    """The body of POST /login. A query is not allowed, since logs would keep it."""
+    """The body of POST /login. Query parameters are refused, because logs would keep them."""
 
     key: Annotated[str, Field(max_length=512)]
     """The key, as it would be sent in a header."""
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
-    """Make the routes that name the caller, and those that keep the page's key in a cookie."""
+    """Return a router with GET /key, POST /login and POST /logout."""
     router = APIRouter(tags=["keys"])
     key_body = closed_object("A key.", fields_of(LoginRequest, {})) | {"required": ["key"]}
 
@@ -183,7 +187,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         try:
             await no_parameters(request)
             asked = LoginRequest.parse(await read_json(request, max_body_bytes))
-        except (ConflictingField, InvalidField, UnknownField) as error:  # the value may be a key
+        except (ConflictingField, InvalidField, UnknownField) as error:  # hide the value: it may be a key
             detail = f"{error.field} must be {error.bound}" if isinstance(error, InvalidField) else error.detail
             raise type(error)(detail, field=error.field, bound=error.bound) from None
         address = counted_address(request.client.host) if request.client else ""
@@ -203,7 +207,6 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
 
 
 def _bearer(headers: Headers) -> str | None:
-    """Return the secret in the header. Other schemes are ignored."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
 
@@ -213,7 +216,7 @@ def _cookie(headers: Headers) -> str:
 
 
 def _with_allowance(caller: Caller, send: Send) -> Send:
-    """Add the rest of a quota to each answer's headers (draft-ietf-httpapi-ratelimit-headers)."""
+    """Add the remaining quota to each response's headers (draft-ietf-httpapi-ratelimit-headers)."""
     if caller.limits.row_steps_per_minute is None:
         return send
 

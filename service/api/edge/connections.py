@@ -1,7 +1,8 @@
-"""WebSocket connections under uvicorn, and parts that HTTP connections share. Used in the event loop's thread.
+"""WebSocket connections under uvicorn, and parts that HTTP connections share.
 
-A WebSocket has short send buffers, bounds on received data, and a bounded time to end. uvicorn has no setting for
-these, and its class is not public. So pyproject.toml bounds its version, and a test names any change.
+Runs in the event loop's thread. A WebSocket has small send buffers, limits on received data, and a deadline for
+closing. uvicorn has no settings for these limits, and its class is not public. So pyproject.toml limits uvicorn's
+version, and a test reports changes of the class.
 """
 
 import asyncio
@@ -24,74 +25,72 @@ from websockets.protocol import State
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import TooManyBytes, TooManyStreams
 
-TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
-TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond to parse
-# The pieces that any body or message may have, and the bytes that allow one more piece.
+TCP_NOTSENT_LOWAT = 25  # from linux/tcp.h; the socket module does not define it
+TURN_BYTES = 2048  # about 300 of the smallest chunks or frames, which take 1 ms to parse
+# Any body or message may have FREE_PIECES pieces, and one more for each BYTES_PER_PIECE bytes.
 FREE_PIECES, BYTES_PER_PIECE = 1024, 64
-# For asyncio's buffer, and for the kernel's. Their defaults hold megabytes, so that a slow reader gets old frames.
+# Limit for asyncio's and the kernel's send buffers. The defaults are megabytes: a slow reader would get old frames.
 UNSENT_BYTES = 16_384
-LINGER_S = 10.0  # after the close, for the client to read the rest and to answer the close
-LAST_LINGER_S = 1.0  # after a close for the client's error; what it still sends is discarded
-CONTROL_FRAMES = 64  # a second: pings and pongs
+LINGER_S = 10.0  # seconds after the app ends, for the client to read the rest and to answer the close
+LAST_LINGER_S = 1.0  # seconds after a close for a client's error; data received meanwhile is discarded
+CONTROL_FRAMES = 64  # maximum pings and pongs per second
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Return whether bytes came in more pieces than any client needs. A small piece costs as much to parse as a large
-    one.
+    """Return whether a body or message came in more pieces than any client needs.
+
+    A small piece costs as much to parse as a large one.
     """
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
 def limit_unsent(transport: BaseTransport, size_bytes: int) -> None:
-    """Bound the unsent bytes in the kernel, which would otherwise hold megabytes."""
+    """Limit the unsent bytes in the kernel, which holds megabytes by default. Works only on Linux."""
     if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, size_bytes)
 
 
 class ReadsInTurns(BufferedProtocol):
-    """Mixin for a connection: takes at most `turn_bytes` from the transport in one turn of the event loop.
+    """Mixin for a connection that reads at most `turn_bytes` in one turn of the event loop.
 
-    More data may hold hundreds of frames or chunks, and all other connections would wait while they are parsed. The
-    bound holds with asyncio only. uvloop, which Ray uses behind a proxy of its own, reads 64 KiB for uvicorn's
-    classes.
+    A larger read may contain hundreds of frames or chunks, and parsing them would delay all other connections. The
+    limit applies only under asyncio's event loop. uvloop, which Ray uses behind its own proxy, reads 64 KiB for
+    uvicorn's classes.
     """
 
     _buffer = bytearray()
 
     def turn_bytes(self) -> int:
-        """Return the most bytes to take in the next turn."""
         return TURN_BYTES
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish
-        """Return the buffer for the next turn, which asyncio fills."""
         self._buffer = bytearray(self.turn_bytes())
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Parse the data of this turn."""
         data, self._buffer = memoryview(self._buffer)[:nbytes].tobytes(), bytearray()
         cast(Protocol, self).data_received(data)
 
 
 class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
-    """uvicorn's WebSocket connection with the bounds above. Runs in the event loop's thread."""
+    """uvicorn's WebSocket connection with the limits above. Runs in the event loop's thread."""
 
     budget: ClassVar[ByteBudget]  # shared by all connections of one server; set by `stream_protocol`
-    # Called when the handshake is answered, and at the end.
+    # Called when the handshake is answered, and when the connection ends.
     handshake_answered: Callable[[], None] = staticmethod(lambda: None)
-    _received: Hold  # bytes since the app last took a message
-    _second, _control_frames = 0.0, 0  # start of the current second, and the control frames in it
+    _received: Hold  # bytes received since the app last took a message
+    _second, _control_frames = 0.0, 0  # start of the current second, and its number of control frames
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Shorten the send buffers, so that a slow reader is found early and then gets the newest frame."""
+        """Shrink the send buffers, so that a slow reader is detected early and then gets the newest frame."""
         self._received = self.budget.hold(exempt_bytes=SMALL_BYTES)
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
         limit_unsent(transport, UNSENT_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        """Accept data, or close with 1013 if too much is held. A small message is always accepted."""
-        if self.conn.eof_sent:  # the connection is ending: further data is ignored
+        """Accept data, or close with 1013 if the server holds too much. A small message is always accepted."""
+        if self.conn.eof_sent:  # the connection is closing: ignore further data
             return
         try:
             self._received.add(len(data))
@@ -99,7 +98,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self._fail(CloseCode.TRY_AGAIN_LATER, "too much is being sent at once")
         else:
             super().data_received(data)
-            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # there were only control frames
+            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # only control frames arrived
                 self._received.release()
 
     def handle_cont(self, event: Frame) -> None:
@@ -111,23 +110,21 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             super().handle_cont(event)
 
     def handle_ping(self) -> None:
-        """Answer a ping."""
         if self._takes_control_frame():
             super().handle_ping()
 
     def handle_pong(self, event: Frame) -> None:
-        """Accept the answer to a ping."""
         if self._takes_control_frame():
             super().handle_pong(event)
 
     def _end_handshake(self) -> None:
-        """Resume reading, and take the connection out of the HTTP side's count."""
+        """Resume reading, and stop counting the connection as HTTP."""
         self.handshake_answered()
         self.transport.resume_reading()
-        self.__dict__.pop("handshake_answered", None)  # it keeps the connection's HTTP side in memory
+        self.__dict__.pop("handshake_answered", None)  # the callback would keep the HTTP protocol object in memory
 
     def _takes_control_frame(self) -> bool:
-        """Count a control frame. Close with 1008 and return False if there were too many in a second."""
+        """Count a control frame. Close with 1008 and return False if the current second has too many."""
         now_s = self.loop.time()
         if now_s >= self._second + 1:
             self._second, self._control_frames = now_s, 0
@@ -137,8 +134,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         return self._control_frames <= CONTROL_FRAMES
 
     def _fail(self, code: CloseCode, reason: str) -> None:
-        """Close for the client's error. Reading goes on briefly, as TCP loses the close frame if data is
-        left unread.
+        """Close the connection because of a client's error.
+
+        Continue to read for LAST_LINGER_S: TCP may lose the close frame if received data is left unread.
         """
         if self.conn.eof_sent:
             return
@@ -154,9 +152,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
-        """Pass a message on. A message that is not UTF-8 closes the connection with 1007, without a traceback.
+        """Pass a message to the app. If the text is not UTF-8, close with 1007 and log no traceback.
 
-        A message after the server's close is dropped, since the app no longer reads.
+        Drop a message that arrives after the server's close, because the app no longer reads.
         """
         if self.conn.state is not State.OPEN:
             self.frames = []
@@ -174,7 +172,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     async def receive(self) -> Any:
         """Return the next message to the app, and stop counting its bytes.
 
-        Each turn of the event loop returns at most one, so that other connections get their turns.
+        First let the event loop run other connections, so one busy connection cannot delay them.
         """
         await asyncio.sleep(0)
         message = await super().receive()
@@ -182,48 +180,48 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         return message
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release what the connection held."""
         self._end_handshake()
         self._received.release()
         super().connection_lost(exc)
 
     async def send(self, message: Any) -> None:
-        """Send a message of the app. Raises ClientDisconnected for an accept after the client has gone; this ends the
-        app.
+        """Send a message from the app.
 
-        After an answer in place of a handshake nothing is missing, though uvicorn would log an error.
+        Raises ClientDisconnected, which ends the app, if the app accepts a handshake whose client has disconnected. If
+        the app responds to a handshake with HTTP, mark the handshake as complete: uvicorn would otherwise log an error.
         """
         if message["type"] == "websocket.accept" and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.accept":
             self._end_handshake()
-        # uvicorn waits only before the next message, so this one would not be counted
+        # uvicorn waits only before the next message. Wait here, so that a message counts until it is sent.
         if message["type"] == "websocket.send":
             await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
-        """Run the app, then abort the connection after LINGER_S: a closed transport may wait for its reader
-        for ever.
+        """Run the app, then abort the connection after LINGER_S.
+
+        A closed transport may wait for its reader forever.
         """
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
 
     def keepalive_timeout(self) -> None:
-        """Abort the connection of a client that did not answer a ping: it would not read a close message."""
+        """Abort the connection: a client that did not answer a ping would not read a close frame either."""
         super().keepalive_timeout()
         self.transport.abort()
 
 
 def stream_protocol(max_held_bytes: int = MAX_HELD_BYTES) -> type[StreamProtocol]:
-    """Make the protocol class of one server. All its connections share one budget."""
+    """Return the protocol class of one server. All connections of the class share one budget."""
     return type("BoundedStreamProtocol", (StreamProtocol,), {"budget": ByteBudget(max_held_bytes)})
 
 
 class Streams:
-    """Counts open streams by address and in total, and streams with a job. Shutdown waits for streams with a job."""
+    """Counts all open streams, open streams by address, and busy streams. Shutdown waits for busy streams."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
@@ -239,7 +237,7 @@ class Streams:
 
     @contextmanager
     def opened(self, host: str) -> Iterator[None]:
-        """Count a stream while it is open. Raises TooManyStreams."""
+        """Count a stream while the block runs. Raises TooManyStreams."""
         address = counted_address(host)
         if self._open.total() >= self._max_streams:
             raise TooManyStreams(f"at most {self._max_streams} streams", self._max_streams)
@@ -255,7 +253,7 @@ class Streams:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Count a stream as busy with a job, until the last byte of its image is sent."""
+        """Count a stream as busy while the block runs."""
         self._busy += 1
         self._quiet.clear()
         try:
@@ -266,17 +264,17 @@ class Streams:
                 self._quiet.set()
 
     async def quiet(self, patience_s: float) -> None:
-        """Wait until no stream has a job, but no longer than `patience_s`."""
+        """Wait until no stream is busy, or until `patience_s` seconds have passed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._quiet.wait()
 
 
 class ForwardedAddresses(ProxyHeadersMiddleware):
-    """uvicorn's reader of X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, restricted to valid addresses.
+    """Reads X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, and accepts only valid addresses.
 
-    uvicorn would take any text. If no address is named, the client is the proxy, so that counts and logs have an
-    address.
+    uvicorn's class accepts any text. Without a valid address, the proxy counts as the client, so limits and logs always
+    have an address.
     """
 
     def __init__(self, app: ASGIApp, trusted_hosts: list[str] | str) -> None:
@@ -286,18 +284,18 @@ class ForwardedAddresses(ProxyHeadersMiddleware):
 
 class _Addresses(_TrustedHosts):
     def get_trusted_client_address(self, x_forwarded_for: str) -> tuple[str, int]:
-        """Return the client's address and port; an empty address, which is refused, if it is not valid."""
+        """Return the client's address and port. Return an empty address, which uvicorn ignores, for an invalid one."""
         host, port = super().get_trusted_client_address(x_forwarded_for)
         try:
             ip_address(host)
         except ValueError:
             return "", 0
-        # After % an IPv6 address may have any text: the zone of some machine.
+        # The zone after % in an IPv6 address may be any text, and has a meaning only on its own machine.
         return ("", 0) if "%" in host else (host, port)
 
 
 def counted_address(host: str) -> str:
-    """Return the unit that limits count: an IPv4 address, or an IPv6 /64 network, which one customer has.
+    """Return the unit to which limits apply: an IPv4 address, or the IPv6 /64 network of one customer.
 
     A dual-stack socket reports an IPv4 address as ::ffff:a.b.c.d.
     """

@@ -1,11 +1,11 @@
-"""HTTP connections under uvicorn: bounded heads, deadlines, a limit for each address, and an end that loses no answer.
+"""HTTP connections under uvicorn: limits on heads, deadlines, a limit per address, and a close that loses no response.
 
 A connection is counted and timed until it ends, or until its WebSocket handshake is answered.
 
-Sending has a deadline too: asyncio's transports wait for their readers without limit, even after they are closed.
+Sending has a deadline too: asyncio's transports wait for slow readers without limit, even after they are closed.
 
-uvicorn has no setting for most of this, and the class that is extended here is not part of its public interface. So
-pyproject.toml bounds its version, and a test names what is missing if the class changes.
+uvicorn has no settings for most of these limits, and its class is not public. So pyproject.toml limits uvicorn's
+version, and a test reports changes of the class.
 """
 
 import logging
@@ -34,46 +34,50 @@ from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooM
 
 log = logging.getLogger(__name__)
 
-# Seconds from the connection, or from the first byte of a further request, to the end of the head; and from there to
-# the answer to a WebSocket handshake.
+# Deadline in seconds for a head, from the connection or from the first byte of a later request. A WebSocket handshake
+# must be answered within the same time after its head.
 HEAD_S = 10.0
-MAX_HEAD_BYTES = 16_384  # h11's bound on an incomplete head, and on a chunked body's trailers
-BULK_BYTES = 65_536  # taken in a turn where nothing is parsed
-# Seconds until the next request. Most clients keep a connection for less: closing it as a request comes is an error.
+MAX_HEAD_BYTES = 16_384  # h11's limit on an incomplete head, and on the trailers of a chunked body
+BULK_BYTES = 65_536  # bytes read in one turn if nothing is parsed
+# Idle timeout in seconds. Most clients close an idle connection earlier. If the server closes while a request is on its
+# way, the client gets an error.
 KEPT_S = 75
-LINGER_S, LINGER_BYTES = 5.0, 2**24  # time and bytes for the rest of a request after its answer
-LAST_LINGER_S = 0.5  # the time when the server ends
-# An answer must leave at this rate, in bytes a second over SENT_S, or its connection is aborted.
+LINGER_S, LINGER_BYTES = 5.0, 2**24  # seconds and bytes for the rest of a request after its response
+LAST_LINGER_S = 0.5  # seconds, for refused connections and during shutdown
+# Minimum rate of sending a response, in bytes per second over SENT_S seconds. Slower connections are aborted.
 SENT_RATE, SENT_S = 8192, 40.0
-# In the kernel, which by default holds megabytes, and then takes no more from a slow reader's answer for minutes.
+# Limit on unsent bytes in the kernel. The default is megabytes: a slow reader's response would then show no progress
+# for minutes.
 UNSENT_BYTES = 131_072
-# A target with scheme and host, as proxies get it. A server must accept it too (RFC 9112, section 3.2.2).
+# A request target with scheme and host, as sent to proxies. Servers must accept it too (RFC 9112, section 3.2.2).
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
-# The name that counts refused connections while they linger. Beyond this number they are closed at once.
+# Key in `open_by_address` for refused connections that linger, and their maximum number. Further refused connections
+# are closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
-ACCEPTED = 64  # most connections accepted in one turn of the event loop: each takes a file before it can be refused
+# The listen backlog, and the most connections that asyncio accepts in one turn of the event loop. Each needs a file
+# descriptor before it can be refused.
+ACCEPTED = 64
 
 
 class _Outlet:
-    """The connection as requests write their answers to it. Aborts the connection if the client reads too slowly.
+    """The transport to which requests write their responses. Aborts the connection if the client reads too slowly.
 
-    It closes by `HttpProtocol.close`.
+    Closes through `HttpProtocol.close`.
     """
 
-    _timer: TimerHandle | None = None  # runs while bytes of an answer are unsent
-    _written = 0  # bytes of all answers
-    _sent = 0  # bytes that had been sent when the timer began
+    _timer: TimerHandle | None = None  # runs while bytes of a response are unsent
+    _written = 0  # bytes of all responses
+    _sent = 0  # bytes that had been sent when the timer started
 
     def __init__(self, protocol: "HttpProtocol") -> None:
         self._protocol, self._transport = protocol, protocol.transport
 
     def write(self, data: bytes) -> None:
-        """Write a part of an answer, and start the timer if it is not sent at once."""
         was_left = self._transport.get_write_buffer_size()
         self._transport.write(data)
         self._written += len(data)
-        if not was_left:  # everything before had been sent
+        if not was_left:  # all earlier bytes had been sent
             self._expect_sent()
 
     def close(self) -> None:
@@ -89,7 +93,6 @@ class _Outlet:
             self._timer = None
 
     def _expect_sent(self) -> None:
-        """Start the next window, if bytes are unsent."""
         self.stop_waiting()
         if left := self._transport.get_write_buffer_size():
             self._sent = self._written - left
@@ -106,13 +109,13 @@ class _Outlet:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also refuses a body of many tiny chunks, and accepts absolute targets."""
+    """h11's parser, extended to refuse a body of many tiny chunks and to accept absolute targets."""
 
-    refused_as_too_fine = False  # whether this request's body was refused
-    _chunks, _body_bytes = 0, 0  # of this body, so far
+    refused_as_too_fine = False
+    _chunks, _body_bytes = 0, 0  # received of the current body
 
     def next_event(self) -> Any:
-        """Return the next event. Raises RemoteProtocolError."""
+        """Return the next event. Raises RemoteProtocolError for an invalid request and for too many tiny chunks."""
         event = super().next_event()
         if isinstance(event, h11.Request) and (absolute := ABSOLUTE.fullmatch(event.target)):
             host, path, query = absolute.groups(b"")
@@ -131,35 +134,33 @@ class _Parser(h11.Connection):
         return event
 
     def start_next_cycle(self) -> None:
-        """Start with the next request."""
         super().start_next_cycle()
         self._chunks, self._body_bytes = 0, 0
 
 
 class HttpProtocol(H11Protocol, ReadsInTurns):
-    """uvicorn's HTTP connection with the bounds above. Runs in the event loop's thread."""
+    """uvicorn's HTTP connection with the limits above. Runs in the event loop's thread."""
 
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
     max_connections: ClassVar[int]
-    idle: ClassVar[dict["HttpProtocol", None]]  # connections that wait for a next request, the longest idle first
+    idle: ClassVar[dict["HttpProtocol", None]]  # connections that wait for their next request, the longest idle first
     conn: _Parser
-    _address: str | None = None  # while it is counted
+    _address: str | None = None  # key in open_by_address; None if the connection is not counted
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # set while the connection waits for its client to close
     _outlet: _Outlet
     _to_discard = LINGER_BYTES
-    _ends = False  # whether the server is ending
-    _next = b""  # data received while an answer was being sent
-    _has_chunks = False  # the body of this request
+    _ends = False  # True after the server has begun to shut down
+    _next = b""  # data received while a response was being sent
+    _has_chunks = False  # True if the current request's body is chunked
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.conn, self.timeout_keep_alive = _Parser(h11.SERVER, MAX_HEAD_BYTES), KEPT_S
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Count the connection and wait for a head, or refuse the connection."""
-        transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
+        transport = cast(Transport, transport)  # uvloop's transport, used under Ray, has another base class
         super().connection_made(transport)
         self._outlet = _Outlet(self)
         address = counted_address(self.client[0]) if self.client else ""
@@ -176,7 +177,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
-        """Close the matching connection that has been idle longest. Returns False if none matches."""
+        """Close the matching connection that has been idle longest. Return False if none matches."""
         for each in self.idle:
             if fits(each):
                 each._unset_keepalive_if_required()
@@ -185,7 +186,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the connection out of the count."""
         self._leave()
         self._unset_keepalive_if_required()
         self._outlet.stop_waiting()
@@ -194,15 +194,15 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport
-        del self._outlet  # it refers to this protocol, which would not be freed at once
+        del self._outlet  # the outlet refers to this protocol: break the cycle to free both at once
 
     def data_received(self, data: bytes) -> None:
-        """Take data, unless the connection is closing or has an unanswered request.
+        """Process received data, unless the connection is closing or has an unanswered request.
 
-        Only reading shows that the client disconnects. So a further request before the answer is read and dropped, and
-        the connection closes after the answer, which tells the client to try again. Once the answer has begun, a
-        further request is kept until its end, because the client may have all of it before we know that it is
-        complete: after the head, in an answer to HEAD.
+        Only reading shows that the client has disconnected, so data is read but dropped before the response begins. The
+        connection then closes after the response, so that the client sends a dropped request again. Data that arrives
+        later is kept until the response ends. A client may send its next request before this server knows that the
+        response is complete, for example after the head of a response to HEAD.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -213,24 +213,24 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             if self._is_answering():
                 self._wait_for_answer(data)
                 return
-            size = self.turn_bytes()  # uvloop passes more at a time
+            size = self.turn_bytes()  # uvloop passes more bytes at once
             self._take(data[:size])
             data = data[size:]
 
     def turn_bytes(self) -> int:
-        """Return the most bytes to take in the next turn.
+        """Return the maximum number of bytes to read in the next turn.
 
-        h11 bounds an incomplete head, but takes a head of any size that comes in one piece. So it gets no more of a
-        head than the bound. A body of a declared length is not parsed.
+        h11 limits an incomplete head, but accepts a head of any size that arrives in one piece. So read at most one
+        byte more than this limit: h11 then refuses a longer head. A body of declared length is not parsed.
         """
         if self.conn.their_state is h11.IDLE:
             return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
         return TURN_BYTES if self._has_chunks else BULK_BYTES
 
     def on_response_complete(self) -> None:
-        """Start a deadline for the rest of a body whose answer is already complete: as long as for a head.
+        """Start a deadline of HEAD_S if the response is complete, but the request's body is not.
 
-        uvicorn's timeout of an idle connection is longer, and ends with the next byte.
+        uvicorn's idle timeout is longer, and stops at the next byte.
         """
         super().on_response_complete()
         is_read = not self.transport.get_write_buffer_size()
@@ -243,16 +243,16 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.data_received(data)
 
     def _unset_keepalive_if_required(self) -> None:
-        """Stop waiting for a next request: one has come, or the connection ends."""
+        """Stop the idle timeout: a next request has begun, or the connection ends."""
         self.idle.pop(self, None)
         super()._unset_keepalive_if_required()
 
     def close(self) -> None:
-        """Close the connection. If its client is still sending, wait until the client has the answer.
+        """Close the connection. If the client is still sending, wait until the client has the response.
 
-        TCP resets a connection that closes with data unread, and may then lose the answer: nginx would report a bad
-        gateway instead. So only the sending side closes here, and incoming data is discarded, within bounds, until the
-        client closes too (RFC 9112, section 9.6).
+        TCP resets a connection that is closed with unread data, and may then lose the response: nginx would report a
+        bad gateway instead. So close only the sending side, and discard incoming data, within limits, until the client
+        closes too (RFC 9112, section 9.6).
         """
         if self.transport.is_closing() or self.lingers:
             return
@@ -263,11 +263,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     @property
     def lingers(self) -> bool:
-        """Whether the answer is sent and the client has not closed yet."""
+        """True if the response is sent but the client has not closed yet."""
         return self._linger_timer is not None
 
     def shutdown(self) -> None:
-        """End with the server, as uvicorn asks. A lingering connection has its answer, and closes at once."""
+        """Shut down with the server. A lingering connection closes at once, because its response is already sent."""
         self._ends = True
         if self.lingers:
             self.transport.close()
@@ -275,7 +275,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             super().shutdown()
 
     def _turn_away(self, why: bytes) -> None:
-        """Answer 503 before anything is read, since a connection that is not counted may not stay."""
+        """Respond 503 before reading anything, because a connection that is not counted must not stay open."""
         head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(why)
         self.transport.write(head + why)
         if self.open_by_address[TURNED_AWAY] >= MAX_TURNED_AWAY:
@@ -289,10 +289,10 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.open_by_address[address] += 1
 
     def _linger(self, patience_s: float) -> None:
-        """Close the sending side. Close the connection when the client has closed, or after `patience_s`."""
+        """Close the sending side. Close the connection when the client closes, or after `patience_s` seconds."""
         try:
             self.transport.write_eof()
-        except OSError:  # the client has closed already
+        except OSError:  # the client has already closed
             self.transport.close()
             return
         self._linger_timer = self.loop.call_later(patience_s, self.transport.close)
@@ -307,7 +307,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _take(self, data: bytes) -> None:
         asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
-        if self.transport.get_protocol() is not self:  # the connection is a WebSocket's now
+        if self.transport.get_protocol() is not self:  # the connection is now a WebSocket
             return
         if self.cycle is not asked:
             self.cycle.transport = cast(Transport, self._outlet)
@@ -319,24 +319,25 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self.cycle.keep_alive = False
             self.flow.resume_reading()
         if self._answered_early():
-            return  # the timer keeps running, or an unread body, byte after byte, would hold the connection
+            return  # do not reset the timer: a client that sends one byte at a time must not hold the connection
         if was_early or self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         if self.conn.their_state is h11.IDLE and self._head_timer is None and not self.transport.is_closing():
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hand the connection over to a WebSocket. If the library rejects the handshake, refuse the request."""
-        if self.transport.get_write_buffer_size():  # the WebSocket's protocol would not know of the unsent bytes
+        """Switch the connection to the WebSocket protocol. If the library rejects the handshake, refuse the request."""
+        if self.transport.get_write_buffer_size():  # the WebSocket protocol would not know about unsent bytes
             self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return
-        self._outlet.stop_waiting()  # bytes from now on are the WebSocket's
+        self._outlet.stop_waiting()  # further bytes belong to the WebSocket
         super().handle_websocket_upgrade(event)
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
-            del self._outlet  # it would keep this protocol in memory
-            self.transport.pause_reading()  # a client waits for the answer, and uvicorn cannot refuse a frame before it
+            del self._outlet  # the outlet would keep this protocol in memory
+            # Clients wait for the handshake's response. Do not read until then: uvicorn cannot refuse an earlier frame.
+            self.transport.pause_reading()
             self._stop_waiting()
             self._expect_head()
             return
@@ -349,19 +350,19 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._refuse(kind(f"the WebSocket handshake cannot be read: {reason!a}"))
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer a request that is not HTTP, if that is still possible. uvicorn has logged it."""
+        """Refuse a request that is not valid HTTP, if a response is still possible. uvicorn has logged the error."""
         if self.cycle is not None:
-            self.cycle.disconnected = True  # the request that is being answered will not be complete
+            self.cycle.disconnected = True  # the current request will never be complete
             self.cycle.message_event.set()
         not_http = "the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB"
         self._refuse(MalformedRequest(TOO_FINE if self.conn.refused_as_too_fine else not_http))
 
     def _is_answering(self) -> bool:
-        """Whether a request is complete and its answer is not."""
+        """Return whether the request is complete, but its response is not."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def _answered_early(self) -> bool:
-        """Whether the answer is complete and the request is not."""
+        """Return whether the response is complete, but its request is not."""
         return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
 
     def _expect_head(self) -> None:
@@ -370,11 +371,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self.transport.get_protocol() is not self:
-            self.transport.abort()  # the handshake was not answered
+            self.transport.abort()  # the WebSocket handshake was not answered
         elif self.conn.trailing_data[0]:
             self._refuse(SlowHead(HEAD_S))
         else:
-            self.close()  # it sent nothing, or has its answer: there is nothing to answer
+            self.close()  # the client sent nothing, or already has its response
 
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:
@@ -390,7 +391,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._address = None
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer with a problem if no answer has begun, and close."""
+        """Respond with a problem document if no response has begun, then close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = render(error)
             headers = [*answer.raw_headers, (b"connection", b"close")]
@@ -401,6 +402,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
 
 def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtocol]:
-    """Make the protocol class of one server."""
+    """Return the protocol class of one server."""
     bounds = {"max_connections": max_connections, "max_per_address": max_per_address}
     return type("BoundedHttpProtocol", (HttpProtocol,), {"open_by_address": Counter(), "idle": {}, **bounds})

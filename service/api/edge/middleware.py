@@ -1,4 +1,4 @@
-"""Middleware around every request: id, span, duration, the answer to an unexpected error, bounds on bytes in memory."""
+"""Middleware around every request: ids, spans, durations, responses to unexpected errors, and limits on memory."""
 
 import asyncio
 import logging
@@ -23,21 +23,24 @@ from tminus.service.tracing import REQUEST_ID, TRACER, fail, why
 
 log = logging.getLogger(__name__)
 
-LEAST_RATE = 8192  # bytes of a body a second
+LEAST_RATE = 8192  # minimum bytes per second of a body
 WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-WEBHOOK = "webhook"  # the name of the parameter
-TARGET_CHARACTERS = 200  # of a path and query in the log
-READ_CHARACTERS = 2000  # characters of them that are read: decoding a target of 16 KiB takes 2 ms
-# Pieces of a long answer: uvicorn holds two at most before it waits.
+WEBHOOK = "webhook"
+TARGET_CHARACTERS = 200  # maximum length of a path with query in the log
+READ_CHARACTERS = 2000  # maximum length to decode: a target of 16 KiB would take 2 ms
+# Size of the pieces of a long response. uvicorn holds at most two pieces before it waits.
 PIECE_BYTES = 64 * 1024
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"})
-SWITCHED = 101  # the status of a WebSocket that was accepted
-GONE = "client_gone"  # the client disconnected before the answer
+SWITCHED = 101  # status of an accepted WebSocket
+GONE = "client_gone"  # the client disconnected before the response
 
 
 def new_request_id(scope: Scope) -> str:
-    """Set REQUEST_ID to a well-formed X-Request-ID of the client that has no key in it, or to a new id. Returns it."""
+    """Set REQUEST_ID to the client's X-Request-ID or to a new id, and return it.
+
+    An X-Request-ID that is malformed or contains an API key is ignored.
+    """
     asked = Headers(scope=scope).get("x-request-id", "")
     request_id = asked if WELL_FORMED.fullmatch(asked) and masked(asked) == asked else uuid.uuid4().hex
     REQUEST_ID.set(request_id)
@@ -45,7 +48,7 @@ def new_request_id(scope: Scope) -> str:
 
 
 def sender_of(scope: Scope) -> str:
-    """Return the client's address, and the name of its key where it has one, for the log."""
+    """Return the client's address for the log, with the name of its key if there is one."""
     address, key = _address(scope) or "-", _key(scope)
     return address if key is None else f"{address} ({key})"
 
@@ -60,9 +63,9 @@ def _key(scope: Scope) -> str | None:
 
 
 def target_of(scope: Scope, *, with_query: bool = True) -> str:
-    """Return the path and query in printable ASCII, cut to TARGET_CHARACTERS, for logs and traces.
+    """Return the path and query for logs and traces: printable ASCII, cut to TARGET_CHARACTERS.
 
-    API keys and webhook URLs are masked: they should not be in a query, but clients may put them there.
+    API keys and webhook URLs are masked. They do not belong in a query, but clients may put them there.
     """
     target: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     if with_query and scope.get("query_string"):
@@ -72,7 +75,7 @@ def target_of(scope: Scope, *, with_query: bool = True) -> str:
 
 
 def _without_webhook(target: str) -> str:
-    """Cut the query at a webhook parameter: an & in a URL that is not encoded belongs to the URL."""
+    """Cut the query at a webhook parameter: a later & may belong to the webhook's URL, if the URL is not encoded."""
     path, _, query = target.partition("?")
     shown: list[str] = []
     for each in query.split("&"):
@@ -83,18 +86,18 @@ def _without_webhook(target: str) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """Return the pattern of the path, with the prefix /models/{model} if the request has it."""
+    """Return the pattern of the route's path, with the prefix /models/{model} if the request has it."""
     route = str(getattr(scope.get("route"), "path", "unmatched"))
     below = "model" in scope.get("path_params", {}) and "{model}" not in route
     return f"/models/{{model}}{route}" if below else route
 
 
 def pieces_of(message: Message) -> Iterator[Message]:
-    """Yield the messages to send in place of a long one, each with at most PIECE_BYTES of its body.
+    """Split a long message into messages with at most PIECE_BYTES of body each.
 
-    uvicorn takes all bytes of a message at once, and copies them for its client. Many slow readers of one cached
-    answer would then take many times its memory. The last message is empty, because uvicorn takes it when at most 64
-    KiB of the others are left.
+    uvicorn copies a whole message for each client, so many slow readers of one cached response would take many times
+    its memory. The last message is empty, because uvicorn accepts it only when at most 64 KiB of the earlier messages
+    are unsent.
     """
     body = message["body"]
     for at in range(0, len(body), PIECE_BYTES):
@@ -103,12 +106,11 @@ def pieces_of(message: Message) -> Iterator[Message]:
 
 
 class RequestContext:
-    """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status.
+    """Gives each request an id, times the request by route and status, and sends a long response in pieces.
 
-    A long answer is sent in pieces.
-
-    While the server drains, each answer closes its connection. Otherwise the client's next request could meet the
-    server's end. A request that is not answered when the server ends is refused.
+    The id is the client's X-Request-ID, if well-formed. While the server drains, each response closes its connection,
+    because the server may end before the client's next request. A request that is unanswered when the server ends is
+    refused.
     """
 
     def __init__(
@@ -137,34 +139,34 @@ class RequestContext:
                 headers["X-Request-ID"] = request_id
                 if error_form(scope["method"], scope["path"]) is None:
                     headers["API-Version"] = API_VERSION
-                # Browsers then do not take a client's text or pixels for a page.
+                # Keep browsers from showing a client's text or pixels as a page.
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self._draining():
                     headers["Connection"] = "close"
             elif not message.get("more_body", False):
-                ended = time.perf_counter()  # the time that the client takes to read is not counted
+                ended = time.perf_counter()  # exclude the time that the client takes to read
             if len(message.get("body", b"")) <= PIECE_BYTES:
                 await send(message)
                 return
             for piece in pieces_of(message):
                 await send(piece)
-                await asyncio.sleep(0)  # gives other connections a turn, and finds out if this one is lost
+                await asyncio.sleep(0)  # let other connections run, and notice if this one is lost
 
         try:
             await self._app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # uvicorn cancels requests when it stops waiting
+        except asyncio.CancelledError:  # uvicorn cancels requests when its shutdown timeout ends
             if status is not None:
                 raise
             await render(Draining(), scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s: unhandled error", request_id)
-            if status is not None:  # part of the response is sent: the connection can only be closed
+            if status is not None:  # part of the response is sent, so the connection can only be closed
                 raise
             answer = render(ServiceError(), scope)
             await answer(scope, receive, send_with_id)
         finally:
             route = route_of(scope)
-            status = 499 if status is None else status  # nothing sent: the client disconnected
+            status = 499 if status is None else status  # nothing was sent: the client disconnected
             seconds = (time.perf_counter() if ended is None else ended) - started
             self._observe(route, status, seconds)
             client, key, target = _address(scope), _key(scope), target_of(scope)
@@ -178,22 +180,23 @@ class RequestContext:
 
 
 def body_of(scope: Scope) -> Hold:
-    """Return the hold on a request's body. Release it once a job has been made from the body."""
+    """Return the memory hold of a request's body. Release the hold after a job is made from the body."""
     held: Hold = scope["state"]["body"]
     return held
 
 
 class MemoryLimit:
-    """Bounds the bytes of clients in memory: received bodies, and answers that are being sent.
+    """Limits the memory for clients' data: received bodies, and responses that are being sent.
 
-    All bodies together may take MAX_HELD_BYTES, and one caller's bodies its share. A body counts until a job is made
-    from it, which keeps nothing of it (see `body_of`), or else until its answer begins, when its route has returned.
+    All bodies together may take MAX_HELD_BYTES, and one caller's bodies a share of this limit. A body counts until a
+    job is made from it, because the job keeps no part of the body (see `body_of`). Other bodies count until their
+    response begins.
 
-    All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
-    of a WebSocket. A cached body that several clients get counts once; a WebSocket copies each message. An answer with
-    a Content-Length is refused before it begins. For any other, sending the message raises TooManyBytes.
+    All responses share one budget. A response's body, an event or a WebSocket message counts while it is being sent. A
+    cached body that several clients get counts once, but each WebSocket message is a copy. A response with a
+    Content-Length is refused before it begins. For any other response, sending a message raises TooManyBytes.
 
-    A body or message of at most SMALL_BYTES is always accepted, so that uploads cannot keep plain requests out.
+    A body or message of at most SMALL_BYTES is always accepted, so uploads cannot block small requests.
     """
 
     def __init__(
@@ -204,12 +207,10 @@ class MemoryLimit:
         answers: ByteBudget,
         refused: Callable[[str], None],
     ) -> None:
-        """max_bytes_by_path: bounds of some paths, also below /models/NAME. refused: called with each
-        refusal's code.
-        """
+        """max_bytes_by_path: limits of some paths, also below /models/NAME. refused: called with each error's code."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
-        # A caller's share has room for the largest body and the copies of its parts: 2 <= SHARE * 3.
+        # A caller's share has room for the largest body and copies of its parts: 2 <= SHARE * 3.
         self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, 3 * largest_bytes)), answers
         self._refused = refused
 
@@ -224,8 +225,11 @@ class MemoryLimit:
         return self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
-        """Count an answer while it is sent, or send a refusal instead. The body of the request is released first."""
-        waiting: list[Message] = []  # the beginning of an answer that may still be refused
+        """Return a `send` that counts a response while it is sent, or sends a refusal instead.
+
+        The request's body is released when the response begins.
+        """
+        waiting: list[Message] = []  # first messages of a response that may still be refused
         is_refused = False
 
         async def counted(message: Message) -> None:
@@ -262,10 +266,10 @@ class MemoryLimit:
 
 
 class _Body:
-    """The body of one request, as it arrives.
+    """Receives the body of one request and enforces its limits.
 
-    A body over its limit is refused: at once by its Content-Length, or when too much has arrived. A body that brings
-    less than LEAST_RATE in a window of WINDOW_S raises SlowBody. A complete body has no deadline.
+    A body over its size limit raises BodyTooLarge: at once if its Content-Length is too large, otherwise when too much
+    has arrived. A body slower than LEAST_RATE over WINDOW_S seconds raises SlowBody. A complete body has no deadline.
     """
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int, held: Hold) -> None:
@@ -273,8 +277,8 @@ class _Body:
         self._loop = asyncio.get_running_loop()
         self._received = 0
         self._is_complete = False
-        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
-        self._missing = LEAST_RATE * WINDOW_S  # bytes that must still arrive in this window
+        self._until_s = self._loop.time() + WINDOW_S  # end of the current window, by the event loop's clock
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that must still arrive in the current window
 
     async def receive(self) -> Message:
         """Return the next message. Raises BodyTooLarge, SlowBody and TooManyBytes."""
@@ -305,10 +309,10 @@ class _Body:
 
 
 class RequestSpans:
-    """Puts a span around each request and WebSocket, except the probes, which come every few seconds.
+    """Records a span for each request and WebSocket, except for the frequent probes.
 
-    OpenTelemetry and FastAPI have such middleware. Both keep the query, which may contain a secret, and know neither
-    our names of routes nor the id of a request.
+    The middleware of OpenTelemetry and FastAPI keeps the query, which may contain a secret, and knows neither our route
+    names nor our request ids.
     """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
@@ -334,16 +338,16 @@ class RequestSpans:
                 "HTTP",
                 self._client_trace.extract(Headers(scope=scope)),
                 SpanKind.SERVER,
-                record_exception=False,  # an exception's text may quote a request
+                record_exception=False,  # an exception's text may quote the request
                 set_status_on_exception=False,
             ) as span:
                 try:
                     await self._app(scope, receive, send_and_look)
-                except Exception as error:  # part of the answer was sent
+                except Exception as error:  # part of the response was sent
                     fail(span, why(error)[0], by_server=True)
                     raise
                 finally:
-                    method, route = scope.get("method", "GET"), route_of(scope)  # a WebSocket's handshake is a GET
+                    method, route = scope.get("method", "GET"), route_of(scope)  # a WebSocket handshake is a GET
                     known = method if method in METHODS else "_OTHER"
                     span.update_name(f"{known if known == method else 'HTTP'} {route}")
                     attributes = {

@@ -1,8 +1,8 @@
-"""Checks on a request's Host, and on the site of the page for which a browser sends it.
+"""Checks a request's Host, and the site of the web page that made a browser send the request.
 
-A page of another site can make a browser send requests here. By DNS rebinding it can even read the answers. Headers
-that only the browser writes identify such a page: Origin, Sec-Fetch-Site, and a Host that is not ours. Programs other
-than browsers send neither Origin nor Sec-Fetch-Site.
+A page of another site can make a browser send requests to this server. With DNS rebinding, such a page can even read
+the responses. Headers that only the browser sets identify such a page: Origin, Sec-Fetch-Site, and a Host that is not
+this server's. Programs other than browsers send neither Origin nor Sec-Fetch-Site.
 """
 
 import re
@@ -16,28 +16,28 @@ from starlette.types import Scope
 from tminus.service.api.answers.headers import HEADERS
 from tminus.service.errors import ForeignHost, ForeignOrigin, short
 
-# Probes may use any name that the network has for this machine.
+# Probes may use any host name of this machine.
 HEALTH = ("/healthz", "/readyz", "/health", "/v2/health/live", "/v2/health/ready")
 PROBES = (*HEALTH, "/metrics")
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
-OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # the prefix of a path of one model
-# Headers of answers that pages of other origins may read. The last three belong to deprecated calls.
+OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # prefix of the paths of one model
+# Response headers that pages of other origins may read. Only deprecated calls send the last three.
 EXPOSED_HEADERS = (*HEADERS, "Deprecation", "Sunset", "Link")
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedSites:
-    """The names of this server, besides localhost and IP addresses, and the origins of other pages that may use it.
+    """Host names of this server, and origins of other pages that may use the server.
 
-    Both are in lower case. "*" allows any.
+    Both are in lower case, and "*" allows any. localhost and IP addresses are always allowed as hosts.
     """
 
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
 
     def check(self, scope: Scope) -> None:
-        """Raise ForeignHost or ForeignOrigin for a request that must be refused."""
+        """Raise ForeignHost or ForeignOrigin if the request's host or page is not allowed."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         if scope["path"] not in PROBES:
@@ -46,8 +46,8 @@ class AllowedSites:
             return
         origin = headers.get("origin")
         if origin is None and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-            return  # not from a page, or from one of ours
-        if origin is None:  # an image or a link, for which browsers send no Origin
+            return  # sent by no page, or by a page of this server
+        if origin is None:  # browsers send no Origin for an image or a link
             origin = headers.get("referer", "")
         if not self._is_allowed(origin.lower(), host):
             bound = "the server's own, or one in --allowed-origins"
@@ -56,7 +56,7 @@ class AllowedSites:
             )
 
     def check_host(self, host: str) -> None:
-        """Raise ForeignHost for a name that this server does not have."""
+        """Raise ForeignHost if `host` is not a name of this server."""
         if not self._is_ours(host.lower()):
             bound = "localhost, an IP address, or a name in --host or --allowed-hosts"
             raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
@@ -67,20 +67,20 @@ class AllowedSites:
         except ValueError:
             return False
         if name is None:
-            return not host  # HTTP/1.0 names none
+            return not host  # an HTTP/1.0 request may have no Host
         return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
-        """Return whether an origin is allowed. The scheme of our own pages is ignored, because a TLS proxy hides it."""
+        """Return whether an origin is allowed. Ignore the scheme of our own pages, because a TLS proxy hides it."""
         scheme, _, rest = origin.partition("://")
         origin_host = rest.partition("/")[0]
         return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")
 
 
 def _costs(scope: Scope) -> bool:
-    """Return whether a request starts work, changes something, or returns somebody's jobs."""
+    """Return whether a request starts work, changes something, or returns a caller's jobs."""
     path = OF_A_MODEL.sub("", scope["path"])
-    # The router matches /sample with a line break after it, too.
+    # The router also matches /sample followed by a line break.
     if scope["type"] == "websocket" or scope["method"] not in READING or not path.isprintable():
         return True
     return scope["method"] != "OPTIONS" and (path in ("/sample", "/batch") or path.startswith("/jobs"))
