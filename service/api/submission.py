@@ -48,7 +48,8 @@ async def ensure_loaded(
         return services
     spec, began_s = spec_of(parameters, services.model, services.limits), time.monotonic()
     with suppress(QuotaExceeded):
-        caller.check(work_of(spec, services.model, services.number).places, await _open_jobs(services, caller))
+        open_jobs = await services.new_jobs.open_jobs(caller.name, caller.limits.jobs)
+        caller.check(work_of(spec, services.model, services.number).places, open_jobs)
         services = await services.ensure_loaded(request, parameters.deadline_s)
     if parameters.deadline_s is not None:
         parameters.deadline_s = max(1e-3, parameters.deadline_s - (time.monotonic() - began_s))
@@ -97,21 +98,9 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
     The price is one row-step for each pass of each row. A guided step counts twice, and a skipped step not at all.
     """
     row_steps = new.work.places
-    with caller.charged(row_steps, await _open_jobs(services, caller)):
+    with caller.charged(row_steps, await services.new_jobs.open_jobs(caller.name, caller.limits.jobs)):
         yield
     services.metrics.count("tminus_key_places_total", caller.name, by=row_steps)
-
-
-async def _open_jobs(services: Services, caller: Caller) -> int:
-    """Return the number of the caller's unfinished jobs, or 0 if the caller has no limit.
-
-    The jobs of other servers are counted only if the jobs here are below the limit.
-    """
-    if (most := caller.limits.jobs) is None:
-        return 0
-    new_jobs = services.new_jobs
-    elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
-    return new_jobs.number_here(caller.name) + elsewhere
 
 
 async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:

@@ -433,22 +433,28 @@ class NewJobs:
         self._keyed = WeakValueDictionary[str, asyncio.Lock]()
         self._counts: list[tuple[str, set[str]]] = []  # counts under way: the owner, and the jobs found so far
 
-    def number_here(self, owner: str) -> int:
-        """Count an owner's jobs that have not ended and that this process knows."""
-        return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
+    async def open_jobs(self, owner: str, most: int | None) -> int:
+        """Count an owner's unfinished jobs; 0 if `most` is None.
 
-    async def number_elsewhere(self, owner: str) -> int:
-        """Count an owner's durable jobs that this server does not hold; 0 while their store is away."""
+        Other replicas' jobs are counted only while fewer than `most` are here. A store that does not answer counts as
+        empty.
+        """
+        if most is None:
+            return 0
         found = set[str]()
-        self._counts.append(count := (owner, found))
-        try:
-            for store in [each.store for each in self._jobs.by_store()]:
-                if store.shared and store.failure is None:
-                    with suppress(StorageFailed):
-                        found.update(await store.call(SharedStore.open_jobs, owner))
-        finally:
-            self._counts = [each for each in self._counts if each is not count]
-        return len(found - self._known(owner))
+        if self._here(owner) < most:
+            self._counts.append(count := (owner, found))
+            try:
+                for store in [each.store for each in self._jobs.by_store()]:
+                    if store.shared and store.failure is None:
+                        with suppress(StorageFailed):
+                            found.update(await store.call(SharedStore.open_jobs, owner))
+            finally:
+                self._counts = [each for each in self._counts if each is not count]
+        return self._here(owner) + len(found - self._known(owner))
+
+    def _here(self, owner: str) -> int:
+        return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
         """Return the ids of an owner's durable jobs that are held here or are being accepted."""

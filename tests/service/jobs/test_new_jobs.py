@@ -98,8 +98,7 @@ class Shared:
 
     @asynccontextmanager
     async def charged(self) -> AsyncIterator[None]:
-        elsewhere = await self.new.number_elsewhere("key")
-        if self.new.number_here("key") + elsewhere >= self.most:
+        if await self.new.open_jobs("key", self.most) >= self.most:
             raise QuotaExceeded("jobs", "less", 1, 1)
         yield
         self.charged_for += 1
