@@ -153,7 +153,7 @@ def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = Tr
 
 
 class _Documents:
-    """The OpenAPI documents of the models, cached because each takes 0.1 s to make."""
+    """The OpenAPI documents of the models. Each document is cached, because it takes 0.1 s to make."""
 
     def __init__(self, models: Models, general: Callable[[Contract], list[APIRouter]]) -> None:
         self._models, self._general = models, general

@@ -1,6 +1,6 @@
 """Loads, reloads and unloads models while the server runs: for an admin, on demand, to free memory, and when idle.
 
-All code runs in the event loop's thread, but a separate thread reads a folder and measures the model.
+Everything runs in the event loop's thread, except that a separate thread reads a folder and measures the model.
 """
 
 import asyncio
@@ -44,10 +44,12 @@ class ModelLoader:
         room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
         idle_unload_s: float | None = None,
     ) -> None:
-        """prepare: reads a folder and measures the model; takes the model's name and the folder.
+        """prepare: reads the folder of a named model, and measures the model.
 
-        room_lacking: takes a folder and the bytes that other models use; returns the reason if the model does not fit,
-        and None otherwise; raises CheckpointError. idle_unload_s: None lets only an admin load and unload.
+        room_lacking: takes a folder and the bytes that other models use. Returns the reason if the model does not fit,
+        otherwise None. Raises CheckpointError.
+
+        idle_unload_s: None if only an admin loads and unloads models.
         """
         self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
@@ -187,7 +189,7 @@ class ModelLoader:
             await self._unload(await self._wait_for_idle(others), "room")
 
     async def _wait_for_idle(self, others: list[ServedModel]) -> ServedModel:
-        """Wait for a model that is idle and has stayed for STAY_S. Raises the worker's errors, such as Draining."""
+        """Wait until a model is idle and has been loaded for STAY_S. Raises the worker's errors, such as Draining."""
         closing: ServedModel | None = None
         try:
             while True:

@@ -1,7 +1,7 @@
 """The log of a process on stderr: text with escaped control characters, or one JSON object a line.
 
-One handler writes the lines of all loggers, including libraries. The handler masks the secrets of API keys, and limits
-the number of similar lines.
+One handler writes the lines of all loggers, including those of libraries. The handler masks the secrets of API keys,
+and limits the number of similar lines.
 """
 
 import json

@@ -82,7 +82,7 @@ class ServedModels:
     """Owns the parts that all models share. Adds models to the registry and the worker, and removes them.
 
     A model is served when its store is open and the worker has run its first tick. An unloaded model is still served.
-    A model that leaves is freed when its last request and its last job have ended. When no job of the model is kept
+    After `leave`, a model is freed when its last request and its last job have ended. When no job of the model is kept
     any more, the model is forgotten and its store is closed.
     """
 

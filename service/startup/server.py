@@ -62,7 +62,7 @@ PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http
 
 
 class Opening:
-    """The ASGI app of a server that is starting. Passes every request to `application` when that is set.
+    """The ASGI app of a server that is starting. After the start, passes every request to `application`.
 
     A first start measures for seconds or minutes. Meanwhile, `/healthz` is 200, any other path is 503, and a page
     reloads itself until the model is ready.
@@ -100,7 +100,7 @@ def _early_answer(scope: Scope, detail: str) -> Response:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that responds until the worker has ended: drained after a signal, or crashed."""
+    """A uvicorn server that responds until the worker has ended, after a signal or by a crash."""
 
     def __init__(self, config: uvicorn.Config, opening: Opening, grace_s: float) -> None:
         super().__init__(config)
@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for WebSocket jobs, then stop as uvicorn does. uvicorn waits only for HTTP responses.
 
-        Refuse one more request on each kept connection.
+        Each kept connection gets a moment for one more request, which is refused.
         """
         self._give_up.cancel()
         application = self._opening.application

@@ -505,7 +505,7 @@ class Settings(BaseSettings):
         )
 
     def access(self, address: str) -> Access:
-        """Return the keys of a server that listens on this address. With no keys, or --open, no client needs a key.
+        """Return the keys of a server that listens on this address. Without keys, or with --open, clients need no key.
 
         Raises ValueError for invalid keys, and for an address that other machines can reach without keys.
         """

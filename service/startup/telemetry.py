@@ -1,6 +1,6 @@
 """Sends spans to a collector in batches, by OTLP over HTTP. Only this module imports the SDK of OpenTelemetry.
 
-The SDK reads the OTEL_ variables. A thread sends ended spans from a bounded queue; if it is full, spans are lost.
+The SDK reads the OTEL_ variables. Spans wait in a bounded queue for a thread that sends them. A full queue drops spans.
 """
 
 import logging
@@ -46,7 +46,7 @@ class Reported(SpanExporter):
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter, self._fails = exporter, False
-        self._log = logging.getLogger(type(exporter).__module__)  # logs each failure again
+        self._log = logging.getLogger(type(exporter).__module__)  # the exporter's log; silent while sending fails
         self._log.addFilter(self._passes)
 
     def _passes(self, _record: logging.LogRecord) -> bool:
@@ -69,5 +69,5 @@ class Reported(SpanExporter):
 
 
 def send_spans(version: str) -> Traces:
-    """Send spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
+    """Start to send spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
     return Traces(Reported(OTLPSpanExporter()), version)

@@ -18,7 +18,7 @@ DISABLED = "OTEL_SDK_DISABLED"
 
 
 def start_traces(version: str) -> "Traces | None":
-    """Send traces if an endpoint is set; otherwise, return None. Raises ValueError for invalid variables.
+    """Start to send traces if an endpoint is set; otherwise, return None. Raises ValueError for invalid variables.
 
     version: version of this server. The SDK is imported only if it is needed.
     """

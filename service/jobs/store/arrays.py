@@ -14,8 +14,8 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # increase it when the state of a plan or a row changes; format 1 had no registers and no number
-# Errors that unpacking damaged bytes raises.
+SNAPSHOT_FORMAT = 2  # increase it if the state of a plan or a row changes; format 1 had no registers and no format
+# Errors that may be raised while unpacking damaged bytes.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,

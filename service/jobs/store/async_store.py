@@ -55,7 +55,7 @@ S = TypeVar("S", bound=DeliveryStore)  # the base class of all stores
 
 
 class AsyncStore:
-    """Owns a job store and its threads. `call` runs any method of the store; a method that does more is below."""
+    """Runs the calls of a job store in threads. Owns the store and the threads."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -363,7 +363,7 @@ class Stores:
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Return the store for these weights without blocking. Raises ValueError if the store cannot be opened."""
+        """Return the store for these weights without blocking the event loop. Raises ValueError if that fails."""
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 
@@ -396,5 +396,5 @@ class Stores:
 
     def close(self) -> None:
         """Close all stores. Blocks. No model may use a store afterwards."""
-        for store in list(self._stores.values()):  # a copy: a thread that is opening a store may still add it
+        for store in list(self._stores.values()):  # a copy, because a thread may still add the store that it opens
             store.close()

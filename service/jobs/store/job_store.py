@@ -286,7 +286,7 @@ class JobStore(Removal):
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite allows 32,766 variables in a statement. A server has at most MAX_JOBS jobs, so they fit.
+            # SQLite allows 32,766 variables in a statement. A server has at most MAX_JOBS jobs, so their ids fit.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
@@ -330,8 +330,8 @@ class JobStore(Removal):
     def crashed(self, job_ids: Collection[str]) -> None:
         """Count a crash of the server against these jobs, held or not.
 
-        If there are several jobs, count only against jobs without a crash, because another job may be the cause. Always
-        count against a single job.
+        If there are several jobs, count only against jobs without an earlier crash, because another job may be the
+        cause. Always count against a single job.
         """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
@@ -345,7 +345,7 @@ class JobStore(Removal):
         """Store a job's outcome and images, and delete its snapshot and inputs. The webhook event becomes due.
 
         images: an object must be passed to `note_object` before it is written. Raises LeaseLost if the job is not held,
-        and ObjectGone if the object was given up; both store nothing.
+        and ObjectGone if the object was given up. In both cases, nothing is stored.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)

@@ -98,7 +98,7 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
     namespace: a schema of the database, so that several clusters can share a database. Raises ValueError if the
     database cannot be reached or used, or its tables have a newer version.
     """
-    # Earlier releases used Alembic, which stored the version of the tables here.
+    # Earlier releases used Alembic. The version is still stored in Alembic's table.
     versions = sa.table("alembic_version", sa.column("version_num"), schema=namespace)
     try:
         with engine.begin() as connection:

@@ -10,7 +10,7 @@ from tminus.service.spec import SampleSpec
 
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
-Place = tuple[int, str]  # created_us and id; defines the order of creation
+Place = tuple[int, str]  # created_us and id: the order of creation
 MOST_LISTED = 20  # maximum number of jobs in a message
 Thread = Literal["store", "reads", "pixels"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """How AsyncStore calls a method of a store. Decorates the method; an undecorated method has the defaults."""
+    """Options for AsyncStore's call of a method. Decorates the method; an undecorated method has the defaults."""
 
     thread: Thread = "store"  # used in a shared store; calls outside "store" are dropped if the client leaves
     writes: bool = False  # the result shows whether jobs can be stored
@@ -47,7 +47,7 @@ class JobRecord:
     outcome: Outcome | None = None  # None while the job is unfinished
     finished_us: int | None = None
     fingerprint: str | None = None  # fingerprint of the build that made the images
-    problem: Mapping[str, Any] | None = None  # reason of a failure
+    problem: Mapping[str, Any] | None = None  # details of the error, if the job failed
     owner: str = ""  # name of the API key
     crashes: int = 0  # crashes of the worker, or of the whole process, during this job
     webhook: Webhook | None = None  # receiver of the job's events
@@ -115,7 +115,7 @@ class ObjectGone(Exception):
 
 
 class LeaseLost(Exception):
-    """Raised when another replica holds or has ended this job, or the job was deleted. Discard its results."""
+    """Raised when another replica holds or has ended a job, or the job was deleted. Discard the results made here."""
 
 
 def listed(job_ids: Sequence[str]) -> str:

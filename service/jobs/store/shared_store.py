@@ -24,8 +24,8 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, kept_bytes, 
 from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
-CLAIM_JOBS = 32  # maximum number of jobs of each query in a claim
-MOST_DOUBLINGS = 8  # bounds the wait of a job that keeps losing its replica
+CLAIM_JOBS = 32  # maximum number of jobs that each query of a claim returns
+MOST_DOUBLINGS = 8  # limits the wait of a job that repeatedly loses its replica
 AWAY = timedelta(minutes=5)  # jobs that only a lost replica can run wait this long for its restart
 DATABASE_S = sa.func.extract("epoch", sa.func.clock_timestamp())
 
@@ -45,7 +45,8 @@ class SharedStore(JobStore):
         self._weights, self._replica, self._address, self.lease_s = weights_hash[:16], replica, address, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # Only for jobs without a live lease. A replica clears the column when it releases a job or shuts down.
+        # For a job without a live lease: its replica was lost. A replica that releases a job or shuts down clears the
+        # column.
         self._left_behind = tables.jobs.c.replica.is_not(None)
         # A suspect may have caused the loss of its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
@@ -85,8 +86,8 @@ class SharedStore(JobStore):
 
         First come jobs that were held before, up to `begun_places`, because their clients wait for the next step. Among
         these jobs, one suspect comes first: the shortest, unless another suspect is on trial here. A suspect is a job
-        whose replica was lost. Then come released jobs, by arrival. After the jobs that were held before come new jobs
-        that the intake accepts, the shortest first. Last comes the oldest new job, if the intake accepts it.
+        whose replica was lost. Released jobs follow, by arrival. Then come new jobs that the intake accepts, the
+        shortest first. Last comes the oldest new job, if the intake accepts it.
 
         Skip a job that another build began, while a replica of that build lives. Skip a job whose table's hash is not
         in `tables`, while another build lives or may be restarting. End a job with a damaged record as failed.
@@ -156,7 +157,7 @@ class SharedStore(JobStore):
 
     @Call("reads")
     def holder(self, job_id: str) -> str | None:
-        """Return the address of the live replica that holds a job; None without such a replica or address."""
+        """Return the address of the live replica that holds a job, or None."""
         jobs, replicas = self._tables.jobs, self._replicas
         query = sa.select(replicas.c.address).join(jobs, jobs.c.replica == replicas.c.id)
         query = query.where(jobs.c.id == job_id, self._living, *self._its_weights())
@@ -228,7 +229,7 @@ class SharedStore(JobStore):
 
     @Call(writes=True, owes=True)
     def cancel(self, job_id: str) -> bool:
-        """End a job as cancelled. Return False if the job has ended. Its holder learns this at the next renewal."""
+        """End a job as cancelled. Return False if the job has ended. The holder learns this at the next renewal."""
         tables, jobs = self._tables, self._tables.jobs
         mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
         ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())

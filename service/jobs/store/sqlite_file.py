@@ -41,7 +41,7 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
     ),
     4: ("ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT 0 NOT NULL",),
 }
-# This table has a row in a file whose WAL is missing. The first transaction of the WAL deletes the row.
+# A row in this table means that a WAL belongs to the file. The first transaction of that WAL deletes the row.
 # Earlier versions can ignore the table, so VERSION did not change.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
 HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of a frame's header; a page follows each frame's header
@@ -179,7 +179,7 @@ def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError
 
 
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
-    """Return a message: why a file cannot be used, and what the user can do. done: text about a damaged file."""
+    """Return a message: why a file cannot be used, and what the user can do. done: what was done to a damaged file."""
     reason = " ".join(reason.split())
     if "locked" in reason:
         return f"{file} is in use by another server; give this one a --state-dir of its own"
@@ -267,7 +267,7 @@ def _lacks_wal(connection: sqlite3.Connection) -> bool:
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError if the file is damaged. A file that takes longer than CHECK_S is accepted."""
+    """Raise ValueError if the file is damaged. A check that takes longer than CHECK_S stops and accepts the file."""
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:

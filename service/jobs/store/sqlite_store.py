@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 SWEEP_PAGES = 512  # maximum number of pages that one call returns to the disk
 SPARE_PAGES = 256  # free pages that stay in the file for reuse
 WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new WAL begins
-SPARE_BYTES = 8 * 2**20  # the WAL is also copied if more bytes of the file and the WAL are unused
+SPARE_BYTES = 8 * 2**20  # unused bytes of the file and the WAL above which the WAL is copied too
 
 
 class SqliteStore(JobStore):
-    """Stores jobs in a file. Owns the file's only connection: its lock excludes other processes.
+    """Stores jobs in a file. Owns the file's only connection, whose lock excludes other processes.
 
     Raises ValueError for an unusable file.
     """
@@ -73,7 +73,7 @@ class SqliteStore(JobStore):
                 "journal_mode = WAL",
                 "synchronous = FULL",  # an accepted job also survives a power failure
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # a new WAL truncates a longer file to this size
+                f"journal_size_limit = {WAL_BYTES}",  # size to which a longer WAL is truncated for a new WAL
                 "secure_delete = FAST",  # the default of Debian's SQLite overwrites deleted pages with zeros
             ):
                 self._pragma(pragma)
@@ -86,7 +86,7 @@ class SqliteStore(JobStore):
             self._driver.execute(FOLLOWS)
             self._unended()  # the first read: if it fails, the server must not start
             attempted = self._deliveries.c.held_until_us.is_not(None)
-            with self._transaction() as run:  # no attempt is running: this is the only process
+            with self._transaction() as run:  # no delivery attempt is running: this is the only process
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             if file is not None:
@@ -104,7 +104,7 @@ class SqliteStore(JobStore):
             raise
 
     def _pragma(self, text: str) -> Sequence[Any]:
-        """Run a pragma and return its first row, empty if there is none."""
+        """Run a pragma and return its first row, or () if there are no rows."""
         rows = self._driver.execute(f"PRAGMA {text}").fetchall()
         return rows[0] if rows else ()
 
@@ -124,7 +124,7 @@ class SqliteStore(JobStore):
         return added
 
     def _note_kept(self) -> None:
-        """Write the number of jobs to another file. A start that finds fewer jobs in the database warns."""
+        """Write the number of jobs so far to the file `kept`. A start that finds fewer jobs in the database warns."""
         if self._file is None:
             return
         with suppress(OSError):  # harmless: the jobs are in the database
@@ -160,7 +160,7 @@ class SqliteStore(JobStore):
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:
-        """Return some free pages of the file to the disk. Return whether there are more."""
+        """Return some free pages of the file to the disk. Return whether more free pages are left."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
@@ -174,7 +174,7 @@ class SqliteStore(JobStore):
         return False
 
     def _shorten(self, file: Path) -> None:
-        """Copy the WAL into the file if they take much more space than their content, or if the store is idle.
+        """Copy the WAL into the file if both take much more space than their content, or if the store is idle.
 
         A vacuum alone does not shorten the file. One bad byte may destroy data that are only in the WAL.
         """
@@ -288,7 +288,10 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore that cannot open its file because the disk is full. Each call tries again or raises StorageFailed."""
+    """A JobStore whose file cannot be opened, because the disk is full.
+
+    Each call tries to open the file again, and raises StorageFailed if that fails.
+    """
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file

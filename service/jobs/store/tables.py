@@ -48,7 +48,7 @@ def make_tables(
         sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # used only by earlier versions
         *of_jobs,
         sqlite_autoincrement=True,
-        # Leases change every few seconds. If the new version of a row fits in the same page, no index changes.
+        # Leases change every few seconds. Free space in a page keeps a row's new version there, so no index changes.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
@@ -129,7 +129,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # takeovers from lost replicas
         sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # time of the last claim; null if the job was no suspect
         sa.UniqueConstraint("weights", "key"),
-        # Earlier versions look up a client's UUID among the jobs of all weights.
+        # Earlier versions need this index: they look up a client's UUID among the jobs of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
         sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
         sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),
@@ -141,7 +141,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         ),
     )
     of_deliveries = (
-        # Servers of version 1 delete jobs but not their deliveries.
+        # Delete deliveries with their job, because servers of version 1 delete only the job.
         sa.ForeignKeyConstraint(["job_id"], [f"{schema}.jobs.id"], ondelete="CASCADE"),
         sa.Index("deliveries_by_due", "due_us", postgresql_where=pending),
         sa.Index("deliveries_by_receiver", "receiver", postgresql_where=pending),
