@@ -128,7 +128,6 @@ class ModelLoader:
         return self._models.named(name)
 
     def _check_no_load(self, name: str) -> None:
-        """Raise ModelBusy if another model is being loaded."""
         if self._queue.pending:
             detail = f"{self._queue.pending[0].name} is being loaded; try again when it is done"
             raise ModelBusy(detail, field="model", value=name)

@@ -35,8 +35,6 @@ def printable(text: str) -> str:
 
 
 class _Json(logging.Formatter):
-    """Formats a record as one JSON object, which escapes line breaks."""
-
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {

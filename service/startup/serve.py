@@ -378,10 +378,7 @@ class Preparer:
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
     def room_lacking(self, folder: Path, used_bytes: int) -> str | None:
-        """Return the reason if a model does not fit beside others of `used_bytes`. Return None if the model fits.
-
-        Raises CheckpointError.
-        """
+        """Return the reason if a model does not fit, otherwise None. Raises CheckpointError."""
         from tminus.service.engine.loading import memory_lacking
 
         return room_lacking(self._settings, needed_bytes(self._settings, folder), used_bytes) or memory_lacking(folder)

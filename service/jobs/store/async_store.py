@@ -133,7 +133,6 @@ class AsyncStore:
         return await self.call(SharedStore.renew, fingerprint, pace, known)
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Store a job's outcome and images."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self.call(JobStore.finish, job, images)
         if job.webhook is not None:

@@ -305,7 +305,6 @@ class JobStore(Removal):
         return None
 
     def inputs(self, job_id: str) -> Inputs | None:
-        """Return the inputs of an unfinished edit."""
         data = self._data(self._tables.inputs, job_id)
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None

@@ -31,7 +31,6 @@ class Call:
 
     @classmethod
     def of(cls, method: Callable[..., Any]) -> "Call":
-        """Return the Call of a method."""
         noted: Call = vars(method).get("call", cls())
         return noted
 

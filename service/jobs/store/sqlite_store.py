@@ -104,7 +104,6 @@ class SqliteStore(JobStore):
             raise
 
     def _pragma(self, text: str) -> Sequence[Any]:
-        """Run a pragma and return its first row, or () if there are no rows."""
         rows = self._driver.execute(f"PRAGMA {text}").fetchall()
         return rows[0] if rows else ()
 
