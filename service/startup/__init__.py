@@ -1,1 +1,1 @@
-"""From settings to a running server."""
+"""Starts a server from its settings."""

@@ -1,4 +1,4 @@
-"""The app: the routes and the middleware around the models that are served. Nothing is global."""
+"""The app: routes and middleware around the models of a server. There is no global state."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -45,7 +45,7 @@ OF_A_MODEL = "/models/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The app, and the models by whose worker and streams the entry point ends it."""
+    """The app and its models. The entry point stops the app through the models' worker and streams."""
 
     app: FastAPI
     served: ServedModels
@@ -58,16 +58,16 @@ def create_app(
     with_metrics: bool = True,
     traces: "Traces | None" = None,
 ) -> FastAPI:
-    """Build the app around the models of a server; its lifespan is theirs.
+    """Build the app around the models of a server. The app's lifespan starts and closes the models.
 
-    with_metrics: whether /metrics is answered. traces: sends spans, and is closed at the end.
+    with_metrics: serve /metrics. traces: sends spans; closed at the end.
     """
     models, access, metrics, limits = served.models, served.access, served.metrics, served.limits
     tracer = traces.tracer if traces is not None else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        TRACER.set(tracer)  # for the tasks that go on with durable jobs
+        TRACER.set(tracer)  # inherited by the tasks that resume durable jobs
         await served.start()
         loader.start()
         yield
@@ -78,8 +78,8 @@ def create_app(
 
     app = FastAPI(
         lifespan=lifespan,
-        openapi_url=None,  # docs_routes has it, and the page made of it
-        redirect_slashes=False,  # a redirect would name whatever host the request named
+        openapi_url=None,  # docs_routes serves the document and its page
+        redirect_slashes=False,  # a redirect would go to any host that the request names
     )
 
     general = partial(_general_routes, served, loader, with_metrics=with_metrics)
@@ -91,7 +91,7 @@ def create_app(
         for router in routers:
             for route in router.routes:
                 if isinstance(route, Route) and route.methods and "GET" in route.methods:
-                    route.methods.add("HEAD")  # whose body the server leaves out
+                    route.methods.add("HEAD")  # the server omits the body
             app.include_router(router, prefix=prefix)
             for route in router.routes:
                 if isinstance(route, Route) and route.methods:
@@ -99,7 +99,7 @@ def create_app(
     problems.install(app, metrics, allowed)
     refused = partial(metrics.count, "tminus_rejected_total")
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
-    # For the images in it; the rest of a body is held to max_body_bytes in api/request/reading.py.
+    # These bodies have images. api/request/reading.py limits the rest of a body to max_body_bytes.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
     app.add_middleware(AccessControl, allowed_sites=served.allowed_sites, access=access, refused=refused)
     app.add_middleware(
@@ -126,7 +126,6 @@ def create_app(
 def _general_routes(
     served: ServedModels, loader: ModelLoader, contract: Contract, *, with_metrics: bool
 ) -> list[APIRouter]:
-    """Make the routes of the whole server."""
     models, metrics = served.models, served.metrics if with_metrics else None
     return [
         admin_routes(models, loader, served.access),
@@ -140,7 +139,7 @@ def _general_routes(
 
 
 def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = True) -> list[APIRouter]:
-    """Make the routes of a model: those of the default one, and below a prefix those of one that the path names."""
+    """Make the routes of a model, used twice: for the default model, and below a path that names a model."""
     return [
         sample_routes(models, contract),
         noise_routes(models, contract),
@@ -154,14 +153,14 @@ def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = Tr
 
 
 class _Documents:
-    """The OpenAPI documents of the models. Making one takes a tenth of a second."""
+    """The OpenAPI documents of the models. Each document is cached, because it takes 0.1 s to make."""
 
     def __init__(self, models: Models, general: Callable[[Contract], list[APIRouter]]) -> None:
         self._models, self._general = models, general
         self._made: dict[tuple[int, str], dict[str, Any]] = {}
 
     def __call__(self, request: Request) -> dict[str, Any]:
-        """Describe the routes of a request's model, with its bounds; for the default one the server's calls too."""
+        """Describe the routes of the request's model. If the path names no model, describe the general routes too."""
         services = self._models.of(request)
         prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
         key = services.number, prefix
@@ -173,7 +172,7 @@ class _Documents:
 
     def _make(self, services: Services, prefix: str) -> dict[str, Any]:
         model, contract = services.model, Contract(services.model, services.limits)
-        described = FastAPI(  # which is never run
+        described = FastAPI(  # this app never runs
             title="tminus",
             summary="Samples from a trained denoising diffusion U-Net.",
             description=f"Bounds are those of the model {model.name}: {model.height_px}x{model.width_px}, "

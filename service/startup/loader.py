@@ -1,6 +1,6 @@
-"""Loads, reloads and unloads models while the server runs: for an admin, on demand, to make room, and when idle.
+"""Loads, reloads and unloads models while the server runs: for an admin, on demand, to free memory, and when idle.
 
-In the event loop's thread only; a folder is read and measured in a thread of its own.
+Everything runs in the event loop's thread, except that a separate thread reads a folder and measures the model.
 """
 
 import asyncio
@@ -22,18 +22,18 @@ from tminus.service.worker.load_queue import PendingLoad, Reason
 
 log = logging.getLogger(__name__)
 
-IDLE_INTERVAL_S = 1.0  # between checks for idle models
-# A loaded model stays at least this long, so that models that take turns on little memory spend most of the time on
-# work. A small model loads in half a second, so the next one hardly waits longer.
+IDLE_INTERVAL_S = 1.0  # seconds between checks for idle models
+# Minimum time that a loaded model stays. If models alternate on little memory, most of the time is spent on work and
+# not on loading. A small model loads in half a second, so the next model hardly waits longer.
 STAY_S = 3.0
 
 
 class ModelLoader:
-    """Changes which models are in memory. One task does all loads of the queue and all unloads, one at a time.
+    """Loads and unloads models. A single task does all queued loads and all unloads, one at a time.
 
-    With `idle_unload_s`, a request loads an unloaded model; models are loaded in the order of their first requests. To
-    make room, the least recently used model is unloaded. If all are busy, the one with the least work left takes no new
-    requests until it is unloaded; requests for it wait in the queue like all others.
+    With `idle_unload_s`, a request loads an unloaded model. Models are loaded in the order of their first requests. If
+    memory is short, the least recently used idle model is unloaded. If all models are busy, the model with the least
+    work left takes no new requests until it is unloaded. Requests for this model wait in the queue like all others.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class ModelLoader:
         room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
         idle_unload_s: float | None = None,
     ) -> None:
-        """prepare: reads a folder and measures the model, under a name.
+        """prepare: reads the folder of a named model, and measures the model.
 
-        room_lacking: returns why the model in a folder does not fit beside others of so many bytes, or None; raises
-        CheckpointError. idle_unload_s: None: only an admin loads and unloads.
+        room_lacking: takes a folder and the bytes that other models use. Returns the reason if the model does not fit,
+        otherwise None. Raises CheckpointError.
+
+        idle_unload_s: None if only an admin loads and unloads models.
         """
         self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
@@ -56,11 +58,10 @@ class ModelLoader:
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the task."""
         self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Stop the task; loads that wait are refused."""
+        """Stop the task. Refuse the loads that wait."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -69,7 +70,7 @@ class ModelLoader:
     # --- states ---
 
     async def unloaded_models(self) -> dict[str, str]:
-        """The models that are not served and that an admin can load, with the state of each."""
+        """Return the state of each model that is not served and that an admin can load, keyed by name."""
         folders = await asyncio.to_thread(self._library.folders)
         leaving = {one.name for one in self._models.left if one.loaded is not None}
         return {
@@ -79,7 +80,6 @@ class ModelLoader:
         }
 
     def state(self, services: Services) -> str:
-        """Return the state of a served model."""
         one = self._models.find(services.model.name)
         if one is not None and one.loaded is not None:
             return "unloading" if self._queue.is_unloaded(one.name) else "loaded"
@@ -88,7 +88,7 @@ class ModelLoader:
     # --- for an admin ---
 
     async def load(self, name: str) -> Services:
-        """Bring a model into memory. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
+        """Load a model into memory. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
         if self._models.find(name) is None:
             return await self._change(name)
         if not self._queue.is_unloaded(name):
@@ -97,17 +97,17 @@ class ModelLoader:
         return self._models.named(name)
 
     async def reload(self, name: str) -> Services:
-        """Read a model's folder again, and serve its new content. Running jobs end on the weights they began with.
+        """Read a model's folder again, and serve the new content. Running jobs finish on the old weights.
 
-        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining; then the old weights are still served.
+        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining. After an error, the old weights are still served.
         """
         self._models.named(name)
         return await self._change(name)
 
     async def unload(self, name: str) -> None:
-        """Free a model's memory when its jobs have ended. Without `idle_unload_s` it is no longer served.
+        """Free a model's memory when its jobs have ended. Without `idle_unload_s`, the model is no longer served.
 
-        Raises ModelBusy, ModelNotFound.
+        Raises ModelBusy, ModelNotFound, Draining.
         """
         services = self._models.named(name)
         if self._idle_unload_s is not None:
@@ -122,13 +122,12 @@ class ModelLoader:
 
     async def _change(self, name: str) -> Services:
         await self._folder(name)
-        if self._idle_unload_s is None:  # otherwise it waits in the queue
+        if self._idle_unload_s is None:  # otherwise the load waits in the queue
             self._check_no_load(name)
         await self._queue.load(name, "admin", again=True)
         return self._models.named(name)
 
     def _check_no_load(self, name: str) -> None:
-        """Raise ModelBusy while another model is being loaded."""
         if self._queue.pending:
             detail = f"{self._queue.pending[0].name} is being loaded; try again when it is done"
             raise ModelBusy(detail, field="model", value=name)
@@ -148,7 +147,7 @@ class ModelLoader:
                 await self._queue.wait(self._idle_interval_s)
 
     async def _unload_unused(self) -> None:
-        """Unload models for an admin, and models that have been idle for long, unless they are busy."""
+        """Unload idle models, and models that an admin unloads. Skip busy models."""
         for one in self._models.in_memory:
             now_s, closing = time.monotonic(), self._queue.is_unloaded(one.name)
             is_idle = self._idle_unload_s is not None and now_s - one.last_used_s >= self._idle_unload_s
@@ -157,7 +156,7 @@ class ModelLoader:
             elif closing or is_idle:
                 try:
                     await self._unload(one, "admin" if closing else "idle")
-                except ServiceError:  # the server ends, or its worker hangs: tried again later
+                except ServiceError:  # the server stops, or its worker hangs: retry later
                     continue
                 except Exception:
                     log.exception("%s could not be unloaded", one.name)
@@ -174,9 +173,9 @@ class ModelLoader:
     # --- unloading ---
 
     async def _make_room(self, name: str, folder: Path) -> None:
-        """Unload models until this one fits. Raises CheckpointRefused if it does not fit alone."""
+        """Unload other models until this model fits. Raises CheckpointRefused if no other model can be unloaded."""
         while True:
-            # Models that leave take memory until their jobs have ended.
+            # A model that is leaving uses memory until its jobs have ended.
             used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
             reason = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
             if reason is None:
@@ -189,7 +188,7 @@ class ModelLoader:
             await self._unload(await self._wait_for_idle(others), "room")
 
     async def _wait_for_idle(self, others: list[ServedModel]) -> ServedModel:
-        """Wait until one of the models has stayed long enough and is idle, and return it. Raises Draining, …"""
+        """Wait until a model is idle and has been loaded for STAY_S. Raises the worker's errors, such as Draining."""
         closing: ServedModel | None = None
         try:
             while True:
@@ -247,7 +246,7 @@ class ModelLoader:
             return await self._served.serve(prepared)
         except Exception as error:
             del prepared
-            traceback.clear_frames(error.__traceback__)  # their variables hold the model
+            traceback.clear_frames(error.__traceback__)  # the frames' variables refer to the model
             await asyncio.to_thread(release)
             raise
 

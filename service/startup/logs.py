@@ -1,7 +1,7 @@
 """The log of a process on stderr: text with escaped control characters, or one JSON object a line.
 
-One handler writes the lines of all loggers, those of libraries too. No line has the secret of an API key, and none is
-repeated without end.
+One handler writes the lines of all loggers, including those of libraries. The handler masks the secrets of API keys,
+and limits the number of similar lines.
 """
 
 import json
@@ -18,25 +18,23 @@ from typing import TextIO
 from tminus.service.errors import masked
 from tminus.service.tracing import NO_ID, REQUEST_ID, ids_of
 
-# Fields of requests and jobs that a line may have.
+# Fields of requests and jobs that a log line may have.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
 TRACE_FIELDS = ("trace_id", "span_id")
-MAX_LINE = 2000  # characters; a server may send megabytes
+MAX_LINE = 2000  # characters; other servers may send megabytes
 WINDOW_S = 10.0
-# Similar lines in a window. Each request has a line at INFO; errors may have tracebacks of kilobytes.
+# Maximum number of similar lines in a window. Each request logs a line at INFO; tracebacks may have kilobytes.
 MOST_ERRORS, MOST_OTHERS = 100, 5000
 SERVER_FORM = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def printable(text: str) -> str:
-    """Escape line ends and other invisible characters, and shorten long text."""
+    """Escape line breaks and other invisible characters, and shorten long text."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_LINE + 1])
     return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "…"
 
 
 class _Json(logging.Formatter):
-    """Formats a line as one JSON object, which escapes line ends and the like."""
-
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {
@@ -55,26 +53,26 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to stderr without the secrets of API keys, and bounds the rate of similar lines.
+    """Writes to stderr without the secrets of API keys, and limits the rate of similar lines.
 
-    Lines of a logger that differ only in their arguments are similar. Lines over the bound are left out, and the first
-    line after the window, or the end of the process, says how many.
+    Lines of a logger are similar if they differ only in their arguments. Lines above the limit are dropped. The number
+    of dropped lines is logged after the window, or at the end of the process.
     """
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        # Changed under the handler's lock.
+        # Guarded by the handler's lock.
         self._counts: Counter[_Line] = Counter()
         self._until_s = 0.0
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record. It may have text of a client, a server or a file anywhere."""
+        """Format a record. Any part of the record may be text from a client, a server or a file."""
         text = masked(super().format(record))
         return text if isinstance(self.formatter, _Json) else "\n".join(map(printable, text.split("\n")))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless too many similar ones were written in this window. The lock is held."""
+        """Write a record, unless the window already has too many similar records. The caller holds the lock."""
         if (now_s := time.monotonic()) >= self._until_s:
             self._end_window()
             self._until_s = now_s + WINDOW_S
@@ -88,11 +86,11 @@ class _Handler(logging.StreamHandler[TextIO]):
             if count > line.most:
                 message, args = "%d more lines like this one are left out: %s", (count - line.most, line.message)
                 record = logging.LogRecord(line.logger, line.level, "", 0, message, args, None)
-                Context().run(super().emit, record)  # not in the context of the next line's request
+                Context().run(super().emit, record)  # without the current request's id
         self._counts.clear()
 
     def close(self) -> None:
-        """Report the lines that are left out, at the end of the process."""
+        """Report the dropped lines at the end of the process."""
         self.acquire()
         try:
             self._end_window()
@@ -101,7 +99,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Report where a line could not be written, without its content, which logging would print."""
+        """Report where a line could not be written. Do not print its content, as logging does."""
         with suppress(OSError, ValueError):
             kind = type(sys.exception()).__name__
             self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")
@@ -113,22 +111,21 @@ class _Line:
 
     logger: str
     level: int
-    message: str  # its first line without arguments; asyncio adds lines that differ each time
+    message: str  # without arguments; only the first line, because asyncio adds lines that vary
     error: type[BaseException] | None
 
     @classmethod
     def of(cls, record: logging.LogRecord) -> "_Line":
-        """Take it from a record."""
         error = record.exc_info[0] if record.exc_info else None
         return cls(record.name, record.levelno, str(record.msg).partition("\n")[0][:MAX_LINE], error)
 
     @property
     def most(self) -> int:
-        """The number of records that are written in a window."""
+        """Maximum number of records in a window."""
         return MOST_ERRORS if self.level >= logging.WARNING else MOST_OTHERS
 
 
 def set_up_log(level: str, form: str, log_format: str = "text") -> None:
-    """Log to stderr, as text of this form or as JSON."""
+    """Log to stderr, as JSON or as text. form: format string of the text."""
     handler = _Handler(_Json() if log_format == "json" else logging.Formatter(form))
     logging.basicConfig(level=level, handlers=[handler])

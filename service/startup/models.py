@@ -1,6 +1,6 @@
-"""The models of a server, and the parts that they share: how a model is served, unloaded and forgotten.
+"""The models of a server, and the parts that all models share. Serves, unloads and forgets models.
 
-In the event loop's thread only. loader.py decides when.
+All code runs in the event loop's thread. loader.py decides when to load and unload.
 """
 
 import asyncio
@@ -50,10 +50,10 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 0.05  # between checks whether a model is still in use
-KEPT_JOBS_INTERVAL_S = 10.0  # between checks whether jobs of a model that left are still kept
-RETRY_S = 1.0  # between attempts while the worker hangs
-MAX_LEFT_MODELS = 8  # models that have left and still answer for their jobs; earlier ones leave them on the disk
+POLL_INTERVAL_S = 0.05  # seconds between checks of a model in use
+KEPT_JOBS_INTERVAL_S = 10.0  # seconds between checks for kept jobs of a removed model
+RETRY_S = 1.0  # seconds between attempts while the worker hangs
+MAX_LEFT_MODELS = 8  # removed models that still answer for their jobs; jobs of older removed models stay on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +63,27 @@ class Prepared:
     engine: RowEngine
     limits: Limits
     speed: Speed
-    release: Callable[[], object] = gc.collect  # called when no reference to the engine is left
-    spare_work: Iterator[None] | None = None  # done while no job runs; it may change the engine's `info`
-    memory_bytes: int = 0  # roughly
+    release: Callable[[], object] = gc.collect  # called after the last reference to the engine is gone
+    spare_work: Iterator[None] | None = None  # runs while no job runs; may change the engine's `info`
+    memory_bytes: int = 0  # approximate
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadedModel:
-    """A model that is served but not in memory, as described before its first measurement."""
+    """A model that is served but not in memory. Nothing has been measured."""
 
     folder: Path
     info: ModelInfo  # executor, precision and fingerprint are empty: only an engine has them
     limits: Limits
-    speed: Speed  # before any measurement
+    speed: Speed  # an estimate
 
 
 class ServedModels:
     """Owns the parts that all models share. Adds models to the registry and the worker, and removes them.
 
-    A model is served from the moment when its store is open and the worker has run its first tick. It may be unloaded
-    and loaded again, and is served meanwhile. It leaves when its last request and its last job have ended; then its
-    memory is freed. When no job of it is kept any more, it is forgotten, and its store closed.
+    A model is served when its store is open and the worker has run its first tick. An unloaded model is still served.
+    After `leave`, a model is freed when its last request and its last job have ended. When no job of the model is kept
+    any more, the model is forgotten and its store is closed.
     """
 
     def __init__(
@@ -96,20 +96,20 @@ class ServedModels:
         crash_file: CrashFile | None = None,
         unloaded: Sequence[UnloadedModel] = (),
     ) -> None:
-        """Prepare to serve the first models, the default one first.
+        """first: the default model comes first; its limits apply to the whole server. stores: stores of durable jobs.
 
-        The limits of the default model are those of the whole server. unloaded: more models, not in memory. stores: of
-        durable jobs. webhooks: how they are sent; None: not at all. `close` also closes the stores and crash_file.
+        webhooks: rules for sending webhooks; None sends no webhooks. unloaded: further models, not in memory.
+        `close` also closes stores and crash_file.
         """
         self._stores, self._webhooks, self._crash_file = stores, webhooks, crash_file
         self.limits = limits = first[0].limits
         self.metrics, self.allowed_sites, self.access = Metrics(), allowed_sites, access
         self._numbers, self._arrivals, self._times = count(), count(), OwnerTimes()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
+        self._loop: asyncio.AbstractEventLoop | None = None  # None until `start`
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.answers = ByteBudget()  # frames, and bodies until they are sent
+        self.answers = ByteBudget()  # bytes of frames, and of bodies until they are sent
         encode_times = "tminus_encode_duration_seconds"
         self._encoder = Encoder(lambda kind, seconds: self.metrics.observe(encode_times, seconds, kind))
         self._decoder, self._other_replicas = Decoder(), OtherReplicas()
@@ -165,10 +165,10 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """End the worker, and store how its jobs ended. Call it when all requests are answered."""
+        """Stop the worker and store the outcomes of its jobs. Call it after all requests are answered."""
         self.worker.close()
         if self._crash_file is not None:
-            await self._stores.count_crash(self._crash_file.close())  # before other servers claim the jobs
+            await self._stores.count_crash(self._crash_file.close())  # before other servers can claim the jobs
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
@@ -183,7 +183,7 @@ class ServedModels:
 
     @property
     def codes_images(self) -> bool:
-        """Whether an image is being encoded or decoded. After the last answer, no request waits for that."""
+        """True while an image is encoded or decoded. After the last response, no request waits for the image."""
         return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
 
     def _watch(self) -> None:
@@ -211,10 +211,10 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """The number of unclaimed jobs in a shared store, and how many seconds one server needs for them.
+        """Return the number of unclaimed jobs in shared stores, and the seconds that one server needs for these jobs.
 
-        Read at the last renewal. None without a shared store, or while it does not answer. Models with the same
-        weights count once.
+        The values are from the last renewal of leases. Return None if there is no shared store, or no store responds.
+        Models with the same weights count once.
         """
         loads = {
             one.services.model.weights_hash: one.lifecycle.leases.load
@@ -224,17 +224,19 @@ class ServedModels:
         known = [load for load in loads.values() if load is not None]
         return (sum(load.jobs for load in known), sum(load.waiting_s for load in known)) if known else None
 
-    # --- models that come ---
+    # --- adding models ---
 
     async def serve(self, prepared: Prepared) -> ServedModel:
-        """Serve a model, and replace the one of its name. An unloaded model with these weights comes back.
+        """Serve a model, and replace the model of the same name.
 
-        Raises CheckpointRefused if another model has its weights, StorageFailed if its store cannot be opened, Draining
-        and the like, and the errors of its first tick.
+        An unloaded model of this name with the same weights is loaded again.
+
+        Raises CheckpointRefused if another model has the same weights, StorageFailed if the store cannot be opened,
+        the worker's errors, such as Draining, and the errors of the first tick.
         """
         name, weights_hash = prepared.engine.info.name, prepared.engine.info.weights_hash
         for other in self.models:
-            if other.model.name != name and other.model.weights_hash == weights_hash:  # their jobs share a store
+            if other.model.name != name and other.model.weights_hash == weights_hash:  # their jobs would share a store
                 detail = f"{name} has the weights of {other.model.name}, which is loaded"
                 raise CheckpointRefused(detail, field="model", value=name)
         before = self.models.find(name)
@@ -271,7 +273,7 @@ class ServedModels:
             raise
         one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
         self.load_queue.mark_loaded(one.name)
-        # If the weights are loaded a second time, their unfinished jobs stay with the engine that began them.
+        # If the weights are loaded a second time, unfinished jobs stay with the engine that began them.
         await self._start(one, take_on=not is_again)
         return one
 
@@ -284,7 +286,7 @@ class ServedModels:
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
-        """Do a model's spare work, in the worker's thread, and publish its changes to the model's info."""
+        """Do a model's spare work in the worker's thread. Publish changes of the model's info."""
         assert prepared.spare_work is not None
         info = prepared.engine.info
         for _ in chain(prepared.spare_work, (None,)):
@@ -320,16 +322,19 @@ class ServedModels:
             deliverer = Deliverer(one.lifecycle.store, self._webhooks, view, document, self.metrics)
             one.lifecycle.tasks.spawn_until_closed(deliverer.run())
 
-    # --- models that go ---
+    # --- unloading and removing models ---
 
     def is_busy(self, one: ServedModel) -> bool:
-        """Whether a request or a job needs the model in memory."""
+        """Return whether a request or a job needs the model in memory."""
         pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
-        """Free the memory of a model that is not busy and takes no jobs. It is still served. Raises Draining, …"""
+        """Free the memory of a model that is not busy and takes no jobs. The model is still served.
+
+        Raises the worker's errors, such as Draining.
+        """
         assert self.load_queue.is_unloaded(one.name), "no new job may come"
         assert not self.is_busy(one)
         await asyncio.wrap_future(self.worker.unload(one.number))
@@ -351,10 +356,10 @@ class ServedModels:
             log.exception("%s could not be unloaded", one.name)
 
     async def _free(self, one: ServedModel) -> bool:
-        """Wait for the end of a model's jobs, and free its memory. False if the server ends first."""
+        """Wait for the end of a model's jobs, and free its memory. Return False if the server stops first."""
         while one.users:  # noqa: ASYNC110  requests come and go in many places
             await asyncio.sleep(POLL_INTERVAL_S)
-        if one.loaded is not None:  # otherwise its jobs wait for a start with its weights
+        if one.loaded is not None:  # jobs of an unloaded model wait for a start with its weights
             await one.lifecycle.idle()
         if one.lifecycle.leases is not None:
             one.lifecycle.leases.end()
@@ -364,7 +369,7 @@ class ServedModels:
                 break
             except (Draining, EngineFailed):
                 return False
-            except ServiceError:  # a tick hangs; if it ends after all, the model can go
+            except ServiceError:  # a tick hangs: retry, because the tick may still end
                 await asyncio.sleep(RETRY_S)
         self.admission.remove(one.number)
         if self.models.find(one.name) is None:
@@ -377,13 +382,13 @@ class ServedModels:
         if (loaded := one.loaded) is None:
             return
         one.loaded, release, keeper = None, loaded.release, loaded.keeper
-        del loaded  # its model has the engine
+        del loaded  # refers to the engine
         await asyncio.to_thread(keeper.close)
         await asyncio.to_thread(release)
         log.info("%s, fingerprint %s, is unloaded", one.name, one.services.model.fingerprint)
 
     async def _forget(self, one: ServedModel) -> None:
-        """Forget a model that is freed, when no job of it is kept any more."""
+        """Wait until no job of a freed model is kept, and forget the model."""
         weights_hash = one.services.model.weights_hash
         while (  # noqa: ASYNC110
             not self._stores.is_shared(weights_hash) and await self._keeps_jobs(one) and not self._too_old(one)
@@ -395,7 +400,7 @@ class ServedModels:
         await self._stores.release(weights_hash)
 
     def _too_old(self, one: ServedModel) -> bool:
-        """Whether more than MAX_LEFT_MODELS have left, and this one is the oldest."""
+        """Return whether more than MAX_LEFT_MODELS removed models are kept, and this one is the oldest."""
         freed = [each for each in self.models.left if each.loaded is None]
         return len(freed) > MAX_LEFT_MODELS and one is freed[0]
 

@@ -1,9 +1,9 @@
-"""The settings of `tminus serve`, and the values that the parts of the server are built with.
+"""The settings of `tminus serve`.
 
-Settings are built once, in the entry point. The parts get values, never Settings.
+Settings are created once, in the entry point. The other parts of the server get values, never Settings.
 
-A setting's description is Markdown for the docs, with links relative to docs/. `--help` prints its first sentence. If
-the default is no plain value, the last sentence describes it: "Default: one for each core."
+A setting's description is Markdown for the docs, with links relative to docs/. `--help` prints the first sentence. If
+the default is not a plain value, the last sentence describes the default: "Default: one for each core."
 """
 
 import logging
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a model's name, which stands in addresses and names a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a model's name, which is part of URLs and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
-# Secrets: other users of the machine can see flags.
+# Secrets have no flag: other users of the machine can see flags.
 NO_FLAG = frozenset({"keys", "webhook_secret"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
@@ -44,40 +44,40 @@ ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no com
 
 
 def flag_of(setting: str) -> str:
-    """The flag of a setting."""
+    """Return the flag of a setting."""
     return f"--{setting.replace('_', '-')}"
 
 
 def variable_of(setting: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return f"TMINUS_{setting.upper()}"
 
 
 def named(setting: str) -> str:
-    """The flag and the variable of a setting, as messages name them."""
+    """Return the flag and the variable of a setting, for messages."""
     return variable_of(setting) if setting in NO_FLAG else f"{flag_of(setting)} ({variable_of(setting)})"
 
 
 def seconds_of(time: str) -> float:
-    """Read a time: a number and its unit, or seconds without a unit. NaN for other text."""
+    """Parse a time in seconds, or with a unit (s, m or h). Return NaN for other text."""
     found = TIME.fullmatch(time.strip())
     return float(found[1]) * UNITS_S[found[2]] if found is not None else math.nan
 
 
 def name_of(text: str) -> str:
-    """Turn the name in a checkpoint into one that may stand in addresses."""
+    """Turn the name in a checkpoint into a name that URLs may contain."""
     return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The folders of the models that may be loaded, by name. No request names a path."""
+    """The folders of the models that may be loaded. A request gives a model's name, never a path."""
 
     named: Mapping[str, Path] = field(default_factory=dict)
-    folder: Path | None = None  # each folder in it is a model of that name
+    folder: Path | None = None  # each folder in this folder is a model of that name
 
     def folders(self) -> dict[str, Path]:
-        """The folder of each model, as the disk has them now."""
+        """Return the folder of each model, as found on the disk now."""
         found = dict(self.named)
         try:
             paths = sorted(self.folder.iterdir()) if self.folder is not None else []
@@ -88,12 +88,12 @@ class Library:
             try:
                 if path.is_dir() and NAME.fullmatch(path.name):
                     found.setdefault(path.name, path)
-            except OSError as error:  # a link into a folder that may not be entered
+            except OSError as error:  # for example, a link into a folder without permission
                 log.warning("%s in the folder of models cannot be read: %s", path.name, error)
         return found
 
 
-# Headings of --help and the docs, by the first setting below each.
+# Headings of --help and the docs, keyed by the first setting of each group.
 GROUPS = {
     "checkpoint": "Models and device",
     "max_batch": "Batching and scheduling",
@@ -108,7 +108,11 @@ GROUPS = {
 
 
 class Settings(BaseSettings):
-    """A field has a variable (TMINUS_MAX_BATCH), and a flag (--max-batch) that wins, unless it is in NO_FLAG."""
+    """The settings of `tminus serve`.
+
+    Each field has a variable, such as TMINUS_MAX_BATCH. Each field that is not in NO_FLAG also has a flag, such as
+    --max-batch, which overrides the variable.
+    """
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
@@ -439,9 +443,9 @@ class Settings(BaseSettings):
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
-        """The checkpoints to serve, in order, each with the name that the settings give it.
+        """Return the checkpoints to serve, in order. Each has the name from the settings, or None.
 
-        Raises ValueError for a folder without models, and for two models of one name.
+        Raises ValueError for a folder without models, and for two models of the same name.
         """
         found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
@@ -460,7 +464,6 @@ class Settings(BaseSettings):
         return found or [(None, BUNDLED)]
 
     def load_options(self, checkpoint: Path) -> LoadOptions:
-        """Options for loading a model."""
         return LoadOptions(
             checkpoint=checkpoint,
             device=self.device,
@@ -477,16 +480,16 @@ class Settings(BaseSettings):
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest body, without the images in it."""
+        """Maximum size of a request body without its images, in bytes."""
         return max(LEAST_BODY_BYTES, self.max_image_bytes // 8)
 
     @property
     def idle_unload_s(self) -> float | None:
-        """Seconds after which an unused model is unloaded; None: never."""
+        """Seconds after which an unused model is unloaded; None for never."""
         return None if self.idle_unload is None else seconds_of(self.idle_unload)
 
     def limits(self, max_rows: int, max_batch: int) -> Limits:
-        """The bounds of requests. max_rows, max_batch: as loading has found them."""
+        """Return the limits of requests. max_rows, max_batch: values of the loaded model."""
         return Limits(
             max_n=min(self.max_n, max_rows),
             max_batch=max_batch,
@@ -502,9 +505,9 @@ class Settings(BaseSettings):
         )
 
     def access(self, address: str) -> Access:
-        """The keys of a server that listens on this address, and whether it is open to all.
+        """Return the keys of a server that listens on this address. Without keys, or with --open, clients need no key.
 
-        Raises ValueError for a mistake in the keys, and for an address that other machines reach without keys.
+        Raises ValueError for invalid keys, and for an address that other machines can reach without keys.
         """
         if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
             raise ValueError(
@@ -520,7 +523,7 @@ class Settings(BaseSettings):
         return Access(ring, is_open=self.open or not ring.keys)
 
     def allowed_sites(self) -> AllowedSites:
-        """The hosts and origins that requests may name, in lower case, as browsers send them."""
+        """Return the hosts and origins that requests may name, in lower case, as browsers send them."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in names.split(",") if each.strip())
             for names in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)

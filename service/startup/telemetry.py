@@ -1,7 +1,6 @@
-"""Sends spans by OTLP over HTTP to a collector, in batches. Nothing else imports the SDK of OpenTelemetry.
+"""Sends spans to a collector in batches, by OTLP over HTTP. Only this module imports the SDK of OpenTelemetry.
 
-The SDK reads its own OTEL_ variables. Ended spans wait in a bounded queue. A thread sends them; where the
-queue is full, spans are lost.
+The SDK reads the OTEL_ variables. Spans wait in a bounded queue for a thread that sends them. A full queue drops spans.
 """
 
 import logging
@@ -17,24 +16,24 @@ from opentelemetry.trace import Tracer
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 3.0  # for what is left to leave; a collector that does not answer is not waited for longer
+CLOSE_S = 3.0  # maximum wait for a collector to take the last spans
 
 
 class Traces:
-    """Owns the provider, whose processor has the queue and the thread that sends."""
+    """Owns the tracer provider, the queue of spans, and the thread that sends spans."""
 
     tracer: Tracer
 
     def __init__(self, exporter: SpanExporter, version: str) -> None:
-        """exporter: sends a batch, in the sending thread. Raises ValueError for an OTEL_ variable with a bad value."""
+        """exporter: sends a batch in the sending thread. Raises ValueError for an invalid OTEL_ variable."""
         ours = {"service.name": "tminus", "service.version": version, "service.instance.id": str(uuid.uuid4())}
         resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # which would wait for half a minute
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # the exit would wait for 30 s
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self._provider.get_tracer("tminus", version)
 
     def close(self) -> None:
-        """Send what is left, as far as that can be done in a moment."""
+        """Send the remaining spans, for at most CLOSE_S."""
         closing = threading.Thread(target=self._provider.shutdown, name="tminus-traces-close", daemon=True)
         closing.start()
         closing.join(CLOSE_S)
@@ -43,18 +42,18 @@ class Traces:
 
 
 class Reported(SpanExporter):
-    """Says once that spans cannot be sent, and once that they can again, in place of another exporter."""
+    """Wraps an exporter. Logs when spans cannot be sent, and when they can be sent again, once each."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter, self._fails = exporter, False
-        self._log = logging.getLogger(type(exporter).__module__)  # says it again every few seconds
+        self._log = logging.getLogger(type(exporter).__module__)  # the exporter's log; silent while sending fails
         self._log.addFilter(self._passes)
 
     def _passes(self, _record: logging.LogRecord) -> bool:
         return not self._fails
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send spans, and note whether that could be done."""
+        """Send spans. Log the first failure, and the first success after a failure."""
         result = self._exporter.export(spans)
         failed = result is not SpanExportResult.SUCCESS
         if failed and not self._fails:
@@ -65,11 +64,10 @@ class Reported(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Send nothing more."""
         self._exporter.shutdown()
         self._log.removeFilter(self._passes)
 
 
 def send_spans(version: str) -> Traces:
-    """Begin to send, to where the OTEL_ variables say. Raises ValueError where one of them has a bad value."""
+    """Start to send spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
     return Traces(Reported(OTLPSpanExporter()), version)

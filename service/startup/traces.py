@@ -1,4 +1,4 @@
-"""Whether a server sends traces: by the variables that OpenTelemetry reads."""
+"""Starts traces if OpenTelemetry's environment variables ask for them."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For traces, and for all that a program sends; the first wins.
+# For traces only, and for all signals. The first variable takes precedence.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 EXPORTER = "OTEL_TRACES_EXPORTER"
@@ -18,9 +18,9 @@ DISABLED = "OTEL_SDK_DISABLED"
 
 
 def start_traces(version: str) -> "Traces | None":
-    """Begin to send traces where an endpoint is set. Raises ValueError for what is wrong with the variables.
+    """Start to send traces if an endpoint is set; otherwise, return None. Raises ValueError for invalid variables.
 
-    The version is that of this server. The SDK is imported only if it is needed.
+    version: version of this server. The SDK is imported only if it is needed.
     """
     named_by, endpoint = _first(ENDPOINTS)
     exporter = _value(EXPORTER)
@@ -32,11 +32,11 @@ def start_traces(version: str) -> "Traces | None":
     if protocol not in ("", "http/protobuf"):
         why = "must be http/protobuf, which collectors take on port 4318"
         _refuse(named_by, f"{protocol_from} {why}, got {protocol!r}")
-    address = endpoint.rpartition("@")[2]  # without a password
+    address = endpoint.rpartition("@")[2]  # without user and password
     try:
         url = urlsplit(endpoint)
         known = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         known = False
     if not known:
         _refuse(named_by, f"it must be a URL such as http://localhost:4318, got {address!r}")
@@ -57,7 +57,7 @@ def _value(name: str) -> str:
 
 
 def _first(names: tuple[str, ...]) -> tuple[str, str]:
-    """Return the first of some variables that is set, with its value; where none is, the last."""
+    """Return the first variable that is set and its value. If none is set, return the last name and ""."""
     return next(((name, _value(name)) for name in names if _value(name)), (names[-1], ""))
 
 

@@ -1,4 +1,4 @@
-"""Packs arrays for a store, in safetensors: reading them runs no code."""
+"""Pack arrays for a store as safetensors. Reading safetensors runs no code."""
 
 import logging
 import zlib
@@ -14,8 +14,8 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # raised when a plan or a row's state changes; 1 had no registers and no format
-# Errors that unpacking damaged bytes raises.
+SNAPSHOT_FORMAT = 2  # increase it if the state of a plan or a row changes; format 1 had no registers and no format
+# Errors that may be raised while unpacking damaged bytes.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -29,7 +29,7 @@ UNREADABLE = (
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed for data that cannot be decoded: a database does not notice a flipped byte."""
+    """Raise StorageFailed if the block cannot decode its data. A database does not detect flipped bytes."""
     try:
         yield
     except UNREADABLE as error:
@@ -38,7 +38,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
-    """Pack a snapshot, uncompressed, since its floats are mostly noise."""
+    """Pack a snapshot. Do not compress it: its floats are mostly noise."""
     return _pack(
         {
             "format": np.array([SNAPSHOT_FORMAT]),
@@ -51,7 +51,7 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises UNREADABLE, also for a snapshot of another version."""
+    """Unpack a snapshot. Raises an error of UNREADABLE, also for a snapshot of another format."""
     arrays = safetensors.numpy.load(data)
     made_as = int(arrays["format"][0]) if "format" in arrays else 1
     if made_as != SNAPSHOT_FORMAT:
@@ -65,7 +65,7 @@ def pack_inputs(inputs: Inputs) -> bytes:
 
 
 def unpack_inputs(data: bytes) -> Inputs:
-    """Unpack inputs. Raises UNREADABLE."""
+    """Unpack the inputs of an edit. Raises an error of UNREADABLE."""
     arrays = safetensors.numpy.load(zlib.decompress(data))
     return Inputs(arrays["image"], arrays.get("mask"))
 
@@ -76,7 +76,7 @@ def pack_images(images: Pixels) -> bytes:
 
 
 def unpack_images(data: bytes) -> Pixels:
-    """Unpack the images of a job. Raises UNREADABLE."""
+    """Unpack the images of a job. Raises an error of UNREADABLE."""
     return safetensors.numpy.load(zlib.decompress(data))["images"]
 
 

@@ -1,14 +1,14 @@
 """The job store for asyncio: each call runs in one of the store's threads, so the event loop never waits for a disk.
 
-A shared store has a second thread for reads of clients, so that these never delay the renewal of leases. A third
-thread unpacks pixels, and reads them too if the store is shared. A file is locked for one connection, so that
-connection's thread reads the packed pixels, which takes milliseconds. A method's `Call` names its thread.
+A method's `Call` names its thread. A shared store has a second thread for clients' reads, so that reads never delay the
+renewal of leases. A third thread unpacks pixels; in a shared store, this thread also reads them. A file is locked by
+one connection. So the thread of that connection reads the packed pixels, which takes milliseconds.
 
-Large results may go to an object store. Such a result is stored in three steps: the key is noted in the database,
-under the fence of the job; the object is written; the end of the job is stored with a reference to it, under the fence
-too. A process may stop at any point: either the job has not ended and another process continues it, or it has ended
-and its object exists. The database knows the keys of objects that no job refers to. The event loop waits for the
-object store; the thread that renews leases does not.
+Large results may go to an object store, in three steps. First, the database stores the object's key, under the job's
+fence. Then the object is written. Last, the job's outcome is stored with a reference to the object, under the fence
+too. The process may stop at any point: either the job has not ended and another process continues it, or the job has
+ended and its object exists. The database knows the keys of objects that no job refers to. Requests to the object store
+run in the event loop, so the thread that renews leases does not wait for them.
 """
 
 import asyncio
@@ -44,18 +44,18 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 from tminus.service.threads import started_pool
 from tminus.service.tracing import traced
 
-if TYPE_CHECKING:  # obstore is an extra
+if TYPE_CHECKING:  # obstore is an optional dependency
     from tminus.service.jobs.store.objects import S3Objects
 
-CALL_S = 30.0  # the longest wait for a call
-QUICK_S = 1.0  # the longest wait for an optional call of a request
+CALL_S = 30.0  # timeout of a call
+QUICK_S = 1.0  # timeout of a call with `quick`
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=DeliveryStore)  # the lowest class with calls
+S = TypeVar("S", bound=DeliveryStore)  # the base class of all stores
 
 
 class AsyncStore:
-    """Owns the store and its threads. `call` makes any call of JobStore; a call that needs more has its own method."""
+    """Runs the calls of a job store in threads. Owns the store and the threads."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -65,23 +65,23 @@ class AsyncStore:
         self._pools: dict[Thread, ThreadPoolExecutor] = {"store": self._pool, "reads": self._pool, "pixels": self._pool}
         if self.shared:
             self._pools |= {"reads": started_pool(1, "tminus-store-reads"), "pixels": self._pixels}
-        self.turn = asyncio.Lock()  # claiming and renewing take turns, so that a renewal sees every claim
-        self.holders: list[Callable[[], Collection[str]]] = []  # each returns the ids of the jobs it works on
-        self.owes = asyncio.Event()  # set when a webhook may be owed an event
+        self.turn = asyncio.Lock()  # claims and renewals hold this lock, so a renewal sees every claim
+        self.holders: list[Callable[[], Collection[str]]] = []  # each returns the ids of jobs in progress
+        self.owes = asyncio.Event()  # set when a webhook event may be due
         self._adding: set[str] = set()
-        self.now_us = store.now_us  # needs no disk
+        self.now_us = store.now_us  # safe in the event loop: reads no disk
         self._failure: StorageFailed | None = None
 
     @property
     def failure(self) -> StorageFailed | None:
-        """The error of the last attempt to write; None if it succeeded."""
+        """The error of the last write; None if the write succeeded."""
         return self._failure
 
     async def call(self, method: Callable[Concatenate[S, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a method of the store in a thread, and wait for it, but not for ever.
+        """Run a method of the store in its thread, and return the result.
 
-        method: a method decorated with `Call`, as its class declares it. Raises StorageFailed, and the method's
-        errors.
+        method: a function of the store's class, such as JobStore.get. Raises the method's errors, and StorageFailed
+        after a timeout.
         """
         how, its_own = Call.of(method), cast(Callable[P, R], getattr(self._store, method.__name__))
         try:
@@ -103,44 +103,42 @@ class AsyncStore:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(asyncio.wrap_future(call))
         except TimeoutError as error:
-            call.cancel()  # if its turn has not come: nobody waits for it, but others wait behind it
+            call.cancel()  # drop a call that has not started: other calls wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
         finally:
             if how.thread != "store":
-                call.cancel()  # if its client left before its turn
+                call.cancel()  # the client may have left before the call started
 
     async def check(self) -> None:
-        """Check whether jobs can be stored. Writes only if the last attempt to write has failed."""
+        """Check whether jobs can be stored. Writes only if the last write failed."""
         await self.call(JobStore.check, write=self._failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
-        """Add a job. If the client is told that it was not stored, it is not stored later either."""
+        """Add a job. If the call times out, delete the job: the client is told that the job was not stored."""
         self._adding.add(job.id)
         try:
             with traced("store add", {"tminus.job.id": job.id}):
                 return await self.call(JobStore.add, job, key, inputs, held=held)
         except StorageFailed as error:
-            # With a key, the client's next attempt finds the job.
+            # Keep a job with a key in a shared store: the client's retry finds it.
             if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
-                self._pool.submit(self._store.delete, job.id)  # runs right after, in the same thread
+                self._pool.submit(self._store.delete, job.id)  # runs right after the add, in the same thread
             raise
         finally:
             self._adding.discard(job.id)
 
     async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
-        """Renew the leases of all `holders`' jobs, and of jobs being added."""
+        """Renew the leases of the jobs of all `holders`, and of jobs being added."""
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(SharedStore.renew, fingerprint, pace, known)
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Store a job's outcome."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self.call(JobStore.finish, job, images)
         if job.webhook is not None:
             self.owes.set()
 
     async def images(self, job_id: str) -> Pixels | None:
-        """Read the images of a finished job."""
         if (data := await self._packed_images(job_id)) is None:
             return None
         with arrays.reading(f"the images of job {job_id}"):
@@ -157,16 +155,15 @@ class AsyncStore:
             return await self.call(JobStore.images, job_id)
 
     async def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job."""
         with traced("store delete", {}):
             return await self.call(JobStore.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some of the jobs that ended long ago or take too much space."""
+        """Delete some old jobs, see JobStore.sweep. Return whether to call again."""
         return await self.call(JobStore.sweep, before_us, max_bytes, owed_after_us)
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> tuple[Exception | None, float]:
-        """Replace the jobs' snapshots, and wait for it: for callers outside the event loop.
+        """Replace the jobs' snapshots. Blocks: for callers outside the event loop.
 
         Returns the error, if there was one, and the CPU time in seconds.
         """
@@ -184,7 +181,7 @@ class AsyncStore:
         return self._pool.submit(save).result()
 
     def close(self) -> None:
-        """Finish all calls made so far, and close the store. Blocks until then."""
+        """Close the store after all earlier calls. Blocks until the store is closed."""
         for pool in {self._pixels, self._pools["reads"]} - {self._pool}:
             pool.shutdown()
         self._pool.submit(self._store.close)
@@ -194,18 +191,18 @@ class AsyncStore:
 def _submitted(pool: ThreadPoolExecutor, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
     try:
         return pool.submit(work, *args, **kwargs)
-    except RuntimeError as error:  # a request searched the stores while this one was closed
+    except RuntimeError as error:  # the store was closed while a request searched all stores
         raise StorageFailed("the job store is closed") from error
 
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 4  # results written at the same time
+AT_ONCE = 4  # maximum number of concurrent uploads
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The object store of large results, and the size above which a result is large."""
+    """The object store for large results, and the size above which a result is large."""
 
     objects: "S3Objects"
     above_bytes: int = 256 * 1024  # bytes of pixels; smaller results stay in the database
@@ -213,22 +210,22 @@ class Results:
 
 @dataclass(slots=True)
 class _Upload:
-    """The result of one job, from the note of its key until the job's end is stored."""
+    """The upload of one job's result. Exists until the job's outcome is stored."""
 
     key: str
-    stored: StoredObject | None = None  # set once the object is written
+    stored: StoredObject | None = None  # set when the object is written
 
 
 class ResultStore(AsyncStore):
-    """An AsyncStore that writes large results to an object store. Owns the uploads under way."""
+    """An AsyncStore that writes large results to an object store. Owns the uploads in progress."""
 
     def __init__(self, store: JobStore, results: Results, folder: str) -> None:
-        """folder: the prefix of these jobs' keys, named after their weights."""
+        """folder: prefix of the objects' keys, from the hash of the weights."""
         super().__init__(store)
         self._objects, self._above_bytes, self._folder = results.objects, results.above_bytes, folder
-        self._uploads: dict[str, _Upload] = {}  # keyed by job
-        self._turns = asyncio.Semaphore(AT_ONCE)  # a packed result is in memory twice, so few are packed at a time
-        self._objects_failure: StorageFailed | None = None  # the error of the last attempt to write an object
+        self._uploads: dict[str, _Upload] = {}  # keyed by job id
+        self._turns = asyncio.Semaphore(AT_ONCE)  # few at a time: packing holds a result in memory twice
+        self._objects_failure: StorageFailed | None = None  # error of the last write to the object store
 
     @property
     def failure(self) -> StorageFailed | None:
@@ -236,18 +233,18 @@ class ResultStore(AsyncStore):
         return super().failure or self._objects_failure
 
     async def check(self) -> None:
-        """Check whether jobs can be stored, including large results."""
+        """Check whether jobs and large results can be stored."""
         await super().check()
         if self._objects_failure is not None:
             try:
                 await _logged(self._objects.check())
-            except StorageFailed as error:  # small results can still be stored
+            except StorageFailed as error:  # not raised: small results can still be stored
                 self._objects_failure = error
             else:
                 self._objects_failure = None
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Store a job's outcome. If the database was unreachable, the next attempt reuses the written object."""
+        """Store a job's outcome. If the database fails after an upload, the next attempt reuses the uploaded object."""
         if images is None or isinstance(images, StoredObject) or images.nbytes <= self._above_bytes:
             await super().finish(job, images)
             return
@@ -258,7 +255,7 @@ class ResultStore(AsyncStore):
                     upload.stored = upload.stored or await self._uploaded(job.id, upload.key, images)
                     await super().finish(job, upload.stored)
                     break
-                except ObjectGone:  # a store was unreachable for so long that the object was given up
+                except ObjectGone:  # a store was unreachable for so long that a sweep took the object
                     log.warning("the images of job %s were given up before its end was kept: once more", job.id)
                     upload.key, upload.stored = f"{self._folder}/{job.id}/{uuid.uuid4().hex}", None
         except LeaseLost:
@@ -268,7 +265,7 @@ class ResultStore(AsyncStore):
         self._uploads.pop(job.id, None)
 
     async def _uploaded(self, job_id: str, key: str, images: Pixels) -> StoredObject:
-        """Write an object under a key that no other replica uses, so that no object is ever overwritten."""
+        """Upload images. The key is unique, so that replicas never overwrite each other's objects."""
         await self.call(JobStore.note_object, job_id, key)
         try:
             async with self._turns:
@@ -284,7 +281,7 @@ class ResultStore(AsyncStore):
     async def _give_up(self, key: str) -> None:
         try:
             await self.call(JobStore.give_up_object, key)
-        except StorageFailed:  # its key is noted, so it will be deleted within about an hour
+        except StorageFailed:  # the database knows the key: a sweep deletes the object after an hour
             log.warning("the object %s is not needed, and goes later", key)
 
     async def _packed_images(self, job_id: str) -> bytes | None:
@@ -293,19 +290,19 @@ class ResultStore(AsyncStore):
             return found
         with traced("store download", {"tminus.job.id": job_id}):
             data = await _logged(self._objects.get(found.key, found.bytes))
-        if data is None and await self._found(job_id) != found:  # it was deleted in the meantime
+        if data is None and await self._found(job_id) != found:  # the job was deleted in the meantime
             return None
         with arrays.reading(f"the images of job {job_id}"):
             return await asyncio.to_thread(_checked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some jobs as AsyncStore does, and some objects that no job refers to."""
+        """Delete some old jobs, and some objects that no job refers to."""
         more = await super().sweep(before_us, max_bytes, owed_after_us)
         keys = await self.call(JobStore.take_unneeded_objects)
         if keys:
             try:
                 await _logged(self._objects.delete(keys))
-            except StorageFailed:  # a later sweep takes them again
+            except StorageFailed:  # a later sweep retries these keys
                 return more
             await self.call(JobStore.forget_objects, keys)
             log.info("%d objects that no job refers to were deleted", len(keys))
@@ -313,7 +310,6 @@ class ResultStore(AsyncStore):
 
 
 async def _logged(call: Awaitable[R]) -> R:
-    """Log an error of the object store, as the database's errors are logged."""
     try:
         return await call
     except StorageFailed as error:
@@ -327,7 +323,7 @@ def _packed(images: Pixels) -> tuple[bytes, str]:
 
 
 def _checked(data: bytes | None, stored: StoredObject) -> bytes:
-    """Return the data if they match the stored object. Raises ValueError otherwise."""
+    """Return the data. Raises ValueError if the data are missing, or differ from the written object."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")
     if len(data) != stored.bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
@@ -336,7 +332,7 @@ def _checked(data: bytes | None, stored: StoredObject) -> bytes:
 
 
 class Stores:
-    """Owns the stores. Models with the same weights share one, for example after a reload.
+    """Owns the stores. Models with the same weights share a store, for example after a reload.
 
     Each store counts the crashes of earlier processes once, before it resumes any job.
     """
@@ -350,23 +346,23 @@ class Stores:
     ) -> None:
         """open_store: opens the store for a hash of weights. results: the object store for large results, if any.
 
-        first: stores that are open already, by weights. crash_reports: from earlier processes.
+        first: stores that are already open, keyed by hash of weights. crash_reports: reports of earlier processes.
         """
         self._open, self._results, self._crash_reports = open_store, results, crash_reports
         self._counted: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._turn = asyncio.Lock()  # a file is closed before it is opened again
+        self._turn = asyncio.Lock()  # ensures that a file is closed before it is opened again
         self._stores = {weights_hash: self._made(weights_hash, store) for weights_hash, store in (first or {}).items()}
 
     def take_first(self, weights_hash: str) -> AsyncStore:
-        """Return the store for weights that the server starts with. Blocks. Return it with `release`."""
+        """Return the store for these weights, opened if necessary. Blocks. Call `release` after use."""
         if weights_hash not in self._stores:
             self._stores[weights_hash] = self._made(weights_hash, self._open(weights_hash))
         self._users[weights_hash] += 1
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Return the store for weights as `take_first` does, without blocking the event loop. Raises ValueError."""
+        """Return the store for these weights without blocking the event loop. Raises ValueError if that fails."""
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 
@@ -375,16 +371,16 @@ class Stores:
             self._counted.add(weights_hash)
             for report in self._crash_reports:
                 if report.cause not in (None, OF_MAPPED_FILE):
-                    with suppress(StorageFailed):  # the store has logged it
+                    with suppress(StorageFailed):  # the store has logged the error
                         store.crashed(report.jobs)
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:
-        """Whether several models use the store of these weights."""
+        """Return whether several models use the store of these weights."""
         return self._users[weights_hash] > 1
 
     async def release(self, weights_hash: str) -> None:
-        """Return a store; it is closed when it has no users."""
+        """Give a store back. A store without users is closed."""
         async with self._turn:
             self._users[weights_hash] -= 1
             if not self._users[weights_hash]:
@@ -392,12 +388,12 @@ class Stores:
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
 
     async def count_crash(self, job_ids: Collection[str]) -> None:
-        """Count a crash of this process against jobs in any store. Failures are logged."""
+        """Count a crash of this process against jobs in any store. Errors are logged, not raised."""
         if job_ids:
             calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
             await asyncio.gather(*calls, return_exceptions=True)
 
     def close(self) -> None:
-        """Close all stores, once they have no users. Blocks."""
-        for store in list(self._stores.values()):  # a thread may still add the store that it is opening
+        """Close all stores. Blocks. No model may use a store afterwards."""
+        for store in list(self._stores.values()):  # a copy, because a thread may still add the store that it opens
             store.close()

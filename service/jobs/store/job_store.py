@@ -1,4 +1,4 @@
-"""The interface of a store of durable jobs, and the statements that SQLite and PostgreSQL share."""
+"""The interface of a store of durable jobs, and the SQL that SQLite and PostgreSQL share."""
 
 import json
 import logging
@@ -30,32 +30,31 @@ from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-# The most work of one sweep: other calls wait about 30 ms for it, or 0.2 s and more on a slow disk.
+# Limits of one sweep. Other calls wait for a sweep: about 30 ms, or 0.2 s and more on a slow disk.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
-# States of an object: it is about to be written, or was; a job's row refers to it; no job will, and it is to be
-# deleted.
+# States of an object. Pending: its job has not ended. Kept: its job's outcome is stored. Unneeded: to be deleted.
 PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
-ORPHAN_US = 3600 * 10**6  # after this time an object without a job is no longer waited for
-AGAIN_US = 60 * 10**6  # after this time another replica may try to delete an object
-MOST_KEYS = 100  # keys taken at a time
+ORPHAN_US = 3600 * 10**6  # an object that is pending for longer counts as unneeded
+AGAIN_US = 60 * 10**6  # another replica may retry a deletion after this time
+MOST_KEYS = 100  # maximum number of keys that one call takes
 
 
 class Removal(DeliveryStore):
-    """The calls of a JobStore that delete jobs and objects."""
+    """The part of a JobStore that deletes jobs and objects."""
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before a time, and then the oldest ended ones until the rest takes at most max_bytes.
+        """Delete jobs that ended before `before_us`, then the oldest until the rest takes at most `max_bytes`.
 
-        The newest job stays, whatever its size. A job with pending deliveries is not too old, but may take too much
-        space. Deliveries of events before owed_after_us do not count: without a secret to sign them nobody sends them.
-        The space of deleted jobs is returned to the disk. One call does a part of the work, so that other calls do not
-        wait long; it returns whether to call again.
+        The newest job stays, whatever its size. A job with pending deliveries may be deleted for space, but not for its
+        age. Deliveries of events before `owed_after_us` do not count: without a secret to sign them, they are never
+        sent. The freed space is returned to the disk. One call does a part of the work, so that other calls do not wait
+        long. Return whether to call again.
         """
 
     @Call(writes=True)
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job and all its data, even if damaged; False if the owner has no such job."""
+        """Delete a job and all its data, even if damaged. Return False if the owner has no such job."""
         jobs = self._tables.jobs
         mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
         with self._transaction() as run:
@@ -63,14 +62,15 @@ class Removal(DeliveryStore):
         self._let_go(job_id)
         return deleted
 
-    # --- objects: each has a row in this table, from before it is written until it is deleted --- Objects are found by
-    # this table, and never by listing a bucket: another database may share the bucket.
+    # --- objects ---
+    # Each object has a row in this table, from before it is written until it is deleted. Find objects in the table
+    # and do not list the bucket: another database may share the bucket.
 
     @Call(writes=True)
     def note_object(self, job_id: str, key: str) -> None:
-        """Note that an object is about to be written for a held job. Raises LeaseLost and ObjectGone.
+        """Record the key of an object before the object is written. An object without a job is deleted after an hour.
 
-        If no job refers to it within an hour, it counts as unneeded.
+        Raises LeaseLost if the job is not held, and ObjectGone if the key is no longer pending.
         """
         jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
         again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
@@ -85,16 +85,16 @@ class Removal(DeliveryStore):
 
     @Call(writes=True)
     def give_up_object(self, key: str) -> None:
-        """Note that no job will refer to an object."""
+        """Mark a pending object as unneeded: no job will refer to it."""
         objects = self._tables.objects
         noted = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING)
         with self._transaction() as run:
             run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
-        """Take the keys of some unneeded objects, to delete them. After a minute other replicas may take them.
+        """Return the keys of some unneeded objects, for deletion. No job can refer to these objects any more.
 
-        From then on no job can refer to them.
+        If the keys are not forgotten within a minute, another replica may take them.
         """
         objects, now_us = self._tables.objects, self.now_us()
         orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
@@ -113,12 +113,12 @@ class Removal(DeliveryStore):
         with self._transaction() as run:
             run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
 
-    # --- within transactions of the rest of the store ---
+    # --- helpers that run in the caller's transaction ---
 
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """Do one part of a sweep, and return the number of deleted jobs. which: jobs; None means this store's."""
+        """Do one part of a sweep and return the number of deleted jobs. which: a filter; None for this store's jobs."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)
@@ -147,41 +147,42 @@ class Removal(DeliveryStore):
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
 
-RECORD_BYTES = 1024  # rough size of a job without its images and its webhook
+RECORD_BYTES = 1024  # approximate size of a job without its images and its webhook
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
-    "done": ("start", "output", "completed"),  # it has begun, even if that was not recorded
+    "done": ("start", "output", "completed"),  # the job has begun, even if its start was not recorded
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
-SIGNED = ("outcome", "finished_us", "fingerprint")  # these columns identify an outcome, to the microsecond
+SIGNED = ("outcome", "finished_us", "fingerprint")  # columns that identify an outcome, to the microsecond
 
 
 class JobStore(Removal):
-    """Stores jobs. Each call is one transaction, durable when it returns. Only one thread at a time may call.
+    """Stores jobs. Each call is one transaction, and is durable when it returns.
 
-    A shared store may be called from the threads that `Call.thread` names, one of each.
+    Only one thread at a time may call a store. A shared store may be called from the threads that `Call.thread` names,
+    one thread of each name at a time.
 
-    A call that fails, or that meets unreadable data, raises StorageFailed and changes nothing.
+    A call that fails, or reads damaged data, raises StorageFailed and changes nothing.
 
-    A store holds the jobs that its server has added or claimed, until they end. Only the holder writes their snapshots
-    and their outcomes. In a shared store another replica may take them over, see shared_store.py.
+    A store holds the jobs that its server has added or claimed, until the jobs end. Only the holder writes a job's
+    snapshots and outcome. In a shared store, another replica may take over a job, see shared_store.py.
 
-    A subclass makes the engine, and claims jobs in its own way.
+    A subclass creates the engine, and defines how jobs are claimed.
     """
 
     _engine: sa.Engine
-    _name = "the job store"  # its name in the log
+    _name = "the job store"  # name of the store in the log
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in self._jobs.c if column.name in fields]
 
-    # --- different in each store ---
+    # --- implemented by each store ---
 
     @abstractmethod
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Return the ids of unfinished jobs, by weights, for weights that neither this server nor a live one serves.
+        """Return the ids of unfinished jobs whose weights no running server serves, keyed by weights.
 
         served: hashes of the weights that this server serves.
         """
@@ -189,19 +190,19 @@ class JobStore(Removal):
     @Call(writes=True)
     @abstractmethod
     def check(self, *, write: bool) -> None:
-        """Check whether jobs can be stored, if necessary by a small write. Raises StorageFailed."""
+        """Raise StorageFailed if jobs cannot be stored. write: also try a small write."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release all jobs, and close the store. No call may follow."""
+        """Release all jobs and close the store. No call may follow."""
 
-    # --- the same in all stores ---
+    # --- shared by all stores ---
 
     @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """Store a new job, and hold it or leave it for a replica to claim.
+        """Store a new job. held: hold the job; otherwise, leave it for a replica to claim.
 
-        Return False, and store nothing, if another job has the key; `find` returns that job.
+        Return False and store nothing if another job has the key; `find` returns that job.
         """
         jobs = self._tables.jobs
         data = arrays.pack_inputs(inputs) if inputs is not None else None
@@ -222,7 +223,7 @@ class JobStore(Removal):
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
         except StorageFailed as error:
             self._let_go(job.id)
-            # Another replica used the key after this one had looked.
+            # Another replica added a job with this key after the query above.
             if isinstance(error.__cause__, sa.exc.IntegrityError):
                 return False
             raise
@@ -230,7 +231,7 @@ class JobStore(Removal):
 
     @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """Return the job that was added with this key, and whether the request was the same."""
+        """Return the job that was added with this key, and whether its request was the same."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
@@ -240,7 +241,6 @@ class JobStore(Removal):
 
     @Call("reads")
     def get(self, job_id: str) -> JobRecord | None:
-        """Look up one job."""
         query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())
         with self._transaction() as run:
             row = run(query).one_or_none()
@@ -256,12 +256,10 @@ class JobStore(Removal):
         *,
         held: bool | None = None,
     ) -> list[JobRecord]:
-        """List jobs with these outcomes that are older than `before`, newest first.
+        """List jobs with these outcomes that are older than `before`, newest first. Skip jobs with damaged records.
 
-        outcomes: None stands for unfinished jobs. owner: list only this owner's jobs. held: list unfinished jobs only
-        if a live replica holds them (True), or only if none does (False).
-
-        Jobs with damaged records are left out.
+        outcomes: None selects unfinished jobs. owner: list only this owner's jobs. held: list only the unfinished jobs
+        that a live replica holds (True), or that no live replica holds (False).
         """
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []
@@ -284,11 +282,11 @@ class JobStore(Removal):
         return records
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Replace the jobs' snapshots. Snapshots of jobs that have ended, or are not held here, are ignored."""
+        """Replace the snapshots of jobs. Ignore jobs that have ended, or that this store does not hold."""
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite allows 32,766 variables in a statement; a server has at most MAX_JOBS.
+            # SQLite allows 32,766 variables in a statement. A server has at most MAX_JOBS jobs, so their ids fit.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
@@ -297,7 +295,7 @@ class JobStore(Removal):
                 run(sa.insert(table), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """Read a job's last snapshot, if the same build took it and it is readable."""
+        """Return a job's last snapshot. Return None if another build made the snapshot, or it is damaged."""
         table = self._tables.snapshots
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
@@ -307,14 +305,13 @@ class JobStore(Removal):
         return None
 
     def inputs(self, job_id: str) -> Inputs | None:
-        """Read the inputs of an unfinished edit."""
         data = self._data(self._tables.inputs, job_id)
         with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
     @Call("pixels")
     def images(self, job_id: str) -> bytes | StoredObject | None:
-        """Return the packed images of a finished job, or the object that holds them."""
+        """Return the packed images of a finished job, or a reference to the object that holds them."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
             query = sa.select(objects).where(objects.c.job_id == job_id, objects.c.state == KEPT)
@@ -332,8 +329,8 @@ class JobStore(Removal):
     def crashed(self, job_ids: Collection[str]) -> None:
         """Count a crash of the server against these jobs, held or not.
 
-        Of several jobs only those without a count get one, as another may be the cause; a single job gets one each
-        time.
+        If there are several jobs, count only against jobs without an earlier crash, because another job may be the
+        cause. Always count against a single job.
         """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
@@ -344,12 +341,10 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
-        """Store a job's outcome and its images, in place of its snapshot and inputs. Raises LeaseLost.
+        """Store a job's outcome and images, and delete its snapshot and inputs. The webhook event becomes due.
 
-        From the same moment its webhook is owed the event.
-
-        images: an object must have been noted before it was written. Raises ObjectGone, and stores nothing, if it was
-        given up.
+        images: an object must be passed to `note_object` before it is written. Raises LeaseLost if the job is not held,
+        and ObjectGone if the object was given up. In both cases, nothing is stored.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)
@@ -365,7 +360,7 @@ class JobStore(Removal):
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
                 kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
-                # An earlier attempt stored it, and its answer was lost.
+                # An earlier attempt stored this outcome, but its response was lost.
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():
                     return
                 raise LeaseLost(job_id)
@@ -376,7 +371,7 @@ class JobStore(Removal):
                 pending = [tables.objects.c.key == images.key, tables.objects.c.state == PENDING]
                 kept_as = {"state": KEPT, "bytes": images.bytes, "sha256": images.sha256}
                 if not run(sa.update(tables.objects).where(*pending).values(**kept_as)).rowcount:
-                    raise ObjectGone(images.key)  # it is being deleted, or was deleted
+                    raise ObjectGone(images.key)  # the object was deleted, or will be
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
@@ -384,14 +379,14 @@ class JobStore(Removal):
     # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Filter jobs. True: a live replica holds the job; False: none does; None: all jobs."""
+        """Select jobs that a live replica holds (True), that no live replica holds (False), or all jobs (None)."""
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """Return the values of a new job's columns that JobRecord does not have, such as its holder."""
+        """Return the columns of a new job that JobRecord does not have, such as its holder."""
         return {}
 
-    # --- parts of calls ---
+    # --- helpers ---
 
     @contextmanager
     def _transaction(self) -> Iterator[Run]:
@@ -408,14 +403,14 @@ class JobStore(Removal):
             raise StorageFailed("the job store has no connection free") from None
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:
-        """Return the records of rows. A job with a damaged record is ended as failed and left out."""
+        """Return the records of rows. End each job with a damaged record as failed."""
         records, damaged = [], 0
         for row in rows:
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
-                with suppress(StorageFailed, LeaseLost):  # the next replica that claims it tries again
+                with suppress(StorageFailed, LeaseLost):  # the next replica that claims the job tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
                     damaged += 1
         return Claimed(records, damaged)

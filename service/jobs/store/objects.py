@@ -1,7 +1,7 @@
-"""Objects in S3, or in a service with its API such as MinIO, Ceph or R2. Needs the extra `s3`.
+"""Objects in S3, or in a compatible service such as MinIO, Ceph or R2. Needs the extra `s3`.
 
-obstore reads address and credentials from the AWS_ variables. HTTP without TLS is used only for an endpoint whose URL
-says http.
+obstore reads the address and the credentials from the AWS_ variables. Plain HTTP is used only if the endpoint's URL
+begins with http://.
 """
 
 import asyncio
@@ -24,24 +24,24 @@ from tminus.service.errors import StorageFailed
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
-CALL_S = 60.0  # time limit of a call, including the wait for its turn
-BYTES_PER_S = 1e6  # the slowest acceptable connection: a call has this much more time for an object's bytes
-START_S = 15.0  # time limit of a call at the start
+CALL_S = 60.0  # timeout of a call, including the wait for other downloads
+BYTES_PER_S = 1e6  # lowest acceptable transfer rate: a call has this much more time for an object's bytes
+START_S = 15.0  # timeout of the check at the start
 CONNECT_S = 5.0
-RETRIES, RETRY_S = 3, 20.0  # no request is retried after this time
-AT_ONCE = 4  # downloads at the same time: each is in memory as a whole
+RETRIES, RETRY_S = 3, 20.0  # no request is retried after RETRY_S
+AT_ONCE = 4  # maximum number of concurrent downloads: each object is in memory as a whole
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # the first one that is set is used
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # in order of precedence
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 REGION = re.compile(r"[A-Za-z0-9-]+")
-METADATA = "169.254.169.254"  # a machine at Amazon gets credentials here, if no variable has any
+METADATA = "169.254.169.254"  # Amazon's metadata service, which gives credentials if no variable has any
 
 
 class S3Objects:
-    """The objects below a prefix of a bucket. Each call has a time limit, and raises StorageFailed."""
+    """The objects below a prefix of a bucket. Each call has a timeout, and raises StorageFailed for any error."""
 
     def __init__(self, url: str, folder: str) -> None:
-        """url: s3://bucket/prefix. folder: below the prefix. Raises ValueError for an invalid address."""
+        """url: s3://bucket/prefix. folder: a folder below the prefix. Raises ValueError for an invalid address."""
         match = URL.fullmatch(url)
         if match is None:
             got = "what has an @, as credentials have" if "@" in url else repr(url)
@@ -50,7 +50,7 @@ class S3Objects:
         client: ClientConfig = {
             "allow_http": _endpoint().startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(days=1),  # _asking sets the limit, by the size of the data
+            "timeout": timedelta(days=1),  # _asking sets the timeout, by the size of the data
         }
         backoff: BackoffConfig = {
             "init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2,
@@ -64,27 +64,27 @@ class S3Objects:
         except BaseError as error:
             raise ValueError(_reason(error)) from None
         self._gets = asyncio.Semaphore(AT_ONCE)
-        self._check_key = f"check-{uuid.uuid4().hex}"  # a single key, in case it cannot be deleted
+        self._check_key = f"check-{uuid.uuid4().hex}"  # one key for all checks, in case an object cannot be deleted
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object. An object that it replaces has the same bytes."""
+        """Write an object. The caller overwrites an object only with the same bytes."""
         async with _asking("write", len(data)):
-            # In one request: an interrupted multipart upload would leave invisible parts in the bucket.
+            # Use one request: an interrupted multipart upload would leave invisible parts in the bucket.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
-        """Read an object of this size; None if it does not exist, b"" if it has another size."""
+        """Read an object of this size. Return None if the object does not exist, b"" if it has another size."""
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
-            except FileNotFoundError as error:  # raised for a missing bucket too
+            except FileNotFoundError as error:  # also raised for a missing bucket
                 if _code(error) == "NoSuchKey":
                     return None
                 raise
             return bytes(await found.bytes_async()) if found.meta["size"] == size else b""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects. A missing object is no error."""
+        """Delete objects. Missing objects are ignored."""
         async with _asking("delete"):
             await obstore.delete_async(self._store, list(keys))
 
@@ -98,7 +98,7 @@ class S3Objects:
 
 
 def open_objects(url: str, folder: str) -> S3Objects:
-    """Open an object store. Raises ValueError unless objects can be written, read and deleted in it."""
+    """Open an object store. Raises ValueError if objects cannot be written, read and deleted."""
     objects = S3Objects(url, folder)
 
     try:
@@ -111,7 +111,7 @@ def open_objects(url: str, folder: str) -> S3Objects:
 
 
 def _endpoint() -> str:
-    """Return the endpoint's URL from the environment; empty for Amazon's. Raises ValueError for text that is no URL."""
+    """Return the endpoint's URL from the environment, empty for Amazon. Raises ValueError for an invalid variable."""
     for name in REGIONS:
         if (region := os.environ.get(name)) and not REGION.fullmatch(region):
             raise ValueError(f"{name} must be a region such as eu-central-1, got {region!r}")
@@ -126,14 +126,14 @@ def _endpoint() -> str:
     except ValueError:
         is_url = False
     if not is_url or parts.username is not None or parts.query or parts.fragment or re.search(r"\s", endpoint):
-        # The URL is not shown: it may contain a password.
+        # Do not show the URL: it may contain a password.
         raise ValueError(f"{name} must be a URL such as http://minio:9000, without a password")
     return endpoint
 
 
 @asynccontextmanager
 async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
-    """Limit the time of a call, and raise StorageFailed for any error. size: the bytes to send."""
+    """Limit the time of a call, and raise StorageFailed for any error. size: bytes of the object."""
     limit_s = CALL_S + size / BYTES_PER_S
     try:
         async with asyncio.timeout(limit_s):
@@ -144,15 +144,15 @@ async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """Return the error code in an answer of S3."""
+    """Return the error code in a response of S3, empty if there is none."""
     found = re.search(r"<Code>([^<]*)</Code>", str(error))
     return found[1] if found is not None else ""
 
 
 def _reason(error: Exception) -> str:
-    """Return the library's error in one line: the code and message of the answer, or why there was none.
+    """Return the library's error in one line: the response's code and message, or why there was no response.
 
-    The error's own text has the whole answer, which may repeat the signed request.
+    The error's own text contains the whole response, which may repeat the signed request.
     """
     text = str(error)
     if code := _code(error):

@@ -1,4 +1,4 @@
-"""Check a file before the job store opens it. A rejected file is left unchanged; the error says why in one line."""
+"""Check a file before the job store opens it. A rejected file stays unchanged. The error says why in one line."""
 
 import errno
 import logging
@@ -18,8 +18,8 @@ from tminus.service.jobs.store.records import listed
 
 log = logging.getLogger(__name__)
 
-VERSION = 5  # of tables.py
-# From each earlier version to the next.
+VERSION = 5  # version of the tables in tables.py
+# Statements that upgrade each version to the next.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE jobs ADD COLUMN owner TEXT DEFAULT '' NOT NULL",
@@ -41,33 +41,34 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
     ),
     4: ("ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT 0 NOT NULL",),
 }
-# It has a row where a WAL belongs to the file. A version that does not know it need not, so it changes no version.
+# A row in this table means that a WAL belongs to the file. The first transaction of that WAL deletes the row.
+# Earlier versions can ignore the table, so VERSION did not change.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
-HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of that of each frame, behind which is a page
-WAL_MAGIC = 0x377F0683  # the lowest bit says in which order of bytes the checksums are made
+HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of a frame's header; a page follows each frame's header
+WAL_MAGIC = 0x377F0683  # the lowest bit gives the byte order of the checksums
 JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
-APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
+APPLICATION_ID = 0x746D696E  # "tmin"; identifies our files in SQLite's header, also for file(1)
 IN_MEMORY = ":memory:"
-BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
+BUSY_S = 2.0  # timeout for another process's lock; a killed server's lock is released at once
 UNTOUCHED = "; nothing was changed"
-LEAST_FREE_BYTES = 2**20  # for a WAL and its index
-CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
+LEAST_FREE_BYTES = 2**20  # space for a WAL and its index
+CHECK_S = 10.0  # time limit of the check for damage; 1 GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
 
 
 def prepare(file: Path) -> None:
-    """Create the file if there is none. Raises ValueError for one that is damaged, in use, newer or not ours."""
+    """Create the file if it does not exist. Raises ValueError if the file is damaged, in use, newer or not ours."""
     _check_header(file)
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # the WAL gets the mode of its file
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # SQLite gives the WAL the same mode
     except FileExistsError:
         pass
     except OSError as error:
         raise cannot_be_used(file, error) from None
     wal = beside(file, "wal")
-    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection makes an empty one
+    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection below creates an empty WAL
     try:
         with _reading(file, BUSY_S) as connection:
-            new = is_new(file, connection)  # also a file whose content is all in a WAL that SQLite ignores
+            new = is_new(file, connection)  # also True if all content is in a WAL that SQLite ignores
             tells = _check_wal(file, connection)
             lost = _kept_before(file)
             if not new:
@@ -80,7 +81,7 @@ def prepare(file: Path) -> None:
             if tells:
                 log.warning("%s", "; ".join(tells))
     except sqlite3.Error as error:
-        # A first start was interrupted: the store's own connection, which may write, rolls that back.
+        # SQLITE_READONLY_ROLLBACK: a first start was interrupted. The store's own connection may write, and rolls back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
             if isinstance(cannot := cannot_be_used(file, error), DiskFull):
                 raise cannot from None
@@ -89,10 +90,10 @@ def prepare(file: Path) -> None:
 
 @contextmanager
 def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
-    """Open a read-only connection, which leaves the file and its WAL as they are.
+    """Open a read-only connection that leaves the file and its WAL unchanged.
 
-    Another would, when it closes, checkpoint the WAL that a killed server has left, perhaps into a file that has just
-    been refused.
+    When it closes, a connection that may write would copy a killed server's WAL into the file, even into a file that
+    was just rejected.
     """
     index, wal = beside(file, "shm"), beside(file, "wal")
     was_there, had_wal = index.exists(), wal.exists()
@@ -102,25 +103,25 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             finally:
-                if not had_wal:  # it has made one; while it reads no server can open the file, and make its own
-                    with suppress(OSError, sqlite3.Error):  # the latter where a server has the file
+                if not had_wal:  # this connection created the WAL: no server could open the file meanwhile
+                    with suppress(OSError, sqlite3.Error):  # sqlite3.Error: a server has the file open
                         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
                         if mode == "wal" and not wal.stat().st_size:
                             wal.unlink()
     finally:
         if not was_there:
-            with suppress(OSError):  # a read-only folder, in which it was not created either
+            with suppress(OSError):  # in a read-only folder, no index was created
                 index.unlink(missing_ok=True)
 
 
 def number_of_jobs(connection: sqlite3.Connection) -> int:
-    """How many jobs a file has ever had."""
+    """Return the number of jobs that a file has ever had."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone()
     return int(row[0]) if row is not None else 0
 
 
 def kept(file: Path) -> Path:
-    """Path of the file that counts accepted jobs. It exists while a database is open, and after a crash."""
+    """Return the path of the file that counts accepted jobs. It exists while a database is open, and after a crash."""
     return file.with_name(f"kept-{file.stem}")
 
 
@@ -132,7 +133,7 @@ def _kept_before(file: Path) -> int:
 
 
 def unended(file: Path) -> list[str]:
-    """The ids of the jobs of a file that have not ended; none where a server has it open, or it cannot be read."""
+    """Return the ids of a file's unfinished jobs; none if a server has the file open, or the file cannot be read."""
     try:
         with _reading(file, 0) as connection:
             query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
@@ -142,8 +143,8 @@ def unended(file: Path) -> list[str]:
 
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
-    """Tell whether the file has no tables yet. Raises ValueError for tables of a version that is not known."""
-    # Not in a transaction: BEGIN IMMEDIATE writes a new file's header, after which auto_vacuum cannot be set.
+    """Return whether the file has no tables yet. Raises ValueError if the version of its tables is unknown."""
+    # Do not use a transaction: BEGIN IMMEDIATE writes a new file's header, and auto_vacuum must be set before.
     version, schema_version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
     )
@@ -153,9 +154,9 @@ def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
 
 
 def upgrade(file: Path | None, connection: sqlite3.Connection) -> None:
-    """Bring the tables of an earlier version to this one, in one transaction."""
+    """Upgrade the tables of an earlier version to VERSION, in one transaction."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == VERSION:  # as a new file's is
+    if version == VERSION:
         return
     statements = [statement for earlier in range(version, VERSION) for statement in UPGRADES[earlier]]
     for statement in ("BEGIN IMMEDIATE", *statements, f"PRAGMA user_version = {VERSION}", "COMMIT"):
@@ -164,21 +165,21 @@ def upgrade(file: Path | None, connection: sqlite3.Connection) -> None:
 
 
 class DiskFull(ValueError):
-    """The file cannot be used for want of room, which may come."""
+    """Raised when the disk is full. Space may become free later."""
 
 
 def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
-    """Say why a file cannot be used, by SQLite's or the system's error."""
+    """Return an error that says why a file cannot be used. error: from SQLite or the operating system."""
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
     full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
-        # A WAL's index that finds no room is an I/O error.
+        # SQLite reports an I/O error if the disk has no space for the WAL's index.
         full = shutil.disk_usage(file.parent).free < LEAST_FREE_BYTES
     return (DiskFull if full else ValueError)(why_not(file, str(error)))
 
 
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
-    """Say why a file cannot be used, what was done to a damaged one (`done`), and what the user can do."""
+    """Return a message: why a file cannot be used, and what the user can do. done: what was done to a damaged file."""
     reason = " ".join(reason.split())
     if "locked" in reason:
         return f"{file} is in use by another server; give this one a --state-dir of its own"
@@ -188,9 +189,9 @@ def why_not(file: Path | None, reason: str, done: str = "") -> str:
 
 
 def _check_header(file: Path) -> None:
-    """Raise ValueError for a file that SQLite would take for a new database, that is not ours, or that is newer.
+    """Raise ValueError if the file is newer, damaged, or not ours, or if SQLite would treat it as a new database.
 
-    SQLite keeps version and application in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
+    SQLite keeps the version and the application id in the first 100 bytes (sqlite.org/fileformat.html, section 1.3).
     """
     try:
         with file.open("rb") as opened:
@@ -199,9 +200,9 @@ def _check_header(file: Path) -> None:
         header = b""
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    if not header:  # a first start, perhaps one that was interrupted before it wrote anything
+    if not header:  # a first start, or a start that wrote nothing
         wal = beside(file, "wal")
-        if wal.exists() and wal.stat().st_size:  # SQLite would delete it
+        if wal.exists() and wal.stat().st_size:  # SQLite would delete the WAL
             raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
         return
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
@@ -209,19 +210,19 @@ def _check_header(file: Path) -> None:
     version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
     if application == APPLICATION_ID and version > VERSION:
         raise ValueError(_of_another_version(file, version))
-    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is still in the WAL
+    if (version, application) != (0, 0) and application != APPLICATION_ID:  # 0: the first commit is still in the WAL
         raise ValueError(f"{file} is the database of another program{UNTOUCHED}. Name another --state-dir")
 
 
 def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
-    """Raise ValueError for a WAL in which more than the last transaction does not verify. connection: has read of it.
+    """Raise ValueError if more than the last transaction of the WAL is damaged. Return warnings about a truncated WAL.
 
-    Return warnings about one that was cut off.
+    connection: must have read from the file.
 
-    SQLite ignores all from the first frame on that does not verify, and tells nobody. A crash can tear only the
-    transaction that was being written, the last one. Where more transactions follow, the file was damaged, and jobs
-    that had been accepted would be lost without a word. A log that ends inside a frame was torn by a crash, or cut by
-    something else, and nothing in it tells which.
+    SQLite silently ignores everything from the first frame with a wrong checksum. A crash can damage only the last
+    transaction, which was being written. If more transactions follow the wrong frame, the file was damaged, and
+    accepted jobs would be lost silently. If the WAL ends inside a frame, nothing in the WAL tells whether a crash or
+    something else truncated it.
     Formats: sqlite.org/fileformat.html, section 4; sqlite.org/walformat.html, section 2.1.
     """
     wal, index = beside(file, "wal"), beside(file, "shm")
@@ -229,11 +230,11 @@ def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
     if len(data) < HEADER or not index.exists():  # SQLite has read no WAL
         return []
     size = FRAME + int(connection.execute("PRAGMA page_size").fetchone()[0])
-    # In the index SQLite notes how many frames verify, up to the last commit.
+    # The index has the number of valid frames, up to the last commit.
     sound = HEADER + int.from_bytes(index.read_bytes()[16:20], sys.byteorder) * size
     header_verifies = _wal_header_verifies(data)
     salts = data[16:24] if header_verifies else data[HEADER + 8 : HEADER + 16]
-    # Frames of other salts are what an earlier log has left; after these comes none of this log.
+    # Frames with other salts belong to an earlier WAL. No frame of this WAL follows them.
     starts = range(sound, len(data) - size + 1, size)
     frames = [data[at : at + size] for at in starts if data[at + 8 : at + 16] == salts]
     commits = sum(frame[4:8] != bytes(4) for frame in frames)
@@ -259,14 +260,14 @@ def _wal_header_verifies(data: bytes) -> bool:
 
 
 def _lacks_wal(connection: sqlite3.Connection) -> bool:
-    """Whether the file says that a WAL follows it. With that WAL it says no more: see SqliteStore."""
+    """Return whether the row "a WAL follows" exists. That WAL's first transaction deletes it, see SqliteStore."""
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
         return False
     return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError for a damaged file. A file too large to be read in CHECK_S is accepted unchecked."""
+    """Raise ValueError if the file is damaged. A check that takes longer than CHECK_S stops and accepts the file."""
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:
@@ -281,7 +282,7 @@ def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
 
 
 def beside(file: Path, what: str) -> Path:
-    """The WAL of a file, or the WAL's index."""
+    """Return the path of a file's WAL ("wal") or of the WAL's index ("shm")."""
     return Path(f"{file.resolve()}-{what}")
 
 

@@ -1,4 +1,4 @@
-"""Durable jobs in one SQLite file, in WAL mode: a commit is on the disk when its call returns."""
+"""Durable jobs in one SQLite file, in WAL mode. A commit is on the disk when its call returns."""
 
 import logging
 import os
@@ -38,23 +38,26 @@ from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
 
-SWEEP_PAGES = 512  # the most pages that one call returns to the disk
+SWEEP_PAGES = 512  # maximum number of pages that one call returns to the disk
 SPARE_PAGES = 256  # free pages that stay in the file for reuse
-WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun
-SPARE_BYTES = 8 * 2**20  # a WAL is also copied if it and the file have more unused space than this
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new WAL begins
+SPARE_BYTES = 8 * 2**20  # unused bytes of the file and the WAL above which the WAL is copied too
 
 
 class SqliteStore(JobStore):
-    """Owns one connection, which locks out all other processes. Raises ValueError for an unusable file."""
+    """Stores jobs in a file. Owns the file's only connection, whose lock excludes other processes.
+
+    Raises ValueError for an unusable file.
+    """
 
     def __init__(self, file: Path | None) -> None:
-        """file: None keeps everything in memory, until the process ends."""
+        """file: None keeps the jobs in memory."""
         super().__init__(make_sqlite_tables())
         self._file, self._name = file, f"the job store {file}"
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
-        self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
-        self._identity: tuple[int, int] | None = None  # device and inode of the file; None until it is open
+        self._begun_at, self._swept_at = 0, 0  # number of changes when the WAL began, and at the last sweep
+        self._identity: tuple[int, int] | None = None  # device and inode; None until the file is open
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -68,10 +71,10 @@ class SqliteStore(JobStore):
             for pragma in (
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
-                "synchronous = FULL",  # an accepted job survives a power cut too
+                "synchronous = FULL",  # an accepted job also survives a power failure
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # the size to which a longer WAL is cut when a new one begins
-                "secure_delete = FAST",  # Debian's SQLite would overwrite deleted pages with zeros
+                f"journal_size_limit = {WAL_BYTES}",  # size to which a longer WAL is truncated for a new WAL
+                "secure_delete = FAST",  # the default of Debian's SQLite overwrites deleted pages with zeros
             ):
                 self._pragma(pragma)
             if new:
@@ -81,9 +84,9 @@ class SqliteStore(JobStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
-            self._unended()  # the server's first read: if it fails the server must not start
+            self._unended()  # the first read: if it fails, the server must not start
             attempted = self._deliveries.c.held_until_us.is_not(None)
-            with self._transaction() as run:  # no delivery attempt is running: the only process has ended
+            with self._transaction() as run:  # no delivery attempt is running: this is the only process
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             if file is not None:
@@ -101,7 +104,6 @@ class SqliteStore(JobStore):
             raise
 
     def _pragma(self, text: str) -> Sequence[Any]:
-        """Run a pragma, and return its first row."""
         rows = self._driver.execute(f"PRAGMA {text}").fetchall()
         return rows[0] if rows else ()
 
@@ -121,10 +123,10 @@ class SqliteStore(JobStore):
         return added
 
     def _note_kept(self) -> None:
-        """Write the number of jobs so far beside the file: a start that finds fewer reports it."""
+        """Write the number of jobs so far to the file `kept`. A start that finds fewer jobs in the database warns."""
         if self._file is None:
             return
-        with suppress(OSError):  # harmless: the jobs are in the file
+        with suppress(OSError):  # harmless: the jobs are in the database
             descriptor = os.open(kept(self._file), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 os.pwrite(descriptor, b"%-20d" % number_of_jobs(self._driver), 0)
@@ -132,7 +134,7 @@ class SqliteStore(JobStore):
                 os.close(descriptor)
 
     def claim_all(self) -> Claimed:
-        """Hold all unfinished jobs: no other server has the file. A damaged job is ended as failed."""
+        """Claim all unfinished jobs: no other server has the file open. End jobs with damaged records as failed."""
         return self._claimed(self._unended())
 
     def _unended(self) -> Sequence[Any]:
@@ -143,7 +145,7 @@ class SqliteStore(JobStore):
         return rows
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Return the files beside this one that no other server has open."""
+        """Return the unfinished jobs of other files in the folder that no server has open."""
         if self._file is None:
             return {}
         hashes = {each[:16] for each in served}
@@ -157,11 +159,11 @@ class SqliteStore(JobStore):
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:
-        """Return some of the file's free pages to the disk; returns whether there are more."""
+        """Return some free pages of the file to the disk. Return whether more free pages are left."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
-                # As a script, since the driver steps a statement without rows once, which frees one page.
+                # Use executescript: `execute` steps a statement without rows only once, which frees one page.
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
             if self._file is not None:
@@ -171,9 +173,9 @@ class SqliteStore(JobStore):
         return False
 
     def _shorten(self, file: Path) -> None:
-        """Copy the WAL into the file if both are large or the store is idle.
+        """Copy the WAL into the file if both take much more space than their content, or if the store is idle.
 
-        A vacuum alone does not shorten the file, and one bad byte may destroy data that are only in the WAL.
+        A vacuum alone does not shorten the file. One bad byte may destroy data that are only in the WAL.
         """
         changes = self._driver.total_changes
         spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
@@ -186,17 +188,17 @@ class SqliteStore(JobStore):
         return self._wal.stat().st_size if self._wal is not None and self._wal.exists() else 0
 
     def _begin_wal(self) -> None:
-        """Copy the WAL into the file and begin a new one.
+        """Copy the WAL into the file and begin a new WAL.
 
-        Before the copy a row is written that says "a WAL follows". The first transaction of the new WAL deletes it. If
-        a start still finds the row, the WAL was lost.
+        A row that means "a WAL follows" is written before the copy. The first transaction of the new WAL deletes the
+        row. If a start still finds the row, the WAL was lost.
         """
         try:
             self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
             self._pragma("wal_checkpoint(RESTART)")
             self._driver.execute("DELETE FROM wal_follows")
             self._most_wal_bytes = WAL_BYTES
-        except sqlite3.Error as error:  # harmless: the WAL has everything, and grows
+        except sqlite3.Error as error:  # harmless: the WAL keeps everything, and grows
             log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
             self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
         self._begun_at = self._driver.total_changes
@@ -205,11 +207,11 @@ class SqliteStore(JobStore):
         self._check_there()
         if write:
             with self._transaction() as run:
-                # An unchanged value: writes one page to the disk.
+                # The value does not change, but the statement writes one page to the disk.
                 run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))
 
     def _check_there(self) -> None:
-        """Raise StorageFailed if the file was deleted or replaced, since writes would be lost with it."""
+        """Raise StorageFailed if the file was deleted or replaced: writes would be lost."""
         if self._file is None:
             return
         try:
@@ -224,7 +226,7 @@ class SqliteStore(JobStore):
 
     def close(self) -> None:
         if not self._connection.closed:
-            with suppress(sqlite3.Error):  # it has a row only if there was no space to begin the last WAL
+            with suppress(sqlite3.Error):  # a row is left only if the disk had no space for a new WAL
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
@@ -241,7 +243,7 @@ class SqliteStore(JobStore):
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Lock out other processes, since two servers would both run the same jobs. Begin no transaction implicitly."""
+    """Lock out other processes: two servers would run the same jobs. Disable implicit transactions."""
     connection.isolation_level = None
     connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
@@ -254,8 +256,8 @@ def _begin(connection: sa.Connection) -> None:
 def open_store(state_dir: str, weights_hash: str) -> JobStore:
     """Open the file with the jobs of these weights. Each set of weights has its own file.
 
-    state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. If the disk is full, each call
-    tries to open it again. Raises ValueError for an unusable folder or file, with what to do about it.
+    state_dir: a folder; "" for the default folder in the user's home, ":memory:" for no file. If the disk is full, each
+    call tries to open the file again. Raises ValueError for an unusable folder or file; the message says what to do.
     """
     folder = state_folder(state_dir)
     if folder is None:
@@ -269,11 +271,11 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 
 
 def state_folder(state_dir: str) -> Path | None:
-    """Make the state folder; returns None for ":memory:". Raises ValueError as open_store does."""
+    """Create the state folder and return its path, None for ":memory:". Raises ValueError as open_store does."""
     if state_dir == IN_MEMORY:
         return None
     try:
-        # The XDG base directory specification. Path.home raises RuntimeError for a user without a home.
+        # See the XDG base directory specification. Path.home raises RuntimeError if the user has no home.
         state_home = os.environ.get("XDG_STATE_HOME")
         folder = Path(state_dir or Path(state_home or Path.home() / ".local" / "state") / "tminus")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -285,18 +287,19 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore whose file cannot be opened because its disk is full. Each call retries, and raises StorageFailed."""
+    """A JobStore whose file cannot be opened, because the disk is full.
+
+    Each call tries to open the file again, and raises StorageFailed if that fails.
+    """
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file
         self._store: JobStore | None = None
 
     def now_us(self) -> int:
-        """The machine's clock."""
         return now_us()
 
     def close(self) -> None:
-        """Close the store, if it was opened."""
         if self._store is not None:
             self._store.close()
 

@@ -1,7 +1,6 @@
-"""The tables of a job store, in SQLAlchemy.
+"""The tables of a job store, in SQLAlchemy. New databases are created from these tables.
 
-New databases are made from these. A change needs another VERSION, and an upgrade from the one before, in
-sqlite_file.py and in postgres_store.py.
+A change needs a new VERSION and an upgrade from the version before, in sqlite_file.py and in postgres_store.py.
 """
 
 from collections.abc import Sequence
@@ -12,21 +11,21 @@ import sqlalchemy as sa
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Jobs and the tables that refer to them by a job's id."""
+    """The table of jobs, and the tables that refer to jobs by id."""
 
     metadata: sa.MetaData
     jobs: sa.Table
     snapshots: sa.Table
     images: sa.Table
     inputs: sa.Table
-    objects: sa.Table  # every object of this store, with or without a job
+    objects: sa.Table  # all objects of this store, with or without a job
     deliveries: sa.Table  # messages to webhooks
 
 
 def make_tables(
     schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
 ) -> Tables:
-    """Make the tables of a store. of_jobs, of_deliveries: additional columns."""
+    """Make the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indices."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
@@ -46,10 +45,10 @@ def make_tables(
         sa.Column("key", sa.Text),
         sa.Column("request_hash", sa.Text),
         sa.Column("webhook", sa.Text),
-        sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # only earlier versions use it
+        sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # used only by earlier versions
         *of_jobs,
         sqlite_autoincrement=True,
-        # Leases change every few seconds. With room in its page a row's new version needs no entry in the indices.
+        # Leases change every few seconds. Free space in a page keeps a row's new version there, so no index changes.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
@@ -84,7 +83,7 @@ def make_tables(
     deliveries = sa.Table(  # a row is added when its event happens
         "deliveries",
         metadata,
-        sa.Column("id", sa.Text, primary_key=True),  # webhook-id
+        sa.Column("id", sa.Text, primary_key=True),  # value of the webhook-id header
         sa.Column("job_id", sa.Text, nullable=False),
         sa.Column("event", sa.Text, nullable=False),
         sa.Column("receiver", sa.Text, nullable=False),
@@ -92,7 +91,7 @@ def make_tables(
         sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of the current attempt
         sa.Column("since_us", sa.BigInteger, nullable=False),
         sa.Column("due_us", sa.BigInteger, nullable=False),
-        sa.Column("held_until_us", sa.BigInteger),  # null: no attempt is running
+        sa.Column("held_until_us", sa.BigInteger),  # null if no attempt is running
         sa.Column("error", sa.Text),
         sa.UniqueConstraint("job_id", "event"),
         *of_deliveries,
@@ -101,7 +100,7 @@ def make_tables(
 
 
 def make_sqlite_tables() -> Tables:
-    """Make the tables of a file, whose jobs all have the same weights."""
+    """Make the tables of a file. All jobs of a file have the same weights."""
     of_jobs = (
         sa.UniqueConstraint("key"),
         sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
@@ -116,21 +115,21 @@ def make_sqlite_tables() -> Tables:
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
-    """Make the table of live replicas, and the tables that both stores have."""
+    """Make the table of live replicas, and the tables of a store."""
     new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
     pending = sa.text("state = 'pending'")
     of_jobs = (
-        sa.Column("weights", sa.Text, nullable=False),  # the hash of the weights, as long as in a file's name
-        sa.Column("format", sa.Integer, nullable=False),  # the format that a server must know to run it
-        sa.Column("places", sa.BigInteger, nullable=False),  # its total cost, in forward passes
+        sa.Column("weights", sa.Text, nullable=False),  # first 16 digits of the weights' hash
+        sa.Column("format", sa.Integer, nullable=False),  # lowest JOB_FORMAT that can run the job
+        sa.Column("places", sa.BigInteger, nullable=False),  # total cost of the job, in forward passes of a row
         sa.Column("rows", sa.Integer, nullable=False),
-        sa.Column("replica", sa.Text),  # its holder, or its last one
-        sa.Column("fence", sa.BigInteger, nullable=False),  # the number of holds so far
-        sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: no replica holds it
+        sa.Column("replica", sa.Text),  # current or last holder
+        sa.Column("fence", sa.BigInteger, nullable=False),  # increases with each new holder
+        sa.Column("lease_until", sa.DateTime(timezone=True)),  # database time; null if no replica holds the job
         sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # takeovers from lost replicas
-        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # when its holder claimed it; null: it is not a suspect
+        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # time of the last claim; null if the job was no suspect
         sa.UniqueConstraint("weights", "key"),
-        # For servers of earlier versions: they look up a client's UUID among the jobs of all weights.
+        # Earlier versions need this index: they look up a client's UUID among the jobs of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
         sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
         sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),
@@ -142,7 +141,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         ),
     )
     of_deliveries = (
-        # A server of version 1 deletes jobs without their deliveries.
+        # Delete deliveries with their job, because servers of version 1 delete only the job.
         sa.ForeignKeyConstraint(["job_id"], [f"{schema}.jobs.id"], ondelete="CASCADE"),
         sa.Index("deliveries_by_due", "due_us", postgresql_where=pending),
         sa.Index("deliveries_by_receiver", "receiver", postgresql_where=pending),
@@ -158,6 +157,6 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("address", sa.Text),
         sa.Column("places_per_s", sa.Float, nullable=False),
         sa.Column("backlog_s", sa.Float, nullable=False),
-        sa.Column("background_s", sa.Float, nullable=False, server_default="0"),  # only earlier versions use it
+        sa.Column("background_s", sa.Float, nullable=False, server_default="0"),  # used only by earlier versions
     )
     return replicas, tables
