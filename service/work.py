@@ -46,7 +46,7 @@ class Work:
 
 
 class JobRows(NamedTuple):
-    """The rows of one job in a tick. A tuple, because each tick creates several and tuples are the fastest to create."""
+    """The rows of one job in a tick. A tuple, because each tick creates several and tuples are fast to create."""
 
     job_id: str
     steps: tuple[tuple[int, int], ...]  # (step, index in the job) for each row
