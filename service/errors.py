@@ -147,7 +147,6 @@ class InvalidField(ServiceError, ValueError):
 
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
-        """Return an error with the usual detail: the field, its bound and the value received."""
         return cls(f"{field} must be {bound}, got {short(value)!r}", field=field, value=value, bound=bound)
 
 
@@ -159,7 +158,6 @@ class UnknownField(ServiceError):
 
     @classmethod
     def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
-        """Return an error with the usual detail: the name received and the known names."""
         names = ", ".join(known) or "none"
         detail = f"there is no parameter {short(field)!r}; known: {names}"
         return cls(detail, field=field, value=value, bound=f"one of {names}")
@@ -168,7 +166,7 @@ class UnknownField(ServiceError):
 class ConflictingField(ServiceError):
     """A parameter has two values: one in the query and another in the body, or several where the parameter is no list.
 
-    Or it is given by two of its names, or a request has two images.
+    Or the request gives a parameter under two of its names, or has two images.
     """
 
     status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
@@ -253,7 +251,6 @@ class InvalidImage(ServiceError, ValueError):
 
     @classmethod
     def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
-        """Return an error with the usual detail: the requirement and the value received."""
         return cls(f"{field} must be {bound}, got {short(got)}", field=field, value=got, bound=bound)
 
 
@@ -279,7 +276,7 @@ class Silence(ServiceError):
 
 
 class ForeignHost(ServiceError):
-    """The `Host` header names the server by a name that it does not know."""
+    """The `Host` header has a name that the server does not know."""
 
     status, code, title = 403, "foreign_host", "The server does not know this host name"
     remedy = "Add the name to [`--allowed-hosts`](reference/settings.md#allowed-hosts)."
@@ -288,7 +285,7 @@ class ForeignHost(ServiceError):
 class ForeignOrigin(ServiceError):
     """A web page of another site asked for something that costs work, changes something or shows jobs.
 
-    The server sees that by `Origin`, `Sec-Fetch-Site` and `Referer`.
+    The server detects this by `Origin`, `Sec-Fetch-Site` and `Referer`.
     """
 
     status, code, title = 403, "foreign_origin", "Pages of this origin may not use the server"
@@ -314,7 +311,7 @@ class TooManyStreams(ServiceError):
 class MalformedRequest(ServiceError):
     """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
     bytes. Or a WebSocket handshake has a body or control characters. The connection closes. A request with two
-    `Idempotency-Key` headers gets this too.
+    `Idempotency-Key` headers is also refused with this error.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -384,7 +381,9 @@ class TooManyBytes(ServiceError):
 
 
 class TooManyImages(ServiceError):
-    """The image would wait over ten seconds to be decoded. Keys take turns, so it waits for images of the same key."""
+    """The image would wait over ten seconds to be decoded. Keys take turns, so the image mainly waits for images of its
+    key.
+    """
 
     status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
     remedy = "Try again after the seconds in `Retry-After`."
@@ -452,9 +451,9 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """A thread of the server hangs: it has been busy with one thing for over a minute, and for over twenty times as
-    long as that should take. The thread is the worker's, or one that encodes or decodes images. `/healthz` and
-    `/readyz` report it too; while the event loop hangs, only `/healthz` of `--metrics-port` answers.
+    """A thread of the server hangs: one operation has taken over a minute and over twenty times its usual duration. The
+    thread is the worker's, or one that encodes or decodes images. `/healthz` and `/readyz` report the hang too; while
+    the event loop hangs, only `/healthz` of `--metrics-port` answers.
     """
 
     status, code, title = 503, "stalled", "The server hangs"
@@ -485,7 +484,6 @@ class ModelNotFound(ServiceError):
 
     @classmethod
     def of(cls, name: str, known: Iterable[str]) -> "ModelNotFound":
-        """Return an error that lists the known names."""
         bound = f"one of {', '.join(sorted(known))}"
         return cls(f"no model {short(name)!r} is loaded; {bound}", field="model", value=name, bound=bound)
 
@@ -519,8 +517,8 @@ class ModelLoading(ServiceError):
 
 
 class ModelBusy(ServiceError):
-    """The model cannot be changed now: another model is being loaded, it is loaded already, or it is the default model,
-    which cannot be unloaded.
+    """The model cannot be changed now: another model is being loaded, this model is loaded already, or this model is
+    the default model, which cannot be unloaded.
     """
 
     status, code, title = 409, "model_busy", "The model cannot be changed now"
@@ -528,9 +526,9 @@ class ModelBusy(ServiceError):
 
 
 class CheckpointRefused(ServiceError):
-    """The folder of a model that was to be loaded cannot be served; `detail` says why.
+    """The server cannot load the folder of a model; `detail` says why.
 
-    The server goes on with what it had loaded.
+    The server continues with the models that it had loaded.
     """
 
     status, code, title = 422, "checkpoint_refused", "The checkpoint cannot be loaded"
@@ -546,7 +544,7 @@ class AdminOff(ServiceError):
 
 
 class Unauthorized(ServiceError):
-    """The server asks for a key, and the request has none, or one that the server does not know.
+    """The server requires a key, and the request has no key or a key that the server does not know.
 
     A WebSocket handshake with a wrong `Authorization` header is refused with 401; a wrong key in the first message
     closes the connection.
@@ -574,7 +572,7 @@ class TooManyLogins(ServiceError):
 
 
 class NotOpen(ServiceError):
-    """The server runs on [Ray](operations.md#ray-serve), other machines reach it, and it has no keys.
+    """The server runs on [Ray](operations.md#ray-serve), has no keys, and is reachable from other machines.
 
     A WebSocket is refused with 403 in plain text.
     """
@@ -639,7 +637,6 @@ class DeadlinePassed(ServiceError):
 
     @classmethod
     def of(cls, deadline_s: float) -> "DeadlinePassed":
-        """Return the error of a job that ran past its deadline."""
         detail = f"deadline_s={deadline_s:g} passed before the job was done"
         return cls(detail, field="deadline_s", value=deadline_s, bound="a longer time")
 

@@ -54,9 +54,7 @@ MODEL_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class MetricDoc:
-    """Describes a metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its
-    buckets.
-    """
+    """A metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its buckets."""
 
     kind: Literal["counter", "gauge", "histogram"]
     text: str
@@ -414,8 +412,7 @@ class Metrics:
 
 
 class _Latency:
-    """A histogram with exemplars of slow requests: the slowest observation of each bucket in the last EXEMPLAR_S
-    seconds.
+    """A histogram with exemplars of slow requests: each bucket keeps its slowest recent observation.
 
     prometheus_client keeps the most recent exemplar instead, and the most recent request is rarely interesting.
     """

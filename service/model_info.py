@@ -111,7 +111,6 @@ class Limits:
 
     @property
     def max_edit_bytes(self) -> int:
-        """The bound of a body with an image and a mask."""
         return max_edit_bytes(self.max_body_bytes, self.max_image_bytes)
 
 

@@ -13,14 +13,14 @@ from tminus.service.errors import Stalled
 Result = TypeVar("Result")
 
 LOADING = "tminus-load"  # name of threads that load or measure models
-STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs after STALL_S seconds and STALL_TIMES its usual duration
+STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds STALL_S seconds and STALL_TIMES its usual duration
 LOOK_S = 1.0  # seconds between checks for hung threads
 
 
 class Pulse:
-    """Reports the time that a thread has been hung in one call. Any thread may ask.
+    """Reports the seconds that a thread has hung in one call. Any thread may ask.
 
-    The thread reports the begin and the end of each call. The threads of a pool share one pulse; see `run`.
+    The thread reports the start and the end of each call. The threads of a pool share one pulse; see `run`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Pulse:
         self._began_s: dict[object, float] = {}  # start of each running call; each thread changes only its own
 
     def begin(self, what: object = None) -> None:
-        """Record the start of a call. A thread with its own pulse omits `what`: a new call replaces the last one."""
+        """Record the start of a call. A thread with its own pulse omits `what`, so a new call replaces the last one."""
         self._began_s[what] = self._clock()
 
     def rest(self, what: object = None) -> None:

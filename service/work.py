@@ -25,7 +25,6 @@ class Work:
     model: int = 0  # number of the model in this process
 
     def places_per_row(self, step: int) -> int:
-        """Return the places of one row at a step."""
         return 2 if step in self.guided else 1
 
     def places_left(self, step: int) -> int:

@@ -18,7 +18,7 @@ from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
-JOB_EXAMPLE: dict[str, Any] = {  # Members that are null are left out, because FastAPI removes them from examples.
+JOB_EXAMPLE: dict[str, Any] = {  # without null members, because FastAPI removes them from examples
     "id": "0d1f3c5e7a9b4c2d8e6f0a1b2c3d4e5f",
     "model": "fashion-mnist-32",
     "state": "running",
@@ -44,7 +44,7 @@ JOB_EXAMPLE: dict[str, Any] = {  # Members that are null are left out, because F
         "class_label": [7, 7, 7, 7],
     },
 }
-FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # The internal values have attributes of the same names.
+FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # internal values have attributes of the same names
 
 
 class DeliveryAnswer(BaseModel):
@@ -96,7 +96,7 @@ class JobAnswer(BaseModel):
     fingerprint: str | None = Field(description="The fingerprint of the build that made the images.")
     parameters: dict[str, Any] = Field(description="The parameters of `POST /sample` that make the same images again.")
     problem: dict[str, Any] | None = Field(description="Why the job failed: the members of a problem document.")
-    # None by default, because another server may not know the webhook.
+    # The default is None: another server may not know the webhook.
     webhook: WebhookAnswer | None = Field(default=None, description="Who is told of the job.")
 
     @classmethod

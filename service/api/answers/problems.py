@@ -18,7 +18,7 @@ from tminus.service.tracing import PROBLEM, REQUEST_ID, note
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON, JSON = "application/problem+json", "application/json"
-HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # paths of POST requests; see hugging_face.py
+HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # paths of Hugging Face's POST requests; see hugging_face.py
 STATUS = {422: 400, 409: 503}  # OpenAI does not use 422, and its client libraries retry any 409
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]

@@ -35,9 +35,7 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """The progress of a running job for one viewer. The remaining time is fetched now and then, and counted down in
-    between.
-    """
+    """The progress of a running job for one viewer. Counts the remaining time down between updates of the forecast."""
 
     def __init__(
         self, services: Services, preview: PreviewRequest, job_id: str, spec: SampleSpec, eta_s: float | None

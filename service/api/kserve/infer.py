@@ -380,12 +380,11 @@ class Tensors:
 
     @property
     def media_type(self) -> str:
-        """Return the media type of the body, as in Triton."""
         return BINARY if any(self.outputs.values()) else JSON
 
     @property
     def etag_form(self) -> str:
-        """Return a text of everything that the bytes depend on besides the spec."""
+        """Return a text that is unique to the form of the body: the model and the outputs."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 
     @property

@@ -78,7 +78,6 @@ class Wanted:
     new: NewJob
 
     def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
-        """Return the members of a Recipe for image k."""
         return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
@@ -209,7 +208,6 @@ def _headers(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) 
 
 
 async def _with_images(services: Services, request: Request, wanted: Wanted) -> Response:
-    """Wait for the job and return its images."""
     loop, model = asyncio.get_running_loop(), services.model
     done = result_of(await submit(services, caller_of(request), wanted.new), wanted.new.deadline_s)
     result = await finished_or_gone(request, services.worker, wanted.new.id, done)
