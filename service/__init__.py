@@ -1,5 +1,6 @@
-"""The microservice. Its layers, from the bottom up; each imports from itself and those before it:
+"""The image server.
 
-words (the modules at the top of this folder), images, scheduling, engine, worker, jobs, access, api, startup,
-ray_serve, cli. The client and the page stand apart. tests/service/test_imports.py holds the rule.
+Its layers, from the bottom up, are: words (the modules directly in this folder), images, scheduling, engine, worker,
+jobs, access, api, startup, ray_serve, cli. A layer imports only itself and lower layers. The client and the page are
+outside the layers. tests/service/test_imports.py checks these rules.
 """

@@ -1,7 +1,7 @@
-"""How many bytes clients may have the server hold at once, in all: of what they send, and of what they are sent.
+"""Limits on the bytes that the server holds for its clients at one time.
 
-One caller may hold SHARE of what the others leave, so that there is always some room for others. A budget and its holds
-belong to one thread, the event loop's, and take no lock.
+One caller may hold at most SHARE of the bytes that other callers leave free, so some bytes are always free for others.
+A budget and its holds belong to the event loop's thread, so they take no lock.
 """
 
 from collections import Counter
@@ -11,42 +11,42 @@ from tminus.service.errors import TooManyBytes
 
 MAX_HELD_BYTES = 256 * 2**20
 SMALL_BYTES = 64 * 1024
-SHARE = 0.75  # of what the others leave, that one may hold (the dynamic threshold of Choudhury and Hahne 1998)
+SHARE = 0.75  # the largest share of the free bytes for one caller (the dynamic threshold of Choudhury and Hahne 1998)
 
 
 class ByteBudget:
-    """Counts the bytes of all its holds."""
+    """Counts the bytes of all holds. Only holds change the counts."""
 
     def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
         self.limit_bytes = limit_bytes
-        self.held_bytes = 0  # changed by holds only
-        self.holders: Counter[int] = Counter()  # of shared bytes, by their identity: how many holds; likewise
-        self.owned_bytes: Counter[str] = Counter()  # by caller, without what is shared; likewise
+        self.held_bytes = 0
+        self.holders: Counter[int] = Counter()  # number of holds, keyed by id() of the shared bytes
+        self.owned_bytes: Counter[str] = Counter()  # keyed by caller; without shared bytes
 
     def hold(self, exempt_bytes: int = 0, owner: str | None = None) -> "Hold":
-        """Open an empty hold. It is never refused while it has at most `exempt_bytes`.
+        """Return an empty hold. A hold of at most `exempt_bytes` is never refused.
 
-        owner: the caller whose share bounds it; None: it is in no share.
+        owner: the caller whose share limits the hold; None: only the budget's limit applies.
         """
         return Hold(self, exempt_bytes, owner)
 
 
 class Hold(AbstractContextManager["Hold"]):
-    """What one request, connection or task holds of a budget. As a context manager it releases its bytes at the end."""
+    """Holds the bytes of one request, connection or task. As a context manager, releases these bytes on exit."""
 
     def __init__(self, budget: ByteBudget, exempt_bytes: int, owner: str | None) -> None:
-        self.budget, self.owner, self._exempt_bytes = budget, owner, exempt_bytes  # the owner is set while it is empty
+        self.budget, self.owner, self._exempt_bytes = budget, owner, exempt_bytes  # set while the hold is empty
         self._own_bytes = 0
         self._shared: list[bytes] = []
-        self._size_bytes = 0  # of both
+        self._size_bytes = 0  # own and shared bytes
 
     @property
     def is_small(self) -> bool:
-        """Whether it has no more than is never refused."""
+        """Return True if the hold is within its exempt bytes, which are never refused."""
         return self._size_bytes <= self._exempt_bytes
 
     def add(self, size_bytes: int) -> None:
-        """Hold so many bytes more. Raises TooManyBytes over the limit; they stay counted until the release."""
+        """Count more bytes. Raises TooManyBytes over the limit; the bytes still count until `release`."""
         self._own_bytes += size_bytes
         self._size_bytes += size_bytes
         self.budget.held_bytes += size_bytes
@@ -55,7 +55,7 @@ class Hold(AbstractContextManager["Hold"]):
         self._check()
 
     def add_shared(self, data: bytes) -> None:
-        """Hold bytes that other holds may have too: in all of them together they count once. Raises as `add` does."""
+        """Count bytes that other holds may share. The budget counts them once. Raises TooManyBytes over the limit."""
         self._shared.append(data)
         self._size_bytes += len(data)
         self.budget.holders[id(data)] += 1
@@ -76,7 +76,7 @@ class Hold(AbstractContextManager["Hold"]):
                 raise TooManyBytes(owned_bytes, share_bytes, of_caller=True)
 
     def release(self) -> None:
-        """Give all of it back. The hold is empty then, and may be used again."""
+        """Release all bytes. The hold is then empty and can be used again."""
         budget = self.budget
         budget.held_bytes -= self._own_bytes
         if self.owner is not None:

@@ -1,7 +1,7 @@
-"""Every way the service refuses or fails, each with its status and stable code.
+"""The errors of the service, each with an HTTP status and a stable code.
 
-The docstring of an error says when it happens, and `remedy` what to do: the page of errors in the docs is made of them.
-Both are Markdown, with links relative to docs/.
+An error's docstring says when the error happens, and `remedy` says what to do. The errors page of the docs is generated
+from both. Both are Markdown, with links relative to docs/.
 """
 
 import html
@@ -12,16 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
-# The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
-# Without tm_ a secret is 43 characters of base64url: a name or a hash of that length has no letters of both cases.
+# Matches the secrets that `tminus key` makes, in any case and after any text, but not link parameters such as
+# utm_source. A secret without its prefix tm_ is 43 characters of base64url. Names and hashes of that length do not mix
+# cases.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
 SECRET = re.compile(
     rf"(?i:tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+)|(?<![\w-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[\w-]{{43,}}", re.ASCII
 )
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
 ENTITY_CHARACTERS = 11
-LONGEST_SECRET = 3 * 46  # characters of one, where all are percent-encoded
-MOST_FAULTS = 20  # that a problem document lists
+LONGEST_SECRET = 3 * 46  # characters of a secret that is fully percent-encoded
+MOST_FAULTS = 20  # the most errors that a problem document lists
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -33,13 +34,13 @@ class ServiceError(Exception):
     title: ClassVar[str] = "Internal error"
     remedy: ClassVar[str] = "Look at the log of the server, which has the reason."
     detail: str = "something went wrong on the server; its log has the details"
-    retry_after_s: int | None = None  # None: the server cannot say
-    of_parameters: ClassVar[bool] = False  # whether a parameter is wrong, so that `errors` lists all that are
-    refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
+    retry_after_s: int | None = None  # None: unknown
+    of_parameters: ClassVar[bool] = False  # True: a parameter is wrong, and `errors` lists every wrong parameter
+    refusal: ClassVar[bool] = True  # True: tminus_rejected_total counts the error
 
     @property
     def ws_close(self) -> int:
-        """The code to close a WebSocket with (RFC 6455, 7.4.1): try again later, too big, internal error or policy."""
+        """Return the WebSocket close code (RFC 6455, 7.4.1): try again later, too big, internal error or policy."""
         if self.status in (429, 503):
             return 1013
         if self.status == 413:
@@ -55,8 +56,10 @@ class ServiceError(Exception):
         bound: str | None = None,
         retry_after_s: int | None = None,
     ):
-        """detail: for people; that of the class by default. field, value, bound: what to change, what was received,
-        and what it must be.
+        """Set the members of the problem document.
+
+        detail: text for people; the default is the detail of the class. field: the parameter to change. value: the
+        value received. bound: the values allowed.
         """
         self.detail, self.field, self.value, self.bound = detail or self.detail, field, value, bound
         super().__init__(self.detail)
@@ -64,10 +67,10 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s or self.retry_after_s
         if self.retry_after_s is not None:
             self.headers["Retry-After"] = str(self.retry_after_s)
-        self.others: tuple[ServiceError, ...] = ()  # found in the same request, of other parameters
+        self.others: tuple[ServiceError, ...] = ()  # errors of other parameters in the same request
 
     def problem(self) -> dict[str, Any]:
-        """The members of the problem document."""
+        """Return the members of the problem document."""
         members = {
             "type": f"urn:tminus:problem:{self.code}",
             "title": self.title,
@@ -79,7 +82,7 @@ class ServiceError(Exception):
         return members
 
     def fault(self) -> dict[str, Any]:
-        """The members that say what is wrong, and what to change."""
+        """Return the members that describe the fault and the allowed values."""
         members: dict[str, Any] = {"code": self.code, "detail": masked(self.detail)}
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
@@ -89,13 +92,13 @@ class ServiceError(Exception):
 
 
 class ValidationErrors:
-    """Collects what is wrong with parameters, the first error of each. One request, or message, owns it."""
+    """Collects the first error of each parameter. Belongs to one request or message."""
 
     def __init__(self) -> None:
-        self._found: dict[str | None, ServiceError] = {}  # by field
+        self._found: dict[str | None, ServiceError] = {}  # keyed by field
 
     def has(self, *fields: str) -> bool:
-        """Whether something is wrong with one of these."""
+        """Return True if any of these fields has an error."""
         return any(field in self._found for field in fields)
 
     def __iter__(self) -> Iterator[str]:
@@ -105,13 +108,13 @@ class ValidationErrors:
         return bool(self._found)
 
     def add(self, error: ServiceError) -> None:
-        """Add an error, and the errors it carries."""
+        """Add an error and its `others`. The first error of a field is kept."""
         for each in (error, *error.others):
             self._found.setdefault(each.field, each)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Go on after a block that finds something wrong with a parameter. Any other error is raised."""
+        """Catch and add a parameter error of the block. Other errors propagate."""
         try:
             yield
         except ServiceError as error:
@@ -120,18 +123,18 @@ class ValidationErrors:
             self.add(error)
 
     def check(self) -> None:
-        """Raise what was found, if anything was."""
+        """Raise the collected errors, if any."""
         if self._found:
             self.raise_all()
 
     def raise_all(self) -> NoReturn:
-        """Raise the first error, which names the others."""
+        """Raise the first collected error, with the rest in its `others`."""
         first, *others = self._found.values()
         first.others = tuple(others)
         raise first from None
 
 
-# What validators raise is a ValueError, so that pydantic collects it.
+# Errors that pydantic validators raise are also ValueErrors, so pydantic collects them.
 
 
 class InvalidField(ServiceError, ValueError):
@@ -144,7 +147,6 @@ class InvalidField(ServiceError, ValueError):
 
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
-        """Build the usual detail: the field, its bound, the value received."""
         return cls(f"{field} must be {bound}, got {short(value)!r}", field=field, value=value, bound=bound)
 
 
@@ -156,7 +158,6 @@ class UnknownField(ServiceError):
 
     @classmethod
     def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
-        """Build the usual detail: the name received, and the known names."""
         names = ", ".join(known) or "none"
         detail = f"there is no parameter {short(field)!r}; known: {names}"
         return cls(detail, field=field, value=value, bound=f"one of {names}")
@@ -165,7 +166,7 @@ class UnknownField(ServiceError):
 class ConflictingField(ServiceError):
     """A parameter has two values: one in the query and another in the body, or several where the parameter is no list.
 
-    Or it is given by two of its names, or a request has two images.
+    Or the request gives a parameter under two of its names, or has two images.
     """
 
     status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
@@ -218,7 +219,7 @@ class UnsupportedMediaType(ServiceError):
 
     @classmethod
     def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
-        """Name what was declared, and what is taken; so does the header Accept (RFC 9110, 15.5.16)."""
+        """Return an error that lists the supported types, also in its Accept header (RFC 9110, 15.5.16)."""
         names = [*taken]
         bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
@@ -250,7 +251,6 @@ class InvalidImage(ServiceError, ValueError):
 
     @classmethod
     def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
-        """Build the detail: what the image must be, and what was received."""
         return cls(f"{field} must be {bound}, got {short(got)}", field=field, value=got, bound=bound)
 
 
@@ -276,7 +276,7 @@ class Silence(ServiceError):
 
 
 class ForeignHost(ServiceError):
-    """The `Host` header names the server by a name that it does not know."""
+    """The `Host` header has a name that the server does not know."""
 
     status, code, title = 403, "foreign_host", "The server does not know this host name"
     remedy = "Add the name to [`--allowed-hosts`](reference/settings.md#allowed-hosts)."
@@ -285,7 +285,7 @@ class ForeignHost(ServiceError):
 class ForeignOrigin(ServiceError):
     """A web page of another site asked for something that costs work, changes something or shows jobs.
 
-    The server sees that by `Origin`, `Sec-Fetch-Site` and `Referer`.
+    The server detects this by `Origin`, `Sec-Fetch-Site` and `Referer`.
     """
 
     status, code, title = 403, "foreign_origin", "Pages of this origin may not use the server"
@@ -311,7 +311,7 @@ class TooManyStreams(ServiceError):
 class MalformedRequest(ServiceError):
     """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
     bytes. Or a WebSocket handshake has a body or control characters. The connection closes. A request with two
-    `Idempotency-Key` headers gets this too.
+    `Idempotency-Key` headers is also refused with this error.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -336,7 +336,7 @@ class SlowHead(ServiceError):
 
 
 class SlowBody(ServiceError):
-    """A body brought less than 8 KiB a second, over ten seconds.
+    """A body arrived at less than 8 KiB a second, over ten seconds.
 
     The server did not read the rest, and the connection closes.
     """
@@ -350,9 +350,9 @@ class SlowBody(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """An image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes), or the rest of the body over
-    1 MiB, or over an eighth of that if it is more. The server did not read the rest, and the connection closes after
-    the answer.
+    """An image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes), or the rest of the body is over
+    its limit: 1 MiB, or an eighth of `--max-image-bytes` if that is more. The server did not read the rest, and the
+    connection closes after the answer.
     """
 
     status, code, title = 413, "body_too_large", "The body is too large"
@@ -361,13 +361,13 @@ class BodyTooLarge(ServiceError):
     def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
         super().__init__(f"{field} must be {bound}, got {received} or more", field=field, value=received, bound=bound)
-        self.headers["Connection"] = "close"  # nobody has to send the rest
+        self.headers["Connection"] = "close"  # the client need not send the rest of the body
 
 
 class TooManyBytes(ServiceError):
-    """All clients together are sending or reading too much: over 256 MiB of request bodies (bodies up to 64 KiB are
-    always taken), of uploads that wait to be decoded, or of answers. Or one key sends more than three quarters of what
-    the others leave. The connection closes; a WebSocket closes with 1013, and an event stream ends.
+    """All clients together are sending or reading too much: over 256 MiB of request bodies, of uploads that wait to be
+    decoded, or of answers. Bodies up to 64 KiB are always accepted. Or one key sends more than three quarters of the
+    bytes that other keys leave free. The connection closes; a WebSocket closes with 1013, and an event stream ends.
     """
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
@@ -381,7 +381,9 @@ class TooManyBytes(ServiceError):
 
 
 class TooManyImages(ServiceError):
-    """The image would wait over ten seconds to be decoded. Keys take turns, so it waits for images of the same key."""
+    """The image would wait over ten seconds to be decoded. Keys take turns, so the image mainly waits for images of its
+    key.
+    """
 
     status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
     remedy = "Try again after the seconds in `Retry-After`."
@@ -419,13 +421,13 @@ class Overloaded(ServiceError):
     def __init__(
         self, reason: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
     ):
-        """of_owner: the limit is of what one key may hold."""
+        """of_owner: True if the limit applies to one key."""
         told: dict[str, Any] = {"field": field, "value": value, "bound": bound, "retry_after_s": retry_after_s}
         super().__init__(f"{reason}. Try again in {retry_after_s} s", **told)
         self.of_owner, self._reason, self._told = of_owner, reason, told
 
     def sooner(self, retry_after_s: int) -> "Overloaded":
-        """Return this refusal with an earlier time to come back."""
+        """Return a copy with the earlier of both retry times."""
         told = self._told | {"retry_after_s": min(retry_after_s, self.retry_after_s)}
         return Overloaded(self._reason, of_owner=self.of_owner, **told)
 
@@ -449,9 +451,9 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """A thread of the server hangs: it has been busy with one thing for over a minute, and for over twenty times as
-    long as that should take. The thread is the worker's, or one that encodes or decodes images. `/healthz` and
-    `/readyz` report it too; while the event loop hangs, only `/healthz` of `--metrics-port` answers.
+    """A thread of the server hangs: one operation has taken over a minute and over twenty times its usual duration. The
+    thread is the worker's, or one that encodes or decodes images. `/healthz` and `/readyz` report the hang too; while
+    the event loop hangs, only `/healthz` of `--metrics-port` answers.
     """
 
     status, code, title = 503, "stalled", "The server hangs"
@@ -482,7 +484,6 @@ class ModelNotFound(ServiceError):
 
     @classmethod
     def of(cls, name: str, known: Iterable[str]) -> "ModelNotFound":
-        """List the known names."""
         bound = f"one of {', '.join(sorted(known))}"
         return cls(f"no model {short(name)!r} is loaded; {bound}", field="model", value=name, bound=bound)
 
@@ -516,8 +517,8 @@ class ModelLoading(ServiceError):
 
 
 class ModelBusy(ServiceError):
-    """The model cannot be changed now: another model is being loaded, it is loaded already, or it is the default model,
-    which cannot be unloaded.
+    """The model cannot be changed now: another model is being loaded, this model is loaded already, or this model is
+    the default model, which cannot be unloaded.
     """
 
     status, code, title = 409, "model_busy", "The model cannot be changed now"
@@ -525,9 +526,9 @@ class ModelBusy(ServiceError):
 
 
 class CheckpointRefused(ServiceError):
-    """The folder of a model that was to be loaded cannot be served; `detail` says why.
+    """The server cannot load the folder of a model; `detail` says why.
 
-    The server goes on with what it had loaded.
+    The server continues with the models that it had loaded.
     """
 
     status, code, title = 422, "checkpoint_refused", "The checkpoint cannot be loaded"
@@ -543,7 +544,7 @@ class AdminOff(ServiceError):
 
 
 class Unauthorized(ServiceError):
-    """The server asks for a key, and the request has none, or one that the server does not know.
+    """The server requires a key, and the request has no key or a key that the server does not know.
 
     A WebSocket handshake with a wrong `Authorization` header is refused with 401; a wrong key in the first message
     closes the connection.
@@ -571,7 +572,7 @@ class TooManyLogins(ServiceError):
 
 
 class NotOpen(ServiceError):
-    """The server runs on [Ray](operations.md#ray-serve), other machines reach it, and it has no keys.
+    """The server runs on [Ray](operations.md#ray-serve), has no keys, and is reachable from other machines.
 
     A WebSocket is refused with 403 in plain text.
     """
@@ -636,7 +637,6 @@ class DeadlinePassed(ServiceError):
 
     @classmethod
     def of(cls, deadline_s: float) -> "DeadlinePassed":
-        """Name the deadline of a job that ran."""
         detail = f"deadline_s={deadline_s:g} passed before the job was done"
         return cls(detail, field="deadline_s", value=deadline_s, bound="a longer time")
 
@@ -654,8 +654,8 @@ class StorageFailed(ServiceError):
     )
 
     def __init__(self, detail: str, *, damaged: bool = False) -> None:
-        """damaged: what is kept cannot be read, however often it is tried."""
-        super().__init__(detail, retry_after_s=None if damaged else 5)  # as often as a server itself tries again
+        """damaged: True if the stored data cannot be read, so retrying does not help."""
+        super().__init__(detail, retry_after_s=None if damaged else 5)  # seconds between the server's own retries
         self.damaged = damaged
 
 
@@ -698,7 +698,6 @@ class NoImages(ServiceError):
         self._cause = cause
 
     def problem(self) -> dict[str, Any]:
-        """The members of the problem document."""
         return super().problem() | ({"cause": dict(self._cause)} if self._cause is not None else {})
 
 
@@ -719,12 +718,12 @@ class JobCancelled(ServiceError):
 
 
 def short(value: object, limit: int = 200) -> object:
-    """Shorten a value that a client sent, so that an error never echoes a megabyte."""
+    """Shorten a client's value for an error message and mask the secrets in the value."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)  # JSON has no infinity
+        return value if math.isfinite(value) else str(value)  # JSON has no infinity or NaN
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
-    looked_at = limit + LONGEST_SECRET  # so that the end of what is shown cuts no secret short of being known as one
+    looked_at = limit + LONGEST_SECRET  # includes a secret that the limit cuts, so `masked` recognizes it
     try:
         text = value if isinstance(value, str) else _json_start(value, looked_at)
         if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and masked(text) == text:
@@ -736,9 +735,9 @@ def short(value: object, limit: int = 200) -> object:
 
 
 def masked(text: str) -> str:
-    """Mask the secrets of API keys, which clients may have put anywhere.
+    """Mask the secrets of API keys in a text.
 
-    They may be percent-encoded or written with HTML entities, any number of times.
+    Secrets may be percent-encoded or written with HTML entities, any number of times.
     """
     if "%" in text or ("&" in text and ";" in text):
         decoded, starts = _decoded(text)
@@ -747,11 +746,11 @@ def masked(text: str) -> str:
             pieces += text[end : starts[found.start()]], "tm_…"
             end = starts[found.end()]
         text = "".join([*pieces, text[end:]])
-    return SECRET.sub("tm_…", text)  # a percent sign before a secret may have hidden its first two characters
+    return SECRET.sub("tm_…", text)  # a percent sign may have hidden the start of a secret
 
 
 def _decoded(text: str) -> tuple[str, list[int]]:
-    """Decode what is encoded until nothing is; where in the text each character begins, and where it ends."""
+    """Return the decoded text, and the start in `text` of each decoded character, followed by the length of `text`."""
     characters, starts = list[str](), list[int]()
     for at, character in enumerate(text):
         characters.append(character)
@@ -764,7 +763,7 @@ def _decoded(text: str) -> tuple[str, list[int]]:
 
 
 def _last_encoded(characters: list[str]) -> tuple[int, str] | None:
-    """Find a character that is encoded by the last ones: by how many, and which it is."""
+    """Return the length of the encoded character at the end of the list and its decoded character, or None."""
     if len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
         return 3, chr(int("".join(characters[-2:]), 16))
     if characters[-1] == ";" and (found := ENTITY.search("".join(characters[-ENTITY_CHARACTERS:]))):
@@ -776,7 +775,7 @@ _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)
 
 
 def _json_start(value: object, limit: int) -> str:
-    """Write a value as JSON, or a little more than `limit` characters of it: it may have a million items."""
+    """Write a value as JSON. Stop soon after `limit` characters, because the value may have a million items."""
     text = ""
     for piece in _SHOWN.iterencode(value):
         text += piece

@@ -1,6 +1,6 @@
-"""The Prometheus metrics, in base units, with the prefix tminus_. METRICS says of each what it counts.
+"""The Prometheus metrics, in base units, with the prefix tminus_. METRICS documents each metric.
 
-Each app has a registry of its own; there are no globals. The page of metrics in the docs is made of METRICS.
+Each app has its own registry; there is no global registry. The metrics page of the docs is generated from METRICS.
 """
 
 import math
@@ -38,10 +38,10 @@ REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30
 ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-EXEMPLAR_S = 60.0  # for so long the slowest observation of a bucket is its exemplar, whatever comes after it
+EXEMPLAR_S = 60.0  # seconds that the slowest observation of a bucket stays its exemplar
 PLACES_BUCKETS = tuple(float(2**i) for i in range(11))
-ERRORS = ("500", "507")  # statuses that are the server's own fault
-LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
+ERRORS = ("500", "507")  # statuses of server failures
+LOST = ("engine_failed", "not_finite")  # reasons that indicate a fault of the server or the checkpoint
 MODEL_LABELS = {
     "weights": "first 16 characters of the hash of its weights",
     "parameters": "number of its parameters",
@@ -60,11 +60,11 @@ class MetricDoc:
     text: str
     labels: Mapping[str, str] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
-    more: str = ""  # the page of docs/ that explains what is counted
+    more: str = ""  # the page of docs/ that explains the metric
 
 
 MODEL = {"model": "name of the model"}
-# A group of metrics begins with the one that its heading is keyed by.
+# Headings, keyed by the first metric of each group in METRICS.
 GROUPS = {
     "tminus_tick_duration_seconds": "Ticks and rows",
     "tminus_backlog_seconds": "Waiting work",
@@ -295,7 +295,7 @@ METRICS = {
 
 
 class Metrics:
-    """Owns the registry. Methods are named for what happened, and may be called from any thread."""
+    """Owns the registry. Methods are named after events and may be called from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry()
@@ -324,23 +324,23 @@ class Metrics:
         at = "tminus_last_snapshot_timestamp_seconds"
         self._snapshot_at = Gauge(at, METRICS[at].text, registry=registry)
         self._model = Info("tminus_model", METRICS["tminus_model_info"].text, ["name"], registry=registry)
-        # Series with alerts begin at 0: Prometheus sees no increase in a series that begins at 1.
+        # Start the series that have alerts at 0: Prometheus sees no increase in a series that begins at 1.
         for status in ERRORS:
             self._counters["tminus_errors_total"].labels(status)
         for reason in LOST:
             self._counters["tminus_jobs_aborted_total"].labels(reason)
 
     def count(self, name: str, *labels: str, by: int = 1) -> None:
-        """Add to a counter of METRICS. labels: its values, in the order of METRICS."""
+        """Add to a counter of METRICS. labels: label values in the order of METRICS."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """Add to a histogram of METRICS. labels: its values, in the order of METRICS."""
+        """Add to a histogram of METRICS. labels: label values in the order of METRICS."""
         self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
-        """Describe a model that is served from now on, in place of another of its name."""
+        """Add the info series of a model. Replaces the series of an earlier model of the same name."""
         self.model_gone(info.name)
         self._model.labels(info.name).info(
             {
@@ -354,7 +354,7 @@ class Metrics:
         )
 
     def model_gone(self, name: str) -> None:
-        """Describe a model no more."""
+        """Remove the info series of a model."""
         with suppress(KeyError):
             self._model.remove(name)
 
@@ -364,10 +364,10 @@ class Metrics:
         models: Mapping[str, Callable[[], float]],
         waiting_in_store: Callable[[], tuple[int, float] | None],
     ) -> None:
-        """Add the gauges whose values are read when /metrics is.
+        """Add the gauges whose values are read on each request of /metrics.
 
-        gauges: by name. models: the number of models in each state. waiting_in_store: the jobs of a shared store that
-        no server holds, and the seconds that one server would take for them; None while that is not known.
+        gauges: keyed by metric name. models: the number of models, keyed by state. waiting_in_store: the jobs of a
+        shared store that no server holds, and the seconds that one server would need for them; None if unknown.
         """
         for name, read in gauges.items():
             Gauge(name, METRICS[name].text, registry=self.registry).set_function(read)
@@ -378,32 +378,32 @@ class Metrics:
         self.registry.register(_WaitingInStore(waiting_in_store))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
+        """Record a tick of a model. row_steps: steps of single rows, keyed by sampler."""
         self.observe("tminus_tick_duration_seconds", seconds, model)
         self.observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
             self.count("tminus_row_steps_total", model, sampler, by=count)
 
     def job_started(self, *, queue_s: float, first_step_s: float, exemplar: Mapping[str, str]) -> None:
-        """Record that a job has taken its first step. exemplar: the labels that name its request."""
+        """Record the first step of a job. exemplar: labels that identify the job's request."""
         self._queue.observe(queue_s, exemplar)
         self._first_step.observe(first_step_s, exemplar)
 
     def snapshotted(self, jobs: int) -> None:
-        """Record that snapshots of some jobs were written to the store."""
+        """Record that snapshots of this number of jobs were written to the store."""
         self.count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """Record that a request was answered, in the task that answered it."""
+        """Record a response. Call it in the request's task, because the exemplar comes from context variables."""
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
             self.count("tminus_errors_total", str(status))
 
     def render(self, *, as_openmetrics: bool = False) -> tuple[bytes, str]:
-        """Write all metrics in the Prometheus text format or as OpenMetrics, which alone has exemplars.
+        """Return all metrics and their media type, in the Prometheus text format or as OpenMetrics.
 
-        The second value is the media type.
+        Only OpenMetrics has exemplars.
         """
         if as_openmetrics:
             text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
@@ -412,17 +412,17 @@ class Metrics:
 
 
 class _Latency:
-    """A histogram that names slow requests: the exemplar of a bucket is the slowest observation of late.
+    """A histogram with exemplars of slow requests: each bucket keeps its slowest recent observation.
 
-    prometheus_client keeps the last exemplar that it is given, and the last request is hardly ever the one to look at.
+    prometheus_client keeps the most recent exemplar instead, and the most recent request is rarely interesting.
     """
 
     def __init__(self, histogram: Histogram, clock: Callable[[], float]) -> None:
         self._histogram, self._clock = histogram, clock
-        self._slowest: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}  # seconds, and when it was observed
+        self._slowest: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}  # (seconds, observation time)
 
     def observe(self, seconds: float, exemplar: Mapping[str, str], *labels: str) -> None:
-        """Count an observation. exemplar: the labels that name its request; none where it has none."""
+        """Add an observation. exemplar: labels that identify the request; empty if there is no request."""
         series = self._histogram.labels(*labels) if labels else self._histogram
         bucket, now_s = (labels, bisect_left(REQUEST_BUCKETS, seconds)), self._clock()
         slowest, since_s = self._slowest.get(bucket, (-math.inf, -math.inf))
@@ -434,13 +434,12 @@ class _Latency:
 
 
 class _WaitingInStore(Collector):
-    """Two gauges that have no series while nothing is known: 0 would say that nothing waits."""
+    """Two gauges that have no series while their values are unknown: 0 would mean that no job waits."""
 
     def __init__(self, read: Callable[[], tuple[int, float] | None]) -> None:
         self._read = read
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Read the values once for both."""
         known = self._read() or (None, None)
         for name, value in zip(("tminus_store_jobs_waiting", "tminus_store_backlog_seconds"), known, strict=True):
             yield GaugeMetricFamily(name, METRICS[name].text, value)

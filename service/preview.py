@@ -1,4 +1,4 @@
-"""What a viewer of a running job sees, and when; and the room in which a frame waits for it. No torch, no clock."""
+"""Previews of a running job: their pace, and the mailbox between worker and viewer. Imports neither torch nor time."""
 
 import asyncio
 import threading
@@ -15,15 +15,15 @@ SHOWS: tuple[Show, ...] = ("x_t", "x_0")
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A job between two of its steps."""
+    """A preview of a job between two steps."""
 
-    step: int  # how many steps its rows have taken, on average
+    step: int  # mean number of steps that the rows have taken
     read: Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a frame is due: every N steps, N times a second, or at given steps. One of them is set."""
+    """When a frame is due: every N steps, N times a second, or at given steps. Exactly one field is set."""
 
     every: int | None = None
     fps: float | None = None
@@ -34,19 +34,19 @@ class Pace:
 
 
 class Watch:
-    """One viewer of a job, as the worker keeps it: when a frame is due, and where frames go."""
+    """One viewer of a job, as seen by the worker: when a frame is due, and the callback that gets the frame."""
 
     def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None], seen: int = 0) -> None:
-        """Take what a viewer asked for.
+        """Set up a viewer.
 
-        put: must return at once, whatever the viewer does. seen: the step of the frame that the viewer has already.
+        put: must return at once, however slow the viewer is. seen: the step of the last frame that the viewer has.
         """
         self._pace, self.show, self.put = pace, show, put
-        self._step = seen  # of the last frame
+        self._step = seen  # step of the last frame
         self._next_s = 0.0
 
     def due(self, step: int, now_s: float) -> bool:
-        """Whether to show a job after this number of steps. If so, it counts as shown."""
+        """Return True if a frame is due after `step` steps, and count the frame as shown."""
         every, fps, steps = self._pace.every, self._pace.fps, self._pace.steps
         if every is not None:
             due = step // every > self._step // every
@@ -55,7 +55,7 @@ class Watch:
         else:
             assert fps is not None
             due = step > self._step and now_s >= self._next_s
-            if due:  # at even intervals, so that waiting for ticks does not add up; a missed frame is not caught up on
+            if due:  # at even intervals, so waits for ticks do not add up; a missed frame is skipped
                 self._next_s = (self._next_s if now_s < self._next_s + 1 / fps else now_s) + 1 / fps
         if due:
             self._step = step
@@ -63,10 +63,10 @@ class Watch:
 
 
 class Mailbox:
-    """Room for one frame, put in the worker's thread and taken in the event loop. A newer frame replaces it."""
+    """Holds one frame, put by the worker's thread and taken in the event loop. A newer frame replaces an older one."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_drop: Callable[[], None]) -> None:
-        """on_drop may be called in any thread."""
+        """on_drop: may be called in any thread."""
         self._loop, self._on_drop = loop, on_drop
         self._lock = threading.Lock()
         self._frame: Frame | None = None
@@ -75,7 +75,7 @@ class Mailbox:
         self.dropped = 0
 
     def put(self, frame: Frame) -> None:
-        """Leave a frame. Returns at once; may be called in any thread."""
+        """Put a frame. Returns at once. May be called in any thread."""
         with self._lock:
             if self._closed:
                 return
@@ -88,7 +88,7 @@ class Mailbox:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     def close(self) -> None:
-        """Take no more frames, drop the one that was not taken, and end the reader's wait."""
+        """Refuse further frames, drop the current frame, and end the reader's wait."""
         with self._lock:
             self._closed, left, self._frame = True, self._frame, None
             self.dropped += left is not None
@@ -97,7 +97,7 @@ class Mailbox:
         self._arrived.set()
 
     async def take(self) -> Frame | None:
-        """Wait for a frame and take the newest; None once it is closed."""
+        """Wait for a frame and return the newest. Returns None after `close`."""
         await self._arrived.wait()
         with self._lock:
             frame, self._frame = self._frame, None

@@ -1,4 +1,4 @@
-"""One request, checked and complete, and the pixels that go with it. Pure frozen values; no torch, no asyncio."""
+"""A validated request and its input pixels. Frozen values; imports neither torch nor asyncio."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,40 +13,40 @@ from tminus.model.sampler_tables import nearest
 from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
-Pixels = npt.NDArray[np.uint8 | np.uint16 | np.float32]  # the same, of a spec's bit depth
+Pixels = npt.NDArray[np.uint8 | np.uint16 | np.float32]  # the same shape; dtype by bit depth
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """One request, checked and complete: with it, the weights and the fingerprint, the images can be made again."""
+    """A validated, complete request. Together with the weights and the fingerprint, a spec reproduces its images."""
 
     n: int
     steps: int
     sampler: str
     eta: float
     seed: int
-    index: int  # of the first image; image k of the request has noise (seed, index + k)
-    class_labels: tuple[int | None, ...] | None  # one an image, None for no class; None for an unconditional model
+    index: int  # index of the first image; image k of the request has noise (seed, index + k)
+    class_labels: tuple[int | None, ...] | None  # one per image, None for no class; None for an unconditional model
     guidance: float  # 1 is off
-    guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: guided at all of them
+    guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: all timesteps
     timestep_spacing: str
     clip: bool
-    strength: float | None = None  # how much of the plan is run, from the image on; None: all of it, from x_T
-    image_sha256: str | None = None  # of the image's pixels, which are in Inputs
+    strength: float | None = None  # fraction of the steps that run, starting from the image; None: all steps, from x_T
+    image_sha256: str | None = None  # hash of the image's pixels, which are in Inputs
     mask_sha256: str | None = None
-    table: str | None = None  # the hash of the checkpoint's table, for a sampler that has tables
-    guidance_rescale: float | None = None  # how far guidance is brought back to the spread of the conditional output
-    to_seed: int | None = None  # its noise is between that of seed and of this one
-    mix: float | None = None  # how far: 0 is seed, 1 is to_seed
+    table: str | None = None  # hash of a sampler table of the checkpoint, for samplers that use tables
+    guidance_rescale: float | None = None  # 0 to 1: rescaling of guided outputs to the std of conditional outputs
+    to_seed: int | None = None  # the noise is interpolated between `seed` and `to_seed`
+    mix: float | None = None  # position between the seeds: 0 is seed, 1 is to_seed
     bit_depth: int | None = None  # None: 8; see depth
 
     @property
     def start(self) -> int:
-        """The step that its rows begin with: the last `strength` of the steps are taken, at least one.
+        """Return the first step of the rows: only the last `strength` of the steps run, at least one.
 
-        diffusers cuts steps * strength off (img2img's get_timesteps). Here it is rounded at the ninth place first, so
-        that 0.29 of 100 steps, 28.999999999999996 in floats, are 29.
+        diffusers truncates steps * strength (img2img's get_timesteps). Here the product is first rounded to nine
+        decimals, because 0.29 * 100 is 28.999999999999996 in floating point and must give 29 steps.
         """
         if self.strength is None:
             return 0
@@ -54,26 +54,26 @@ class SampleSpec:
 
     @property
     def depth(self) -> int:
-        """Return the bits of each value of the images: 8 or 16 of a whole number, or 32 of a float."""
+        """Return the bits of each value of the images: 8 or 16 for integers, 32 for floats."""
         return self.bit_depth or 8
 
     @property
     def num_passes(self) -> int:
-        """How many passes through the network each row takes; guidance doubles them, and is not counted here."""
+        """Return the number of passes through the network for each row, without the second passes of guidance."""
         return SAMPLER_FACTS[self.sampler].num_passes(self.steps - self.start)
 
     @property
     def end(self) -> int:
-        """The last pass's number plus 1. Passes are numbered from `start`, also where a step takes two."""
+        """Return the number of the last pass plus 1. Passes count from `start`, also if a step takes two passes."""
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, without those that are None by default: a plain spec reads as it always did."""
+        """Return the fields as JSON values. Fields that default to None are omitted while they are None."""
         return {name: value for name, value in asdict(self).items() if value is not None or name not in NONE_BY_DEFAULT}
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "SampleSpec":
-        """Make a spec of its fields as JSON has them. Raises TypeError where they are not its fields."""
+        """Build a spec from the output of `to_json`. Raises TypeError for missing or unknown fields."""
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in members.items()}
         return cls(**values)
 
@@ -83,11 +83,11 @@ NONE_BY_DEFAULT = frozenset(each.name for each in fields(SampleSpec) if each.def
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """The pixels that an edit starts from; its spec has their hashes."""
+    """The pixels that an edit starts from. The spec holds their hashes."""
 
     image: Images  # [height, width, channels], for all rows of the job
-    mask: npt.NDArray[np.bool_] | None = None  # [height, width]: true is made new, false is kept
-    latents: Floats | None = None  # the image as a latent model sees it, [c, h, w]; not kept with a durable job
+    mask: npt.NDArray[np.bool_] | None = None  # [height, width]; pixels that are True are generated, others are kept
+    latents: Floats | None = None  # [c, h, w], the image encoded for a latent model; not stored with durable jobs
 
     @property
     def image_sha256(self) -> str:
@@ -96,39 +96,39 @@ class Inputs:
 
     @property
     def mask_sha256(self) -> str | None:
-        """Hash the mask's bytes, row by row: 1 for new, 0 for known."""
+        """Hash the mask's bytes, row by row: 1 for generated pixels, 0 for kept pixels."""
         return hashlib.sha256(self.mask.tobytes()).hexdigest() if self.mask is not None else None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job between two ticks: all that its rows need to go on, beside their spec and inputs."""
+    """The state of a job between two ticks: with the spec and the inputs, enough to resume the job."""
 
-    steps: tuple[int, ...]  # the pass of the plan that each row is to take next
+    steps: tuple[int, ...]  # the next pass of each row
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
-    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 4
+    registers: Floats  # [n, R, C, H, W], further state of the sampler; R is 0 to 4
 
 
-TrajectoryType = Literal["float32", "float16"]  # of x_t and x_0 in a file
+TrajectoryType = Literal["float32", "float16"]  # dtype of x_t and x_0 in a trajectory file
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Rows between two passes, as a trajectory has them; each [n, C, H, W]."""
+    """The rows between two passes of a trajectory. Each array is [n, C, H, W]."""
 
     x: Floats
-    x_0: Floats  # what the network predicted in the last pass, guided and clipped; 0 before the first
-    v: Floats | None = None  # of a learned variance, in the last pass
+    x_0: Floats  # prediction of the last pass, guided and clipped; 0 before the first pass
+    v: Floats | None = None  # learned variance output of the last pass
 
 
 def trial_spec(
     model: ModelInfo, n: int, steps: int, *, sampler: str | None = None, seed: int = 0, guidance: float = 1.0
 ) -> SampleSpec:
-    """A job that the model can do, for warming up, measuring and testing."""
+    """Return a spec that the model supports, for warm-up, measurement and tests."""
     sampler = sampler or model.default_sampler
     table = None
-    if sampler in TABLE_SAMPLERS:  # its steps, and where the guidance has no table, none
+    if sampler in TABLE_SAMPLERS:  # Use a table's steps. If no table has this guidance, use a table's guidance too.
         own = [each for each in model.tables if each.sampler == sampler]
         table = nearest([each for each in own if (each.guidance == 1) == (guidance == 1)] or own, steps, guidance)
         steps, guidance = table.steps, table.guidance

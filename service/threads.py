@@ -1,4 +1,4 @@
-"""Pools of threads that are there before they are needed, threads that the process does not wait for, and hangs."""
+"""Thread pools that start all threads at once, threads that do not delay process exit, and checks for hung threads."""
 
 import asyncio
 import threading
@@ -12,15 +12,15 @@ from tminus.service.errors import Stalled
 
 Result = TypeVar("Result")
 
-LOADING = "tminus-load"  # the name of threads that load or measure models
-STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds both: seconds, and times its usual
-LOOK_S = 1.0  # how often it is looked whether what is waited for hangs
+LOADING = "tminus-load"  # name of threads that load or measure models
+STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds STALL_S seconds and STALL_TIMES its usual duration
+LOOK_S = 1.0  # seconds between checks for hung threads
 
 
 class Pulse:
-    """Tells for how long a thread hangs: it has been at one thing beyond its time. Any thread may ask.
+    """Reports the seconds that a thread has hung in one call. Any thread may ask.
 
-    The thread says when it begins something, and when it rests. The threads of a pool share a pulse, see `run`.
+    The thread reports the start and the end of each call. The threads of a pool share one pulse; see `run`.
     """
 
     def __init__(
@@ -29,33 +29,32 @@ class Pulse:
         usual_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """name: of the thread, in messages. usual_s: what one thing takes at most."""
+        """name: thread name for messages. usual_s: the longest usual duration of one call, in seconds."""
         self.name, self._usual_s, self._clock = name, usual_s, clock
-        self._began_s: dict[object, float] = {}  # when each thing began that is being done; each thread changes its own
+        self._began_s: dict[object, float] = {}  # start of each running call; each thread changes only its own
 
     def begin(self, what: object = None) -> None:
-        """Note that something begins now. A thread of its own has ended what it did before."""
+        """Record the start of a call. A thread with its own pulse omits `what`, so a new call replaces the last one."""
         self._began_s[what] = self._clock()
 
     def rest(self, what: object = None) -> None:
-        """Note that it has ended."""
+        """Record the end of a call."""
         self._began_s.pop(what, None)
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being done."""
         return bool(self._began_s)
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the oldest running call has taken; 0.0 while that is within its limit."""
+        """Seconds that the oldest running call has taken; 0.0 while that is within the limit."""
         if not (began_s := tuple(self._began_s.values())):
             return 0.0
         took_s = self._clock() - min(began_s)
         return took_s if took_s > max(STALL_S, STALL_TIMES * self._usual_s()) else 0.0
 
     async def beat(self) -> None:
-        """Beat until cancelled. A missing beat shows that the event loop hangs."""
+        """Record a call every LOOK_S seconds until cancelled. A missing call shows that the event loop hangs."""
         try:
             while True:
                 self.begin()
@@ -64,9 +63,9 @@ class Pulse:
             self.rest()
 
     async def run(self, pool: Executor, act: Callable[[], Result]) -> Result:
-        """Wait for a function that runs in a thread of a pool. Raises what it raises, and Stalled where a thread hangs.
+        """Run a function in a thread of a pool. Raises the function's exceptions, and Stalled if a thread hangs.
 
-        If the waiting is cancelled before the function has begun, it never begins.
+        If the caller is cancelled before the function starts, the function does not run.
         """
 
         what = object()
@@ -89,11 +88,11 @@ class Pulse:
 
 
 def started_pool(threads: int, name: str, begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:
-    """Make a pool whose threads all run already; name: what theirs begin with. Each thread calls `begin` first.
+    """Return a pool whose threads are already running. Each thread calls `begin` first. name: prefix of thread names.
 
-    A pool of the standard library starts a thread with the first task that finds none idle. If there is no memory for
-    it just then, the thread may end before it has said that it runs, and `Thread.start` waits for that for ever: so did
-    the worker, and with it every client.
+    A pool of the standard library starts a thread with the first task that finds none idle. If memory is short at that
+    moment, the new thread may end before it signals its start, and `Thread.start` waits for that signal forever. In the
+    worker, this blocks every client.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin)
     all_run = Barrier(threads + 1)
@@ -104,7 +103,7 @@ def started_pool(threads: int, name: str, begin: Callable[[], object] | None = N
 
 
 def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Result]:
-    """Begin a function that takes long; the future gets what it returns or raises, and cannot be cancelled."""
+    """Start a function in a daemon thread. The future gets the result or exception and cannot be cancelled."""
     done = Future[Result]()
     done.set_running_or_notify_cancel()
 
@@ -119,5 +118,5 @@ def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Resul
 
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
-    """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
+    """Run a function in a daemon thread and return its result. If the caller is cancelled, the function continues."""
     return await asyncio.wrap_future(begin_in_daemon_thread(act, name))

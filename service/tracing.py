@@ -1,7 +1,7 @@
-"""The id of a request, and spans by OpenTelemetry's API. Its SDK, which sends them, is in startup/telemetry.py alone.
+"""Request ids, and spans with the OpenTelemetry API. Only startup/telemetry.py imports the SDK, which exports spans.
 
-TRACER is None while traces are off; a span then costs the look at it. It is a variable of the context and not
-OpenTelemetry's global one, so that libraries add no spans of their own.
+TRACER is None while tracing is off, so a span then costs only a look-up. TRACER is a context variable and not
+OpenTelemetry's global tracer, so libraries add no spans of their own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,10 +13,10 @@ from opentelemetry.trace import Span, StatusCode, Tracer
 
 from tminus.service.errors import ServiceError
 
-PROBLEM = "tminus.problem"  # the code of what a client was told
+PROBLEM = "tminus.problem"  # name of the attribute with the error code sent to the client
 Attributes = Mapping[str, str | bool | int | float]
 
-NO_ID = "-"  # where no request is answered
+NO_ID = "-"  # used outside of requests
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_ID)
 """The id of the request that is being answered, for the lines of a log. Threads that work for it do not have it."""
 
@@ -24,14 +24,14 @@ TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 def traced(name: str, attributes: Attributes) -> AbstractContextManager[object]:
-    """Put a span around a block; do nothing while traces are off."""
+    """Wrap a block in a span. Do nothing while tracing is off."""
     tracer = TRACER.get()
     return nullcontext() if tracer is None else _span(tracer, name, attributes)
 
 
 @contextmanager
 def _span(tracer: Tracer, name: str, attributes: Attributes) -> Iterator[None]:
-    """Note what the block raises by its code or type: its text and traceback, as the SDK has them, may be secret."""
+    """Record an exception by its code or type only, as the message and the traceback may be secret."""
     with tracer.start_as_current_span(
         name, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as span:
@@ -44,19 +44,19 @@ def _span(tracer: Tracer, name: str, attributes: Attributes) -> Iterator[None]:
 
 
 def note(attributes: Attributes) -> None:
-    """Add to what is known of the span that this thread or task is in, if it is in one."""
+    """Add attributes to the current span, if any."""
     trace.get_current_span().set_attributes(attributes)
 
 
 def fail(span: Span, code: str, *, by_server: bool) -> None:
-    """Note why a span failed. by_server: whether somebody has to look at the server for that."""
+    """Record the reason that a span failed. by_server: True if an operator must look at the server."""
     span.set_attribute("error.type", code)
     if by_server:
         span.set_status(StatusCode.ERROR, code)
 
 
 def ids_of(span: Span | None = None) -> Mapping[str, str]:
-    """Return the ids of a span, or of that which this thread or task is in; nothing where it is in none."""
+    """Return the ids of a span, by default of the current span; empty if there is no span."""
     context = (span or trace.get_current_span()).get_span_context()
     if not context.is_valid:
         return {}
@@ -64,10 +64,10 @@ def ids_of(span: Span | None = None) -> Mapping[str, str]:
 
 
 def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[str, str]:
-    """Return the labels by which an observation names a request: its id, and its trace if that is on and sampled.
+    """Return exemplar labels for a request: the request id, and the trace id if the trace is sampled.
 
-    By default those of the request that this task answers. OpenMetrics allows 128 characters of labels: an id has at
-    most 64, and these take 114.
+    The default is the current request. OpenMetrics allows 128 characters of labels. These labels take at most 114,
+    because an id has at most 64.
     """
     request_id = REQUEST_ID.get() if request_id is None else request_id
     labels = {} if request_id == NO_ID else {"request_id": request_id}
@@ -78,27 +78,27 @@ def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[st
 
 
 def why(error: BaseException) -> tuple[str, bool]:
-    """Return the code of an error, or its type, and whether somebody has to look at the server for that."""
+    """Return the code or type of an error, and True if an operator must look at the server."""
     if isinstance(error, ServiceError):
         return error.code, error.status >= 500
     return type(error).__name__, isinstance(error, Exception)
 
 
 class JobSpan:
-    """The span of a job: how long it waited, was denoised and decoded, and in how many ticks.
+    """The span of a job, with child spans for queue, denoise and decode, and with counts of ticks.
 
-    Its parts are added when it ends, since only then are their ends known: a tick adds up three numbers, and no more.
-    Moments are seconds after the job was accepted.
+    The child spans are added when the job ends, because their ends are unknown before. A tick only adds three numbers.
+    Times are seconds after the job was accepted.
     """
 
     def __init__(self, tracer: Tracer, accepted_ns: int, attributes: Attributes) -> None:
-        """Begin it, as a part of what asked for the job. accepted_ns: Unix time."""
+        """Start the span as a child of the current span. accepted_ns: Unix time."""
         self.span = tracer.start_span("job", attributes=attributes, start_time=accepted_ns)
         self._tracer, self._accepted_ns = tracer, accepted_ns
-        self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # of the ticks that had rows of the job
+        self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # over the ticks that had rows of the job
 
     def add_tick(self, seconds: float, places: int) -> None:
-        """Count a tick that had rows of the job. places: those of other jobs too."""
+        """Count a tick that had rows of the job. places: all places of the tick, including other jobs'."""
         self._ticks += 1
         self._ticks_s += seconds
         self._places += places
@@ -113,7 +113,10 @@ class JobSpan:
         decoded: int = 0,
         error: BaseException | None = None,
     ) -> None:
-        """End it. decoded: how many images were decoded. What has not happened is None; what goes on ends now."""
+        """End the span. decoded: number of decoded images.
+
+        Times are None for phases that were not reached. The open phase then ends now.
+        """
         self._begin_part("queue", 0.0).end(self._ns(started_s))
         if started_s is not None:
             denoise = self._begin_part("denoise", started_s)

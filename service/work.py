@@ -1,4 +1,4 @@
-"""What a job costs, what one tick steps, and what clients are told. Pure frozen values; no torch, no asyncio."""
+"""The cost of jobs, the rows of ticks, and the status shown to clients. Frozen values; no torch, no asyncio."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,25 +15,24 @@ from tminus.service.spec import Pixels, SampleSpec
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a job costs, in places: forward passes of one row. At the steps in `guided` a row takes two."""
+    """The cost of a job in places: forward passes of one row. A row takes two places at the steps in `guided`."""
 
     rows: int
-    steps: int  # passes of the plan: the rows take those from `start` on
+    steps: int  # end of the plan: rows take the passes from `start` to `steps` - 1
     guided: range
     start: int = 0
-    autoencoder_s: float = 0.0  # seconds to encode and decode a latent model's pictures, set by admission
-    model: int = 0  # the number of the model whose places they are
+    autoencoder_s: float = 0.0  # seconds to encode and decode the images of a latent model, set by admission
+    model: int = 0  # number of the model in this process
 
     def places_per_row(self, step: int) -> int:
-        """How many places a row takes at a step."""
         return 2 if step in self.guided else 1
 
     def places_left(self, step: int) -> int:
-        """How many places one row takes from this step to its last one."""
+        """Return the places of one row from `step` to the last step."""
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     def ending_at(self, until: int | None) -> "Work":
-        """Return this work with only some passes, at least one; None means all of them."""
+        """Return a copy with only the first `until` passes, at least one. None: return all passes."""
         if until is None:
             return self
         end = min(self.steps, self.start + max(1, until))
@@ -41,24 +40,23 @@ class Work:
 
     @property
     def places(self) -> int:
-        """What all its rows take in ticks."""
+        """Return the places of all rows in all ticks."""
         return self.rows * self.places_left(self.start)
 
 
 class JobRows(NamedTuple):
-    """The rows of one job in a tick. Several are made every tick, and a tuple is made fastest."""
+    """The rows of one job in a tick. A tuple, because each tick creates several and tuples are fast to create."""
 
     job_id: str
-    steps: tuple[tuple[int, int], ...]  # of each row, the step that it takes and its index in the job
+    steps: tuple[tuple[int, int], ...]  # (step, index in the job) for each row
     places: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One tick: row ids, the step each is at, and the positions in the batch of the rows that are guided.
+    """One tick: the row ids, the step of each row, and the positions in the batch of the guided rows.
 
-    The scheduler adds the same rows by job. The engine has no use for that, and for two ticks to be equal it does not
-    matter which jobs the rows belong to.
+    The scheduler also groups the rows by job. The engine ignores `jobs`, so `jobs` does not affect equality.
     """
 
     rows: tuple[int, ...]
@@ -68,32 +66,32 @@ class Batch:
 
     @property
     def places(self) -> int:
-        """The size of the forward pass."""
+        """Return the size of the forward pass."""
         return len(self.rows) + len(self.guided)
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """A finished job: its images, and what its time was spent on."""
+    """The images of a finished job, and the duration of each phase."""
 
     read: Callable[[], Pixels]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
-    first_step_s: float  # from acceptance to the end of the first step
+    first_step_s: float  # seconds from acceptance to the end of the first step
     denoise_s: float
-    decode_s: float = 0.0  # of a latent model, from the last step until its images were decoded
+    decode_s: float = 0.0  # for latent models: seconds from the last step until the images were decoded
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the client of a job is told: how many jobs go before it, and when it will be done."""
+    """The forecast for a job, as shown to the client."""
 
-    position: int  # 0 when all its rows run
+    position: int  # jobs ahead in the queue; 0 when all rows of this job run
     eta_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What an accepted job gets: its result to come, and its outlook when it was accepted."""
+    """An accepted job: its future result, and its outlook at acceptance."""
 
     future: "Future[JobResult]"
     outlook: Outlook
@@ -101,24 +99,24 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """A job that waits or runs, as told to clients."""
+    """A waiting or running job, as shown to clients."""
 
     id: str
-    state: str  # waiting until its first step, then running
-    position: int  # jobs that go before it
+    state: str  # waiting until the first step, then running
+    position: int  # jobs ahead in the queue
     eta_s: float
-    step: int  # steps that its rows have taken, on average, out of spec.num_passes
+    step: int  # mean number of steps that the rows have taken, out of spec.num_passes
     spec: SampleSpec
     durable: bool
-    owner: str  # the name of the key that it came with
+    owner: str  # name of the key that submitted the job
     age_s: float
-    created_us: int  # when it was accepted, Unix time
-    model: int  # its number
+    created_us: int  # time of acceptance, Unix time in microseconds
+    model: int  # number of the model
     model_name: str
 
 
 def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
-    """Count the work of a spec. number: of the model in this process."""
+    """Return the cost of a spec. number: number of the model in this process."""
     start, end = spec.start, spec.end
     if spec.guidance == 1.0:
         return Work(spec.n, end, range(0), start, model=number)
@@ -126,18 +124,18 @@ def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
         return Work(spec.n, end, range(start, end), start, model=number)
     low, high = spec.guidance_interval
     timesteps = timesteps_of(spec, model)
-    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, since t falls
+    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, because timesteps fall
     return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start, model=number)
 
 
 def check_table(spec: SampleSpec, model: ModelInfo) -> None:
-    """Raise InvalidField for a spec of an earlier process whose table the checkpoint has no more."""
+    """Raise InvalidField if the spec, from an earlier process, names a table that the checkpoint no longer has."""
     if spec.table is not None and not model.has_table(spec.table):
         raise InvalidField.of("table", "that of one in the checkpoint's samplers/", spec.table)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
-    """The timestep of each pass that a spec takes, falling."""
+    """Return the timestep of each pass of a spec, in falling order."""
     if spec.table is not None:
         return model.table(spec.table).timesteps[spec.start :]
     timesteps = make_timesteps(
@@ -154,7 +152,7 @@ def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
 
 
 def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
-    """Return the numbers, from 0, of the passes of a row that draw fresh noise. The last never does."""
+    """Return the numbers, from 0, of a row's passes that add fresh noise. The last pass never does."""
     if spec.table is not None:
         return [k for k, line in enumerate(model.table(spec.table).started(spec.start)) if line[-1] > 0]
     noise = SAMPLER_FACTS[spec.sampler].noise
@@ -162,9 +160,9 @@ def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
 
 
 def select_passes(keep: Sequence[int] | None, spec: SampleSpec, model: ModelInfo) -> Selection:
-    """Select passes of a trajectory, with what their means look back to; None: all. Raises ValueError as Selection.of.
+    """Select passes of a trajectory and the earlier passes that their means depend on. None selects all passes.
 
-    At least one has to add noise.
+    Raises ValueError as Selection.of does, or if no selected pass adds noise.
     """
     if keep is None:
         return Selection.whole(spec.num_passes)

@@ -1,1 +1,1 @@
-"""From what happened to what a client is sent."""
+"""Responses: JSON documents, errors, the progress of jobs, and the OpenAPI document."""

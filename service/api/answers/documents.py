@@ -1,4 +1,7 @@
-"""The JSON documents that clients get, as pydantic models, apart from the values inside: those may be renamed."""
+"""The JSON documents that clients receive, as pydantic models.
+
+Internal values have their own classes, so that internal names can change.
+"""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,7 +18,7 @@ from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
-JOB_EXAMPLE: dict[str, Any] = {  # without null members, which FastAPI would leave out
+JOB_EXAMPLE: dict[str, Any] = {  # without null members, because FastAPI removes them from examples
     "id": "0d1f3c5e7a9b4c2d8e6f0a1b2c3d4e5f",
     "model": "fashion-mnist-32",
     "state": "running",
@@ -41,7 +44,7 @@ JOB_EXAMPLE: dict[str, Any] = {  # without null members, which FastAPI would lea
         "class_label": [7, 7, 7, 7],
     },
 }
-FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have the same names
+FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # internal values have attributes of the same names
 
 
 class DeliveryAnswer(BaseModel):
@@ -65,13 +68,12 @@ class WebhookAnswer(BaseModel):
 
     @classmethod
     def of(cls, webhook: Webhook, deliveries: Sequence[Delivery]) -> "WebhookAnswer":
-        """Say what is known of it now."""
         told = [DeliveryAnswer.model_validate(each) for each in deliveries]
         return cls(receiver=webhook.receiver, events=list(webhook.events), deliveries=told)
 
 
 class JobAnswer(BaseModel):
-    """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
+    """A job, as every call below /jobs returns it. A member is null if its value is unknown or does not exist yet."""
 
     model_config = ConfigDict(
         json_schema_serialization_defaults_required=True, json_schema_extra={"examples": [JOB_EXAMPLE]}
@@ -94,12 +96,11 @@ class JobAnswer(BaseModel):
     fingerprint: str | None = Field(description="The fingerprint of the build that made the images.")
     parameters: dict[str, Any] = Field(description="The parameters of `POST /sample` that make the same images again.")
     problem: dict[str, Any] | None = Field(description="Why the job failed: the members of a problem document.")
-    # None by default: another server may know none.
+    # The default is None: another server may not know the webhook.
     webhook: WebhookAnswer | None = Field(default=None, description="Who is told of the job.")
 
     @classmethod
     def of(cls, view: JobView) -> "JobAnswer":
-        """Say what is known of a job now."""
         record = view.record
         return cls(
             id=record.id,
@@ -124,19 +125,19 @@ class JobAnswer(BaseModel):
 
 
 def document(view: JobView) -> dict[str, Any]:
-    """A job as a webhook is told of it, and as GET /jobs/{id} tells of it."""
+    """Return the JSON document of a job, the same for webhooks and for GET /jobs/{id}."""
     return JobAnswer.of(view).model_dump()
 
 
 class JobPage(BaseModel):
-    """Some jobs, the newest first."""
+    """A page of jobs, newest first."""
 
     jobs: list[JobAnswer]
     next: str | None = Field(description="The `before` of the next page. Null on the last page.")
 
 
 class Fault(BaseModel):
-    """One thing that is wrong with the parameters of a request."""
+    """One fault in the parameters of a request."""
 
     code: str = Field(description="What programs go by: it stays the same.")
     detail: str = Field(description="What is wrong, for people.")
@@ -152,10 +153,10 @@ def _problem_example() -> dict[str, Any]:
 
 
 class Problem(BaseModel):
-    """What is wrong (RFC 9457).
+    """A problem document (RFC 9457).
 
-    `field`, `value` and `bound` name what has to be changed, where that is one thing. `errors` lists all that is wrong
-    with the parameters; the other members repeat the first.
+    `field`, `value` and `bound` describe what to change, if that is a single thing. `errors` lists all faults of the
+    parameters; the other members repeat the first fault.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [_problem_example()]})
@@ -173,7 +174,7 @@ class Problem(BaseModel):
 
 
 class ErrorText(BaseModel):
-    """What is wrong, as the clients of Hugging Face and KServe read it."""
+    """An error in the form that clients of Hugging Face and KServe read."""
 
     error: str = Field(description="What is wrong, for people.")
     code: str = Field(description="What programs go by: it stays the same.")
@@ -183,7 +184,7 @@ class ErrorText(BaseModel):
 
 
 class LimitsAnswer(BaseModel):
-    """The bounds that requests are held to."""
+    """The limits of requests."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -202,7 +203,7 @@ class LimitsAnswer(BaseModel):
 
 
 class RecommendedAnswer(BaseModel):
-    """What the checkpoint recommends to sample with, or else the usual settings."""
+    """The sampling settings that the checkpoint recommends, or the usual settings."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -212,7 +213,7 @@ class RecommendedAnswer(BaseModel):
 
 
 class SamplerAnswer(BaseModel):
-    """One sampler."""
+    """A sampler of the model."""
 
     when: str = Field(description="When to take it.")
     source: str
@@ -226,7 +227,6 @@ class SamplerAnswer(BaseModel):
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
-        """Say what it is."""
         facts, own = SAMPLER_FACTS[name], [table for table in model.tables if table.sampler == name]
         most = max((table.steps for table in own), default=facts.max_steps(model.num_timesteps))
         alone = settings_of({"sampler": name}, model, can_guide=model.null_class is not None)
@@ -242,7 +242,7 @@ class SamplerAnswer(BaseModel):
 
 
 class TableAnswer(BaseModel):
-    """A table of the checkpoint."""
+    """A sampler table of the checkpoint."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -254,7 +254,7 @@ class TableAnswer(BaseModel):
 
 
 class LatentAnswer(BaseModel):
-    """What the network of a latent model sees in place of pixels."""
+    """The latents of a latent model."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -266,7 +266,7 @@ class LatentAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """What is loaded, and how it runs."""
+    """A loaded model and its execution."""
 
     name: str
     architecture: str
@@ -315,7 +315,7 @@ class ModelAnswer(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo, limits: Limits) -> "ModelAnswer":
-        """Say what is loaded; the noise schedule's T numbers are a ScheduleAnswer."""
+        """Return the answer for a model. The T values of the noise schedule are in a ScheduleAnswer."""
         made: dict[str, Any] = {
             "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
             "tables": model.tables,
@@ -333,7 +333,7 @@ class ScheduleAnswer(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo) -> "ScheduleAnswer":
-        """Take it from the model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+        """Compute the schedule of a model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
         alpha_bar = [model.alpha_bar(t) for t in range(model.num_timesteps)]
         before = [1.0, *alpha_bar[:-1]]
         beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
@@ -341,7 +341,7 @@ class ScheduleAnswer(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """What a probe is told when all is well; otherwise it gets a problem document."""
+    """The answer of a successful probe. A failed probe returns a problem document."""
 
     status: str
 
@@ -369,7 +369,7 @@ class PathFrame(BaseModel):
 
 
 class SampleAnswer(BaseModel):
-    """Images as JSON, and what is needed to make them again."""
+    """The images as JSON, and the values needed to generate them again."""
 
     spec: dict[str, Any] = Field(description="The request as the server understood it.")
     weights: str = Field(description="SHA-256 of the weights.")

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of the headers of answers, each in one place."""
+"""The response headers of the OpenAPI document. Each description exists once, here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 WHOLE, TEXT = {"type": "integer"}, {"type": "string"}
 
 HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
-    # --- of any answer ---
+    # --- all answers ---
     "API-Version": (TEXT, "The version of the native API."),
     "X-Request-ID": (
         TEXT,
@@ -16,7 +16,7 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "X-Content-Type-Options": (TEXT, "`nosniff`: browsers keep to the `Content-Type`."),
     "RateLimit-Policy": (TEXT, "Of a key with a quota: the row-steps of a window (`q`), and its seconds (`w`)."),
     "RateLimit": (TEXT, "Of a key with a quota: the row-steps that are left (`r`), and seconds until all are (`t`)."),
-    # --- what was taken, where the request left it out ---
+    # --- the values used for the request ---
     "X-Seed": (WHOLE, "The seed, given or drawn."),
     "X-Sampler": (TEXT, "The sampler that was taken."),
     "X-Steps": (WHOLE, "The number of steps that was taken."),
@@ -47,24 +47,24 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     # --- durable jobs ---
     "Location": (TEXT, "Where the job is."),
     "Idempotent-Replayed": (TEXT, "`true` where an earlier request made this job."),
-    # --- of refusals ---
+    # --- refusals ---
     "Retry-After": (WHOLE, "Seconds until it makes sense to try again. Absent where the server cannot say."),
     "WWW-Authenticate": (TEXT, "How to send a key."),
     "Accept": (TEXT, "The media types that a body may have here."),
     "Accept-Encoding": (TEXT, "The codings that a body may have: `identity`."),
-    # --- of others ---
+    # --- other answers ---
     "Set-Cookie": (TEXT, "The cookie `tminus_key`, which pages on other origins cannot use."),
 }
 OF_ANY = ("API-Version", "X-Request-ID", "X-Content-Type-Options")
-OF_OTHERS = OF_ANY[1:]  # of calls that others have defined
+OF_OTHERS = OF_ANY[1:]  # for calls of other vendors' APIs
 OF_QUOTA = ("RateLimit-Policy", "RateLimit")
 TAKEN = ("X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "X-Warning")
 OF_JOB = ("X-Job-ID", *TAKEN, "X-Fingerprint")
 OF_FORECAST = ("X-Queue-Position", "X-ETA-Seconds", "Server-Timing")
-NAMED = ("ETag", "Cache-Control")  # an answer that a client may keep
+NAMED = ("ETag", "Cache-Control")  # for answers that clients may cache
 OF_PICTURES = ("X-Shown-Channels", "Vary")
 OF_FLOATS = ("X-Value-Range", "X-Clipped")
-# By status, of the problem documents.
+# The headers of problem documents, by status.
 OF_REFUSALS: Mapping[int, tuple[str, ...]] = {
     401: ("WWW-Authenticate",),
     409: ("Retry-After",),
@@ -76,10 +76,10 @@ OF_REFUSALS: Mapping[int, tuple[str, ...]] = {
 
 
 def with_headers(*names: str) -> dict[str, Any]:
-    """Describe the headers of an answer."""
+    """Return the headers member of an OpenAPI response."""
     return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
 
 
 def components() -> dict[str, Any]:
-    """Make the components that `with_headers` refers to."""
+    """Return the components that `with_headers` refers to."""
     return {name: {"schema": schema, "description": description} for name, (schema, description) in HEADERS.items()}

@@ -1,6 +1,7 @@
-"""What the OpenAPI document says of messages that OpenAPI cannot express: of the WebSocket and of event streams.
+"""The WebSocket messages and server-sent events of the OpenAPI document.
 
-They are in its extensions: `x-websockets` of the document, by path, and `x-events` of an answer, by the event's name.
+OpenAPI cannot describe such messages, so they are in two extensions: `x-websockets` of the document, keyed by path, and
+`x-events` of a response, keyed by event name.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from tminus.service.api.answers.operations import described
 
 Described = dict[str, Any]
 
-MEMBERS: Mapping[str, tuple[str | None, str]] = {  # the type, None for any; and what it means
+MEMBERS: Mapping[str, tuple[str | None, str]] = {  # (JSON type, or None for any type; description), keyed by member
     "id": ("string", "The id of the job, for `GET /jobs/{job_id}`."),
     "seed": ("integer", "The seed, given or drawn."),
     "sampler": ("string", "The sampler that is taken."),

@@ -1,7 +1,7 @@
-"""The names and descriptions of the calls in the OpenAPI document. Prose only.
+"""The names and descriptions of the calls in the OpenAPI document. Text only.
 
-A route takes its part by `described`. The reference page of the API is made from the document, so that this is the one
-place for these texts. Parameters are described where they are checked, in api/request/schemas.py.
+A route gets its part from `described`. The API reference page is generated from the OpenAPI document, so each text
+exists once. Parameters are described next to their checks, in api/request/schemas.py.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ API_VERSION = "1"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What a call does: in a line, and in as many sentences as it takes."""
+    """The texts of a call: a one-line summary and a longer description."""
 
     summary: str
     description: str = ""
 
 
 def described(operation_id: str) -> dict[str, Any]:
-    """Make the arguments of a route that name and describe its call. The id is what generated clients call it."""
+    """Return the route arguments that name and describe a call. Generated clients name the call by the operation id."""
     operation = OPERATIONS[operation_id]
     return {
         "operation_id": operation_id,

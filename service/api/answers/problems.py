@@ -1,4 +1,4 @@
-"""Every error as application/problem+json: the service's own, and the framework's. Some paths have another form."""
+"""Renders errors of the service and of the framework as application/problem+json, or in another vendor's form."""
 
 import json
 import logging
@@ -18,8 +18,8 @@ from tminus.service.tracing import PROBLEM, REQUEST_ID, note
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON, JSON = "application/problem+json", "application/json"
-HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # a POST there: see hugging_face.py
-STATUS = {422: 400, 409: 503}  # OpenAI knows no 422, and its libraries take any 409 for one to be tried again
+HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # paths of Hugging Face's POST requests; see hugging_face.py
+STATUS = {422: 400, 409: 503}  # OpenAI does not use 422, and its client libraries retry any 409
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
 
@@ -37,26 +37,27 @@ def as_openai(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
 
 
 def as_error_text(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
-    """Write a problem as clients of KServe and Hugging Face read it: the text as `error`, and our code.
+    """Return a problem as a status and a body for clients of KServe and Hugging Face.
 
-    Triton, whose protocol KServe's is, answers 400 to whatever is wrong with a request.
+    The body has the text as `error`, and our code. Triton, the reference server of KServe's protocol, answers 400 to
+    every fault of a request.
     """
     status = 400 if problem["status"] == 422 else problem["status"]
     kept = {name: problem[name] for name in ("code", "field", "value", "bound") if name in problem}
     return status, {"error": problem["detail"], **kept}
 
 
-# How other vendors' APIs write a problem, with its status, by the first part of their paths.
+# The error forms of other vendors' APIs, keyed by the first segment of the path.
 FORMS: Mapping[str, Form] = {"v1": as_openai, "v2": as_error_text}
 
 
 def render(error: ServiceError, scope: Scope | None = None) -> Response:
-    """Return the response for an error of ours. scope: of the request, whose API may have a form of its own."""
+    """Return the response for an error. scope: the request, whose API may have another error form."""
     return respond(error.problem(), error.headers, scope)
 
 
 def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
-    """Return the response for a problem document, in the form that the clients of a request's API read."""
+    """Return the response for a problem document, in the error form of the request's API."""
     status, body, media_type = problem["status"], problem, PROBLEM_JSON
     if scope is not None and (form := error_form(scope["method"], scope["path"])) is not None:
         (status, body), media_type = form(problem), JSON
@@ -64,14 +65,14 @@ def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope
 
 
 def error_form(method: str, path: str) -> Form | None:
-    """How the errors of a request are written; None: as problem documents."""
+    """Return the error form of a request; None: problem documents."""
     if method == "POST" and HUGGING_FACE.fullmatch(path):
         return as_error_text
     return FORMS.get(path.removeprefix("/").partition("/")[0])
 
 
 def note_error(error: ServiceError, metrics: Metrics) -> None:
-    """Note in trace, metrics and log that a request ends by an error."""
+    """Record the error of a request in its trace, the metrics and the log."""
     note({PROBLEM: error.code})
     if error.refusal:
         metrics.count("tminus_rejected_total", error.code)
@@ -79,7 +80,7 @@ def note_error(error: ServiceError, metrics: Metrics) -> None:
 
 
 def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str]]) -> None:
-    """Add the handlers to an app. allowed: the methods of each route, by its path."""
+    """Add the error handlers to an app. allowed: the methods of all routes, keyed by path."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)

@@ -1,4 +1,4 @@
-"""One job as its client waits for it, in the event loop: its result, how long it has left, what it took, its events."""
+"""The progress of one job for its clients, in the event loop: result, remaining time, timing and events."""
 
 import asyncio
 import logging
@@ -25,22 +25,22 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-LATE_S = 2.0  # after a deadline, for the worker to say that it has passed
-RECOUNT_S = 5.0  # until a job's forecast is asked for again
-SEND_S = 40.0  # for each PIECE_BYTES of an event to leave: a client that reads nothing is disconnected
-QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
+LATE_S = 2.0  # seconds that the worker has after a deadline to end the job
+RECOUNT_S = 5.0  # seconds between updates of a job's forecast
+SEND_S = 40.0  # seconds to send each PIECE_BYTES of an event before a slow client is disconnected
+QUIET_S = 15.0  # seconds without events before a comment is sent, so that proxies keep the connection open
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 Item = TypeVar("Item")
 
 
 class Progress:
-    """What viewers of one running job are told of it. Its time left is asked for now and then, and counted down."""
+    """The progress of a running job for one viewer. Counts the remaining time down between updates of the forecast."""
 
     def __init__(
         self, services: Services, preview: PreviewRequest, job_id: str, spec: SampleSpec, eta_s: float | None
     ) -> None:
-        """services: of the job's model. eta_s: the forecast that was made just now, if there was one."""
+        """services: those of the job's model. eta_s: a forecast made just now, or None."""
         self._services, self._job_id, self._spec, self._eta_s = services, job_id, spec, eta_s or 0.0
         self.preview = preview
         self._loop = asyncio.get_running_loop()
@@ -48,21 +48,21 @@ class Progress:
 
     @cached_property
     def _timesteps(self) -> Sequence[float]:
-        """The timesteps of a job that runs: one that waits may be of a table that is gone, and fail."""
+        """The timesteps of a running job. Lazy: this raises for a waiting job whose sampler table is gone."""
         return timesteps_of(self._spec, self._services.model)
 
     async def after(self, step: int) -> dict[str, Any]:
-        """Say where the job stands after a number of steps. t: the timestep of the next step."""
+        """Return the progress of the job after `step` steps. t: the timestep of the next step."""
         if self._loop.time() - self._asked_s > RECOUNT_S:
             status = await self._services.statuses.of(self._job_id)
-            if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended
+            if status is not None:  # None: the job is newer than the last forecast, or has just ended
                 self._asked_s, self._eta_s = self._loop.time(), status.eta_s
         left_s, steps = max(0.0, self._eta_s - (self._loop.time() - self._asked_s)), self._spec.num_passes
         t = self._timesteps[min(step, steps - 1)]
         return {"step": step, "steps": steps, "t": round(t, 3), "eta_s": round(left_s, 3)}
 
     async def shown(self, frame: Frame) -> list[tuple[dict[str, Any], bytes]]:
-        """Encode a frame: the members that tell of each picture, and the picture. Empty, if it cannot be encoded."""
+        """Encode a frame as pairs of metadata and picture. Returns an empty list if encoding fails."""
         preview = self.preview
         try:
             pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
@@ -77,19 +77,19 @@ class Progress:
 
 
 def head_answer(headers: Mapping[str, str], media_type: str) -> Response:
-    """Make the answer to a HEAD without making its body, whose length is then not known (RFC 9110, 9.3.2)."""
+    """Return the answer to a HEAD request. There is no body, so the length is unknown (RFC 9110, 9.3.2)."""
     answer = Response(headers=headers, media_type=media_type)
     del answer.headers["Content-Length"]
     return answer
 
 
 def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobResult]":
-    """Return the result of an accepted job, to wait for.
+    """Return a future with the result of an accepted job.
 
-    The worker ends a job whose deadline passes; where it hangs in a step, this does, a little later.
+    The worker ends a job whose deadline passes. If the worker hangs, the future ends LATE_S seconds later.
     """
     result = asyncio.ensure_future(_result(ticket, deadline_s))
-    # Its error may go unread, as a client that has gone does not wait for it, and asyncio would complain.
+    # Retrieve the exception, so asyncio does not log it when no client waits for the result.
     result.add_done_callback(lambda done: done.cancelled() or done.exception())
     return result
 
@@ -97,7 +97,7 @@ def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobRe
 async def finished_or_gone(
     request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
 ) -> JobResult:
-    """Wait for a job. A disconnect cancels it and frees its rows next tick."""
+    """Wait for a job. If the client disconnects, the job is cancelled, and its rows are free in the next tick."""
     try:
         return await while_connected(request, asyncio.shield(done))
     finally:
@@ -106,7 +106,7 @@ async def finished_or_gone(
 
 
 def server_timing(result: JobResult, encode_s: float, model: ModelInfo) -> str:
-    """Make the header Server-Timing: what a job's time was spent on, in milliseconds."""
+    """Return the value of Server-Timing: the duration of each phase of a job, in milliseconds."""
     seconds = {"queue": result.queue_s, "first_step": result.first_step_s, "denoise": result.denoise_s}
     seconds |= {"decode": result.decode_s} if model.latent is not None else {}
     return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in (seconds | {"encode": encode_s}).items())
@@ -122,7 +122,7 @@ async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:
 
 
 async def none_when_quiet(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
-    """Yield the items as they come, and None whenever none has come for so long."""
+    """Yield the items, and None whenever no item has arrived for `patience_s` seconds."""
     coming = asyncio.ensure_future(anext(items, None))
     try:
         while True:
@@ -148,9 +148,9 @@ async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]
 
 
 class EventStream(EventSourceResponse):
-    """An answer of server-sent events, held to a time for each; comments fill its silence.
+    """A response of server-sent events, with a timeout for each event and with comments during silence.
 
-    It calls `close` when it ends, however it ends.
+    Calls `close` when the response ends for any reason.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("a client reads no events, and is disconnected")
-        except TooManyBytes as error:  # the client comes back, and is told where the job is then
+        except TooManyBytes as error:  # the client reconnects and then gets the current state
             log.info("an event is not sent, and its client is disconnected: %s", error.detail)
         finally:
             self._close()

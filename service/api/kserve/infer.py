@@ -1,7 +1,7 @@
-"""Inference in KServe's protocol: tensors to parameters of POST /sample, and images to an answer of tensors. Pure.
+"""Inference in KServe's protocol: converts input tensors to parameters of POST /sample, and images to output tensors.
 
-The protocol is inference_rest.md of kserve/open-inference-protocol. Bytes behind the JSON are Triton's extension
-binary_tensor_data: little-endian, row by row, each element of BYTES with its length before it.
+The protocol is inference_rest.md of kserve/open-inference-protocol. Binary data after the JSON is Triton's extension
+binary_tensor_data: little-endian, row by row; each element of BYTES follows its length.
 """
 
 import json
@@ -45,19 +45,20 @@ from tminus.service.images.encoder import JSON
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images, SampleSpec
 
-HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of the JSON, where bytes of tensors follow
+HEADER_LENGTH = "Inference-Header-Content-Length"  # length of the JSON in bytes, if binary data follows
 BINARY = "application/octet-stream"
-ANY = -1  # a length that varies
-NO_CLASS = -1  # in class_label
+ANY = -1  # any length of a dimension
+NO_CLASS = -1  # value in class_label
 IMAGES, SEED, CLASS_LABEL = "images", "seed", "class_label"
 MAX_FP32 = float(np.finfo(np.float32).max)
-ABSENT: Any = None  # the default of a member that may be left out but not be null
-# Each number with its comma, in as many bytes, so that numpy writes a million of them: JSON may have blanks.
+ABSENT: Any = None  # default of members that may be absent but not null
+# The text of each value with a comma, padded to 4 bytes, so numpy can write a million values at once. JSON allows
+# blanks.
 AS_JSON = np.array([f"{value:3d}," for value in range(256)], "S4")
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest number that is this one in float32: 7.3, not 7.300000190734863, as for POST /sample."""
+    """Return the number with the fewest digits that equals `value` in float32: 7.3, not 7.300000190734863."""
     return float(str(np.float32(value)))
 
 
@@ -75,7 +76,7 @@ VALUES: Mapping[str, TypeAdapter[list[Any]]] = {
     ),
     "BYTES": TypeAdapter(list[str]),
 }
-NUMBERS = {"INT64": "<i8", "UINT64": "<u8", "INT32": "<i4", "FP32": "<f4"}  # as numpy reads them
+NUMBERS = {"INT64": "<i8", "UINT64": "<u8", "INT32": "<i4", "FP32": "<f4"}  # numpy dtypes
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -85,7 +86,7 @@ def _without_null(schema: dict[str, Any]) -> None:
 
 
 class Members(BaseModel):
-    """A JSON object of the protocol. It has no other members."""
+    """A JSON object of the protocol. Other members are not allowed."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, use_attribute_docstrings=True, json_schema_extra=_without_null
@@ -100,14 +101,14 @@ class Members(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """A tensor that a model takes or gives."""
+    """An input or output tensor of a model."""
 
     name: str
     datatype: str
     shape: list[int] = Field(description="The lengths. -1 is any length.")
 
 
-# What is no number, or is asked for seldom, is a parameter of the request.
+# Parameters that are not numbers or are rarely used are request parameters instead.
 INPUTS = (
     TensorMetadata(name=CLASS_LABEL, datatype="INT64", shape=[ANY]),  # or BYTES
     TensorMetadata(name=SEED, datatype="UINT64", shape=[1]),
@@ -118,12 +119,12 @@ INPUTS = (
 
 
 def inputs_of(model: ModelInfo) -> list[TensorMetadata]:
-    """Return the tensors that a model takes; a request may leave out each."""
+    """Return the input tensors of a model. All inputs are optional."""
     return [each for each in INPUTS if model.conditional or each.name in (SEED, "steps")]
 
 
 def outputs_of(model: ModelInfo) -> list[TensorMetadata]:
-    """Return the tensors that a model gives."""
+    """Return the output tensors of a model."""
     shape = [ANY, model.height_px, model.width_px, model.channels]
     images = TensorMetadata(name=IMAGES, datatype="UINT8", shape=shape)
     return [images, TensorMetadata(name=SEED, datatype="UINT64", shape=[1])]
@@ -131,7 +132,7 @@ def outputs_of(model: ModelInfo) -> list[TensorMetadata]:
 
 @dataclass(slots=True)
 class Context:
-    """What inputs are held against, and the bytes behind the JSON that no input has taken yet."""
+    """Holds the allowed inputs, and the binary data that no input has consumed yet."""
 
     inputs: Mapping[str, TensorMetadata]
     max_n: int
@@ -146,7 +147,7 @@ class TensorParameters(Members):
 
 
 class Tensor(Members):
-    """An input. Its values are `data`, or bytes behind the JSON. Its context is a Context."""
+    """An input tensor. The values are in `data` or in the binary data. The validation context is a Context."""
 
     name: Literal["class_label", "seed", "steps", "guidance", "guidance_interval"]
     datatype: Literal["INT64", "BYTES", "UINT64", "INT32", "FP32"]
@@ -190,7 +191,7 @@ class Tensor(Members):
 
 
 def _from_bytes(data: bytes, datatype: str) -> list[Any] | None:
-    """Read the values; None where the bytes end within one."""
+    """Decode the values. Returns None if the bytes end inside a value."""
     if datatype != "BYTES":
         dtype = np.dtype(NUMBERS[datatype])
         return None if len(data) % dtype.itemsize else list(np.frombuffer(data, dtype).tolist())
@@ -212,7 +213,7 @@ class OutputParameters(Members):
 
 
 class Output(Members):
-    """An output to answer with."""
+    """An output that the answer must have."""
 
     name: Literal["images", "seed"]
     parameters: OutputParameters = OutputParameters()
@@ -235,14 +236,14 @@ class InferRequest(Members):
 
 
 class OutputTensor(TensorMetadata):
-    """An output: its values are `data`, or bytes behind the JSON."""
+    """An output tensor. The values are in `data`, or bytes after the JSON."""
 
     parameters: TensorParameters | None = None
     data: list[int] | None = Field(default=None, description="The values, row by row.")
 
 
 class InferResponse(BaseModel):
-    """The images, and the seed."""
+    """The images and the seed."""
 
     id: str | None = None
     model_name: str
@@ -252,12 +253,12 @@ class InferResponse(BaseModel):
 
 
 def version_of(model: ModelInfo) -> str:
-    """Return the version of a model in this protocol: the first digits of the hash of its weights."""
+    """Return the version of a model in this protocol: the first 16 digits of the hash of its weights."""
     return model.weights_hash[:16]
 
 
 class InferCall(SampleRequest):
-    """The parameters of POST /sample, and Triton's."""
+    """The parameters of POST /sample and of Triton."""
 
     timeout: Annotated[int, Field(strict=True, gt=0, le=int(MAX_DEADLINE_S * 1e6))] | None = None
     """`deadline_s` in microseconds."""
@@ -272,21 +273,21 @@ class InferCall(SampleRequest):
         return value
 
     def in_its_words(self, error: ServiceError) -> ServiceError:
-        """Name a deadline that is refused, or has passed, as the request does."""
+        """Rename `deadline_s` to `timeout` in an error, if the request used `timeout`."""
         if self.timeout is not None and error.field == "deadline_s":
             error.field, error.value, error.bound = "timeout", self.timeout, f"{error.bound}, in microseconds"
             error.detail = f"timeout must be {error.bound}, got {self.timeout}"
         return error
 
 
-# An edit has no place in this protocol, and the images are UINT8.
+# This protocol has no edits, and its images are UINT8.
 PARAMETERS = InferCall.model_fields.keys() - EDIT_PARAMETERS - {"bit_depth"} - {each.name for each in INPUTS}
 
 
 def read_request(
     body: bytes, header: str | None, model: ModelInfo, limits: Limits
 ) -> tuple[InferRequest, dict[str, Any]]:
-    """Read a body; returns it, and the parameters of an InferCall. header: HEADER_LENGTH.
+    """Read a request body. Returns the request and the parameters of an InferCall. header: value of HEADER_LENGTH.
 
     Raises InvalidField, UnknownField, ConflictingField, MalformedBody, BodyTooLarge.
     """
@@ -300,7 +301,7 @@ def read_request(
     if context.rest:
         detail = f"{len(context.rest)} bytes behind the JSON belong to no tensor"
         raise InvalidField(detail, field=HEADER_LENGTH, value=len(context.rest), bound="the length of the JSON")
-    # The protocol has both in the path only, but KServe's own client writes its name into each body.
+    # The protocol has the model's name in the path only, but KServe's own client also sends the name in each body.
     for name, there in (("model_name", model.name), ("model_version", version_of(model))):
         if getattr(request, name) not in (ABSENT, there):
             bound = f"absent or that of the model in the path, {there}"
@@ -323,7 +324,7 @@ def read_request(
 
 
 def outputs_wanted(request: InferRequest, call: InferCall) -> dict[str, bool]:
-    """Return the outputs to answer with, and whether each is bytes. Raises ConflictingField."""
+    """Return the outputs of the answer, each with True for binary data. Raises ConflictingField."""
     wanted: dict[str, bool] = {}
     for output in request.outputs or [Output(name="images"), Output(name="seed")]:
         if output.name in wanted:
@@ -350,7 +351,7 @@ def _validated(document: dict[str, Any], context: Context) -> InferRequest:
             error, is_missing = each.get("ctx", {}).get("error"), each["type"] == "missing"
             if not isinstance(error, InvalidField):
                 bound = "given" if is_missing else re.sub(r"^.*? should (be|have) ", "", each["msg"])
-                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # pydantic has a line for each type
+                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # one error for each type
                     bound = "text, a number or a boolean"
                 error = InvalidField.of(_field(each["loc"], document), bound, None if is_missing else each["input"])
             errors.add(error)
@@ -358,7 +359,7 @@ def _validated(document: dict[str, Any], context: Context) -> InferRequest:
 
 
 def _field(loc: tuple[int | str, ...], document: dict[str, Any]) -> str:
-    """Name a member as an error does: `steps.shape`, or the list where its item has no name."""
+    """Return the name of a member for an error, such as `steps.shape`, or the list's name if the item has no name."""
     match loc:
         case ("parameters", name, *_) | ("outputs", _, "parameters", name):
             return str(name)
@@ -371,7 +372,7 @@ def _field(loc: tuple[int | str, ...], document: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An answer with the pixels of the images, and their seed. Its beginning is each request's own."""
+    """The answer for a job: the images' pixels and the seed. Requests share the body, without the first bytes."""
 
     spec: SampleSpec
     model: ModelInfo
@@ -379,22 +380,21 @@ class Tensors:
 
     @property
     def media_type(self) -> str:
-        """The media type of the body, as Triton has it."""
         return BINARY if any(self.outputs.values()) else JSON
 
     @property
     def etag_form(self) -> str:
-        """Name all that the bytes depend on beside the spec."""
+        """Return a text that is unique to the form of the body: the model and the outputs."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 
     @property
     def binary_bytes(self) -> int:
-        """The size of the tensors behind the JSON."""
+        """Return the size of the tensors after the JSON."""
         images = self.spec.n * self.model.height_px * self.model.width_px * self.model.channels
         return sum({IMAGES: images, SEED: 8}[name] for name, binary in self.outputs.items() if binary)
 
     def body(self, images: Images) -> bytes:
-        """Make the body of the pixels [n, H, W, C], but for the brace or the id that it begins with."""
+        """Return the body for pixels [n, H, W, C], without the opening brace and the id at the beginning."""
         outputs, behind = [], []
         for name, binary in self.outputs.items():
             datatype, values = ("UINT8", images) if name == IMAGES else ("UINT64", np.array([self.spec.seed], "<u8"))

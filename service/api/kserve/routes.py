@@ -1,4 +1,4 @@
-"""The calls of KServe's protocol: what there is, how it is doing, and inference."""
+"""The routes of KServe's protocol: metadata, health and inference."""
 
 import json
 from collections.abc import AsyncIterator
@@ -56,14 +56,14 @@ from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.worker.worker import Worker
 
-# Not model_repository: loading and unloading, which it has too, are POST /models/NAME/load and unload.
+# The extension model_repository is missing: loading and unloading are POST /models/NAME/load and /unload.
 EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 PLATFORM = "tminus_unet"
 MODEL, VERSION = "/v2/models/{model}", "/versions/{version}"
 
 
 class ServerMetadata(BaseModel):
-    """What this server is."""
+    """The name, version and extensions of this server."""
 
     name: str
     version: str
@@ -71,27 +71,27 @@ class ServerMetadata(BaseModel):
 
 
 class LiveAnswer(BaseModel):
-    """Whether the process answers and its worker runs."""
+    """Liveness: the process answers and its worker runs."""
 
     live: bool
 
 
 class ReadyAnswer(BaseModel):
-    """Whether work is taken."""
+    """Readiness: the server accepts work."""
 
     live: bool
     ready: bool
 
 
 class ModelReady(BaseModel):
-    """Whether a model can be asked for images."""
+    """The readiness of a model."""
 
     name: str
     ready: bool
 
 
 class ModelMetadata(BaseModel):
-    """What a model takes and gives. A request may leave out each input."""
+    """The inputs and outputs of a model. All inputs are optional."""
 
     name: str
     versions: list[str] = Field(description="The one that is loaded: the first 16 digits of the hash of its weights.")
@@ -117,7 +117,7 @@ class IndexCall(RequestSchema):
 
 
 class TensorConfig(BaseModel):
-    """A tensor that a model takes or gives, in the terms of Triton's model_config.proto."""
+    """An input or output tensor of a model, as in Triton's model_config.proto."""
 
     name: str
     data_type: str
@@ -125,18 +125,17 @@ class TensorConfig(BaseModel):
 
     @classmethod
     def of(cls, tensor: TensorMetadata) -> Self:
-        """Describe a tensor."""
         return cls(name=tensor.name, data_type=f"TYPE_{tensor.datatype}", dims=tensor.shape)
 
 
 class InputConfig(TensorConfig):
-    """A tensor that a request may leave out."""
+    """An optional input tensor."""
 
     optional: bool = True
 
 
 class ModelConfig(BaseModel):
-    """What Triton's message ModelConfig has of a model that is no file of a framework."""
+    """The fields of Triton's message ModelConfig that apply to a model without a framework's model file."""
 
     name: str
     platform: str
@@ -147,7 +146,7 @@ class ModelConfig(BaseModel):
 
 
 def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
-    """Make the routes. version: of the server."""
+    """Return the routes. version: the server's version."""
     router = APIRouter(tags=["kserve"])
 
     @router.get("/v2", **described("kserve_get_server"), dependencies=BARE, responses=failures(422))
@@ -237,7 +236,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
 
 
 async def infer(services: Services, request: Request) -> Response:
-    """Answer with images as tensors, of the same pixels as POST /sample makes."""
+    """Return images as tensors, with the same pixels as from POST /sample."""
     _of_version(services, request)
     check_encoding(request)
     body, header = await read_body(request), request.headers.get(HEADER_LENGTH)
@@ -253,8 +252,8 @@ async def infer(services: Services, request: Request) -> Response:
         response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))
     except ServiceError as error:
         raise call.in_its_words(error) from None
-    del response.headers["Vary"]  # the body of the request says in which form the answer comes
-    if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
+    del response.headers["Vary"]  # the request body, not Accept, selects the form of the answer
+    if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # weak: the ids of answers differ
         response.headers["ETag"] = f"W/{etag}"
     if response.status_code != 200:
         return response
@@ -263,7 +262,7 @@ async def infer(services: Services, request: Request) -> Response:
     response.headers["Content-Length"] = str(length)
     if made.binary_bytes:
         response.headers[HEADER_LENGTH] = str(length - made.binary_bytes)
-    # The rest may be kept in the cache, and is sent without a copy, so that it counts once.
+    # The cache may hold the rest of the body. Send that without a copy, so its bytes count once.
     return StreamingResponse(_parts(beginning, response.body), headers=response.headers)
 
 
@@ -273,7 +272,7 @@ async def _parts(*parts: bytes | memoryview) -> AsyncIterator[bytes | memoryview
 
 
 def _of_version(services: Services, request: Request) -> Services:
-    """Raise ModelNotFound where the path names another version than the one that is loaded."""
+    """Raise ModelNotFound if the path names a version that is not loaded."""
     wanted, there = request.path_params.get("version"), version_of(services.model)
     if wanted not in (None, there):
         detail = f"model {services.model.name} is loaded in version {there}, and in no other"
@@ -282,7 +281,7 @@ def _of_version(services: Services, request: Request) -> Services:
 
 
 def components() -> dict[str, Described]:
-    """Make the components that the routes refer to."""
+    """Return the schema components that the routes refer to."""
     shown: list[Any] = [(InferRequest, "validation"), (InferResponse, "serialization")]
     _, made = models_json_schema(shown, ref_template="#/components/schemas/{model}")
     found: dict[str, Described] = made["$defs"]

@@ -1,1 +1,1 @@
-"""OpenAI's Images API below /v1, as far as a model of classes can mean it: thin adapters onto a SampleSpec."""
+"""OpenAI's Images API below /v1, as far as a class-conditional model can support it: thin adapters to a SampleSpec."""

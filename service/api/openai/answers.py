@@ -1,6 +1,6 @@
-"""The answers of /v1 in OpenAI's form, as pydantic models, and what the OpenAPI document says of its calls.
+"""The answers of /v1 in OpenAI's form, as pydantic models, and their OpenAPI descriptions.
 
-What is more than OpenAI's is of tminus, as told in each.
+Members that OpenAI does not have are marked as additions of tminus.
 """
 
 from typing import Any, Literal
@@ -33,7 +33,7 @@ FILES = {
 
 
 class ErrorMembers(BaseModel):
-    """What is wrong."""
+    """The members of an error."""
 
     message: str = Field(description="What is wrong, for people.")
     type: str = Field(description="The kind of error, by its status.")
@@ -48,7 +48,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A model that is served."""
+    """A loaded model."""
 
     id: str = Field(description="The name of the model.")
     object: Literal["model"] = "model"
@@ -57,21 +57,21 @@ class ModelEntry(BaseModel):
 
 
 class ModelEntries(BaseModel):
-    """The models that are served, the default one first."""
+    """The loaded models, the default model first."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
 
 
 class TokenDetails(BaseModel):
-    """There are no tokens here."""
+    """Zeros: this server has no tokens."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Zeros, which typed clients want to see: there are no tokens here."""
+    """Zeros, because typed clients require these members. This server has no tokens."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -80,7 +80,7 @@ class Usage(BaseModel):
 
 
 class Recipe(BaseModel):
-    """What an image was made with."""
+    """The parameters that produced an image."""
 
     revised_prompt: str = Field(description="The name of the class that was used; empty for none.")
     seed: int = Field(description=OURS + "the seed of the noise, together with `index`, `to_seed` and `mix`.")
@@ -103,7 +103,7 @@ class Recipe(BaseModel):
 
 
 class ImageEntry(Recipe):
-    """One image: `b64_json` or `url`."""
+    """One image, as `b64_json` or `url`."""
 
     b64_json: str | None = Field(None, json_schema_extra={"format": "byte"})
     url: str | None = Field(None, description="Where the image is, for as long as the job is kept; it may want a key.")
@@ -122,7 +122,7 @@ class ImagesAnswer(BaseModel):
 
 
 class PartialImage(BaseModel):
-    """An event: the estimate of x_0 of one image on its way."""
+    """An event with a preview: the current estimate of x_0 of one image."""
 
     type: str
     b64_json: str
@@ -136,7 +136,7 @@ class PartialImage(BaseModel):
 
 
 class CompletedImage(Recipe):
-    """An event: one image, done."""
+    """An event with one finished image."""
 
     type: str
     b64_json: str
@@ -150,7 +150,7 @@ class CompletedImage(Recipe):
 
 
 def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprint: str, job_id: str) -> dict[str, Any]:
-    """Make the members of a Recipe for image k of a job."""
+    """Return the members of a Recipe for image k of a job."""
     label = spec.class_labels[k] if spec.class_labels is not None else None
     return {
         "revised_prompt": "" if label is None else class_names[label],
@@ -184,11 +184,11 @@ EDITS: Described = {
 
 
 def components(contract: Contract) -> dict[str, Described]:
-    """Make the components that the above refers to."""
+    """Return the schema components that the descriptions above refer to."""
     shown = [(model, "serialization") for model in (ErrorAnswer, ImagesAnswer, PartialImage, CompletedImage)]
     _, answers = models_json_schema(shown, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     members = _fields(contract, ImagesCall, as_text=False)
-    # A member that is null counts as left out.
+    # A null member counts as absent.
     members = {name: field if name == "prompt" else _or_null(field) for name, field in members.items()}
     fields = _fields(contract, EditsCall, as_text=True)
     files = {name: FILE | {"description": described} for name, described in FILES.items()}

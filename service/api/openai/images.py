@@ -1,4 +1,4 @@
-"""The calls below /v1: OpenAI's members to a spec, its images in OpenAI's answers or events, and the list of models."""
+"""The routes below /v1: image generation, image edits and the list of models, in OpenAI's form."""
 
 import asyncio
 import base64
@@ -65,24 +65,23 @@ from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
-LIST = "[]"  # what OpenAI's libraries add to the name of a list in a form
+LIST = "[]"  # suffix that OpenAI's libraries add to the name of a list in a form
 NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A job to submit, and how to return its images."""
+    """A job to submit, and the form of its answer."""
 
-    name: str  # of its events: image_generation or image_edit
+    name: str  # prefix of event names: image_generation or image_edit
     members: ImagesCall
     new: NewJob
 
     def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
-        """Make the members of a Recipe for image k."""
         return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
-        """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
+        """Encode the images. PNGs are byte-identical to those of POST /sample. Raises NotFinite."""
         spec, kind, quality = self.new.spec, self.members.output_format, self.members.lossy_quality
         opaque = model.alpha and not self.members.keeps_alpha(model)
 
@@ -95,7 +94,7 @@ class Wanted:
 
 
 def openai_routes(models: Models) -> APIRouter:
-    """Make the routes. A request names its model, so that there are none below /models/NAME."""
+    """Return the routes. The request's body names the model, so there are no routes below /models/NAME."""
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=BARE)
     responses: dict[int | str, Any] = {200: IMAGES, **failures(404, 410, *BODY_ERRORS, *WORK_ERRORS, 507)}
 
@@ -127,7 +126,7 @@ def openai_routes(models: Models) -> APIRouter:
         "/models/{model}",
         **described("openai_get_model"),
         responses=failures(404, 422),
-        # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
+        # If the path parameter were an argument of the handler, FastAPI would document a 422 that never occurs.
         openapi_extra={"parameters": [path_parameter("model")]},
     )
     async def get_model_entry(request: Request) -> ModelEntry:
@@ -143,7 +142,7 @@ def _named(models: Models, name: str) -> Services:
 
 
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read the form; a list has one name for each of its items, and so may a single image have."""
+    """Read the form. Names of list items, and the name of a single image, may end with `[]`."""
     if not is_form(request):
         raise UnsupportedMediaType.of(request.headers.get("content-type", ""), (FORM,))
     names = [*PICTURES, PICTURES[0] + LIST]
@@ -169,18 +168,18 @@ async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
 async def _prepare(
     models: Models, request: Request, stack: ExitStack, *, edits: bool
 ) -> tuple[Services, ImagesCall, Wanted | JobView]:
-    """Read and check a request; returns a durable job where addresses are wanted, which is accepted by then.
+    """Read and check a request. If the client wants URLs, submit the durable job and return its view.
 
-    stack: notes that the model is used. The uploads are not kept: the job may take long.
+    Marks the model as used in `stack`. Drops the uploads from memory, because the job may take long.
     """
     check_encoding(request)
-    key_in_headers(request)  # its libraries send one with each retry, where there is no job too
+    key_in_headers(request)  # OpenAI's libraries send an Idempotency-Key with each retry, even if there is no job
     limits = models.default.limits
     values = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
-    # A member that is null is left out.
+    # A null member counts as absent.
     values, given_as = by_our_names({k: v for k, v in values.items() if v is not None}, DIFFUSERS_NAMES)
     named, services = values.get("model"), models.default
-    with suppress(ModelNotFound):  # it is told if nothing else is wrong
+    with suppress(ModelNotFound):  # raised again below, after all other checks
         services = _named(models, named) if isinstance(named, str) else services
     with named_as_given(given_as):
         bounds = bounds_of_images(services.bounds, services.limits)
@@ -194,7 +193,7 @@ async def _prepare(
         if edits and parameters.image is None:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
         if edits and parameters.mask is None and parameters.strength is None:
-            parameters.mask = parameters.image  # as OpenAI has it: what is transparent in the image is made new
+            parameters.mask = parameters.image  # as in OpenAI's API: the transparent part is generated
         del values
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
@@ -209,7 +208,6 @@ def _headers(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) 
 
 
 async def _with_images(services: Services, request: Request, wanted: Wanted) -> Response:
-    """Wait for the job, and answer with its images."""
     loop, model = asyncio.get_running_loop(), services.model
     done = result_of(await submit(services, caller_of(request), wanted.new), wanted.new.deadline_s)
     result = await finished_or_gone(request, services.worker, wanted.new.id, done)
@@ -228,11 +226,11 @@ async def _with_images(services: Services, request: Request, wanted: Wanted) -> 
 
 
 async def _with_urls(services: Services, request: Request, members: ImagesCall, view: JobView) -> Response:
-    """Wait for a durable job, and answer with the addresses of its images. It goes on if the client goes away."""
+    """Wait for a durable job and return the URLs of its images. The job continues if the client disconnects."""
     ended = await while_connected(request, services.jobs.ended(view.record.id, caller_of(request).sees))
     record, model = ended.record, services.model
     if record.problem is not None:
-        # Without headers: no failure that is kept says when to try again.
+        # No Retry-After header: stored failures have no retry time.
         return respond(record.problem, {}, request.scope)
     if record.outcome != "done":
         raise NoImages("this job was cancelled, and has no images", None)
@@ -254,14 +252,14 @@ def _document(members: ImagesCall, model: ModelInfo, data: list[ImageEntry], wit
 
 
 def steps_shown(passes: int, count: int) -> tuple[int, ...]:
-    """After which passes an image is shown on its way: so often, evenly, at most once a pass, not after the last."""
+    """Return the passes that have a preview: `count` evenly spaced passes, without duplicates or the last pass."""
     return tuple(sorted({round(passes * k / (count + 1)) for k in range(1, count + 1)} - {0, passes}))
 
 
 async def stream(services: Services, request: Request, wanted: Wanted, stack: ExitStack) -> EventStream:
-    """Begin the job, and answer by its events. stack: is closed when they end; a client that left frees its rows.
+    """Submit the job and return its event stream. A client that disconnects frees the job's rows.
 
-    Raises TooManyStreams, and what `submit` does.
+    stack: closed when the stream ends. Raises TooManyStreams and the errors of `submit`.
     """
     loop, model, spec = asyncio.get_running_loop(), services.model, wanted.new.spec
     at = steps_shown(spec.num_passes, wanted.members.partial_images)
@@ -269,10 +267,10 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
     stack.enter_context(services.streams.busy())
     held_bytes = len(at) * spec.n * model.height_px * model.width_px * model.channels
     stack.enter_context(services.recordings.taken(held_bytes, "partial_images"))
-    # All of them are kept until they are sent: unlike a viewer's, they are few, and were asked for one by one.
+    # Keep every frame until it is sent: the client asked for each of these few frames.
     arrived: asyncio.Queue[Frame | None] = asyncio.Queue()
 
-    def put(frame: Frame) -> None:  # in the worker's thread
+    def put(frame: Frame) -> None:  # called in the worker's thread
         with suppress(RuntimeError):  # the event loop is closed, so there is no reader
             loop.call_soon_threadsafe(arrived.put_nowait, frame)
 
@@ -287,7 +285,7 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
 async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
 ) -> AsyncGenerator[bytes]:
-    """Yield a job's frames, then its images or an error. The worker's thread sends all frames before the end."""
+    """Yield the previews of a job, then the images or an error. All previews arrive before the job's end."""
     members, model, encoder, shown = wanted.members, services.model, services.encoder, 0
     try:
         while (frame := await arrived.get()) is not None:

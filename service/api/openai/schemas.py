@@ -1,4 +1,4 @@
-"""The members of requests below /v1/images, as pydantic models, and the parameters of POST /sample that they mean."""
+"""The request members of /v1/images, as pydantic models, and their conversion to parameters of POST /sample."""
 
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -27,19 +27,19 @@ from tminus.service.api.request.specs import settings_of, tables_for
 from tminus.service.errors import InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 
-MAX_N = 10  # as OpenAI has it, and no more than --max-n
+MAX_N = 10  # OpenAI's limit; --max-n may be lower
 MAX_PARTIAL_IMAGES = 3
-# More steps come nearer to the sampler's exact solution, which need not look best. `medium` is the default of every
-# request (`settings_of`), `low` half of its steps or the checkpoint's own table of few steps, `high` twice as many.
+# More steps follow the sampler's exact solution more closely, but need not look better. `medium` is the default of
+# every request (`settings_of`). `low` takes half the steps or a tuned table with few steps, and `high` twice the steps.
 Quality = Literal["low", "medium", "high"]
 SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 TUNED = "tuned"
 OF_GUIDANCE = {"guidance", "guidance_interval", "guidance_rescale"}
-ONLY_MODEL = "default"  # also names a model that is served alone: vLLM-Omni's benchmark sends it
+ONLY_MODEL = "default"  # also names the only loaded model, because vLLM-Omni's benchmark sends this name
 
 
 class Members(RequestSchema):
-    """OpenAI's members of a call for images."""
+    """OpenAI's members of an image request."""
 
     prompt: Annotated[str, Field(json_schema_extra={BOUND: "given, as text: the name of a class, or empty"})]
     """A class by name or number, in any case; empty for no class. Nothing else is understood."""
@@ -77,34 +77,34 @@ class Members(RequestSchema):
 
     @property
     def budget(self) -> Quality:
-        """The quality that is meant."""
+        """Return the quality, with `auto` resolved."""
         return "medium" if self.quality == "auto" else self.quality
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
-        """Make the members of an answer that say in which form the images are."""
+        """Return the answer's members that describe the format of the images."""
         background = "transparent" if self.keeps_alpha(model) else "opaque"
         form = {"output_format": self.output_format, "background": background}
         return {"size": size_of(model), "quality": self.budget, **form}
 
     def keeps_alpha(self, model: ModelInfo) -> bool:
-        """Whether the images come with alpha."""
+        """Return True if the answer's images have alpha."""
         return model.alpha and self.background != "opaque" and self.output_format != "jpeg"
 
     @property
     def lossy_quality(self) -> int | None:
-        """The quality of jpegs or webps, 0..100; None for PNGs."""
+        """Return the quality of JPEG or WebP images, 0..100; None for PNG."""
         if self.output_format == "png":
             return None
         return 100 if self.output_compression is None else self.output_compression
 
     @property
     def as_url(self) -> bool:
-        """Whether an address of each image is wanted, in place of the image."""
+        """Return True if the client wants the URL of each image instead of the image."""
         return self.response_format == "url"
 
 
 class ImagesCall(Sampling, Members):
-    """What OpenAI's clients send to have images made, and what their `extra_body` adds of POST /sample."""
+    """A request of OpenAI's clients for images. `extra_body` may add parameters of POST /sample."""
 
     other_names: ClassVar[Collection[str]] = DIFFUSERS_NAMES
 
@@ -112,7 +112,7 @@ class ImagesCall(Sampling, Members):
     """The number of images."""
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
-        """Check the members against the model, and say what to sample. Raises InvalidField, with all that is wrong."""
+        """Check the members against the model, and convert them to a job. Raises InvalidField with all faults."""
         size, errors = size_of(model), ValidationErrors()
         self.check_bounds(bounds_of_images({}, limits), errors)
         lossless, streamed = self.output_format == "png", self.stream
@@ -153,29 +153,29 @@ class ImagesCall(Sampling, Members):
 
 
 class EditsCall(Edit, ImagesCall):
-    """What OpenAI's clients send to have an image edited."""
+    """A request of OpenAI's clients to edit an image."""
 
     input_fidelity: str | None = None
     """Accepted, without effect."""
 
 
 def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:
-    """Return the bounds of a call: OpenAI has one of its own for n."""
+    """Return the bounds of a call, with OpenAI's limit of n."""
     return {**bounds, "n": Bound({"minimum": 1, "maximum": min(MAX_N, limits.max_n)})}
 
 
 def size_of(model: ModelInfo) -> str:
-    """The size of a model's images, as OpenAI writes it."""
+    """Return the size of a model's images in OpenAI's notation."""
     return f"{model.width_px}x{model.height_px}"
 
 
 def settings_of_quality(
     quality: Quality, given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool
 ) -> dict[str, Any]:
-    """Return the sampler, steps and guidance that a quality other than medium stands for.
+    """Return the sampler, steps and guidance for a quality other than `medium`.
 
-    given, can_guide: see `settings_of`. Nothing is returned for medium, nor where the request says how many steps it
-    takes, nor for what is refused.
+    Returns an empty dict for `medium`, for a request that sets the steps, and for an invalid request. given, can_guide:
+    see `settings_of`.
     """
     if quality == "medium" or given.keys() & {"steps", "table"} or given.get("sampler") not in (None, *model.samplers):
         return {}

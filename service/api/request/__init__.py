@@ -1,1 +1,1 @@
-"""From what a client sends to checked values."""
+"""Parsing and validation of requests."""

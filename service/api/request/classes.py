@@ -1,7 +1,7 @@
-"""Convert the classes in a request, by number or by name in any case, to the model's class numbers. Pure.
+"""Convert the classes in a request, given by number or by name in any case, to the model's class numbers.
 
-A JSON number and the same digits in text, a query or a prompt name the same class. Clients of text-to-image models
-send a prompt: here a prompt is the name of a class, or empty.
+A JSON number and the same digits in text, a query or a prompt mean the same class. Clients of text-to-image models send
+a prompt. Here, a prompt is the name or number of a class, or empty.
 """
 
 import re
@@ -23,7 +23,7 @@ def class_numbers(
 ) -> tuple[int | None, ...] | None:
     """Return the class number of each of n images, None for no class. Raises InvalidField.
 
-    given: one class for all images, or a list of n. A model without classes has None in place of the tuple.
+    given: one class for all images, or a list of n classes. Returns None for a model without classes.
     """
     if not model.conditional:
         if given is not None:
@@ -41,12 +41,12 @@ def class_numbers(
 
 
 def class_bound(names: tuple[str, ...]) -> str:
-    """Describe in words what class_label must be."""
+    """Describe the valid values of class_label in words."""
     return f"a class, or a list of n of them: {known_classes(names)}"
 
 
 def known_classes(names: tuple[str, ...]) -> str:
-    """List a model's classes in words: all by number, and by name unless there are many."""
+    """List a model's classes in words: the range of numbers, and the names unless there are many."""
     if not names:
         return "none, as this model has no classes"
     shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
@@ -54,7 +54,7 @@ def known_classes(names: tuple[str, ...]) -> str:
 
 
 def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
-    """Find a class by its name, in any case, or by its number; None if it does not exist.
+    """Return the number of a class, found by its name in any case or by its number; None if there is no such class.
 
     Raises InvalidField for `field` if the label is the name of one class and the number of another. The prefix NAME or
     NUMBER selects one of the two.
@@ -72,15 +72,15 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
 
 
 def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
-    """Return a label for a class: its number, with the prefix NUMBER if the number is another class's name.
+    """Return a label for a class: the number, with the prefix NUMBER if the number is another class's name.
 
-    None stands for no class.
+    None means no class.
     """
     return number if number is None or _named(str(number), names) in (None, number) else f"{NUMBER}{number}"
 
 
 def _named(text: str, names: tuple[str, ...]) -> int | None:
-    """Return the class with this name. A number also matches the only name with the same value, as 01 is 1."""
+    """Return the class with this name. Digits also match a unique name with the same value: 1 matches the name 01."""
     by_name, by_value = _numbers_by_name(names)
     if (exact := by_name.get(text.casefold())) is not None:
         return exact
@@ -105,7 +105,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
 
 @lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
 def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Return class numbers by name, and by value for names that are numbers. Values of several names are left out."""
+    """Return class numbers by name, and by value for names that are numbers. Values of several names are omitted."""
     values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
     times = Counter(values.values())
     by_value = {value: number for number, value in values.items() if times[value] == 1}
@@ -115,9 +115,9 @@ def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping
 def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int | None:
     """Return the class that a prompt names; None for an empty prompt. Raises InvalidField, which lists the classes.
 
-    A prompt is a class's name or number. Case does not matter, and hyphens, spaces and underscores are equal: people
-    write `t-shirt` and `T shirt`. Only the spelling may differ: a class that is only similar is never chosen. field:
-    the name of the prompt's field.
+    A prompt is a class's name or number. Case does not matter, and hyphens, spaces and underscores are equal, because
+    people write `t-shirt` and `T shirt`. A name that is merely similar never matches. field: the name of the prompt's
+    field.
     """
     name, names = prompt.strip(), model.class_names
     if not name and (not model.conditional or model.null_class is not None):
@@ -139,6 +139,6 @@ def _spelled(name: str) -> str:
 
 @lru_cache(maxsize=4)  # a model may have a thousand classes
 def _numbers_by_spelling(names: tuple[str, ...]) -> Mapping[str, int]:
-    """Return class numbers by normalized name. Names that become equal are left out."""
+    """Return class numbers by normalized name. Ambiguous names are omitted."""
     times = Counter(map(_spelled, names))
     return {_spelled(name): number for number, name in enumerate(names) if times[_spelled(name)] == 1}

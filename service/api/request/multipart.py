@@ -1,10 +1,11 @@
 """Parse a form with images: its files and text fields.
 
-The body is bounded, and `bytes.find` cuts it at its boundaries, so hostile bytes cause no steps of Python. Existing
-parsers do not fit. python-multipart's parser steps byte by byte through data that nearly is a boundary, which takes
-0.3 s for each MB. starlette's parser uses it. That parser writes files over 1 MiB to /tmp (small in a container),
-accepts a truncated form, does not name a field that is too long, and decodes fields by any codec that the client
-names, some of which raise. The package `multipart` has the module name of an alias that python-multipart installs.
+The body has a size limit, and `bytes.find` splits it at its boundaries, so no body can make Python loop over bytes.
+Existing parsers do not fit. starlette uses python-multipart's parser, which takes 0.3 s for each MB of data that is
+nearly a boundary, because it loops over such data byte by byte. starlette also writes files over 1 MiB to /tmp (small
+in a container), accepts a truncated form, does not name a field that is too long, and decodes fields with any codec
+that the client names, even codecs that raise. The package `multipart` has the module name of an alias that
+python-multipart installs.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -24,11 +25,11 @@ from tminus.service.errors import (
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
 MAX_PARTS = 128  # a class for each of 64 images, and all other parameters
 MAX_FIELD_BYTES = 1024
-MAX_HEAD_BYTES = 4096  # the headers of a part
+MAX_HEAD_BYTES = 4096  # headers of a part
 MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
-FORM_BYTES = 64 * 1024  # room for a form's boundaries, part headers and fields, beside its images
-Part = tuple[str, bool, bytes]  # name, whether it is a file (has a file name), data
-PIECE_BYTES = 2**18  # bytes of one search, which holds the interpreter for 2 ms at most
+FORM_BYTES = 64 * 1024  # bytes for a form's boundaries, part headers and fields, besides its images
+Part = tuple[str, bool, bytes]  # name, True if the part is a file (has a file name), data
+PIECE_BYTES = 2**18  # bytes of one search, which holds the GIL for at most 2 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Form:
 
 
 def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection[str]) -> Form:
-    """Parse a form. files: names of the fields that may be an image. max_bytes: the bound of each image.
+    """Parse a form. files: names of fields that may be images. max_bytes: limit of each image.
 
     Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage.
     """
@@ -56,7 +57,7 @@ def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection
 
 
 def _parts(body: bytes, delimiter: bytes) -> Iterator[Part]:
-    """Cut a body into parts at its delimiters. Raises MalformedForm.
+    """Split a body at its delimiters. Raises MalformedForm.
 
     A delimiter is a line that begins with the boundary (RFC 2046, section 5.1.1).
     """

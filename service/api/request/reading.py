@@ -1,4 +1,4 @@
-"""Read a request: parameters from the query and from a JSON body or a form, and headers.
+"""Read a request: headers, and parameters from the query and from a JSON body or a form.
 
 The schemas check names, types and bounds.
 """
@@ -39,23 +39,24 @@ Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=RequestSchema)
 P = ParamSpec("P")
-KEY = re.compile(r"[\x20-\x7e]{1,255}")  # an Idempotency-Key
-MAX_MARKS = 4096  # the most MARKS in a body. A request has some forty, plus any in its class names
-# Starts of lists, objects and members. Python's garbage collector visits them repeatedly while it makes more.
+KEY = re.compile(r"[\x20-\x7e]{1,255}")  # valid Idempotency-Key
+MAX_MARKS = 4096  # the most MARKS in a body; a request has about forty, plus any in class names
+# Characters that start lists, objects and members. Python's garbage collector visits these objects repeatedly while the
+# parser creates more.
 MARKS = b"[{:"
-SMALL_BYTES = 64 * 1024  # parsed in the event loop, in a millisecond or two; larger bodies are parsed in a thread
+SMALL_BYTES = 64 * 1024  # parsed in the event loop within 2 ms; larger bodies are parsed in a thread
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "keep", "show", "webhook_events_filter"})
-# Only bytes other than these, such as brackets and quotes, take a JSON parser time.
+# JSON parsers are fast on these bytes. Other bytes, such as brackets and quotes, are costly.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
-    """Pick the offered type of the highest quality in Accept, the earlier one on a tie.
+    """Return the offered type with the highest quality in Accept; the first of equals.
 
-    An offered type has the quality of the most specific range that matches it. An empty header accepts anything.
-    Raises NotAcceptable if no type matches. hint: text after the list of types in that error.
+    An offered type has the quality of the most specific range that matches. An empty header accepts anything. Raises
+    NotAcceptable if no type matches. hint: text after the list of types in that error.
     """
-    accept = ", ".join(request.headers.getlist("accept"))  # several headers are one list
+    accept = ", ".join(request.headers.getlist("accept"))  # several headers form one list
     if not accept.strip():
         return offered[0]
     ranges = qualities(accept)
@@ -68,7 +69,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
                 return max(matching)
         return 0.0
 
-    best = max(offered, key=quality)  # max keeps the first of equals
+    best = max(offered, key=quality)  # max returns the first of equals
     if quality(best) <= 0:
         bound = f"one of {', '.join(offered)}{hint}"
         raise NotAcceptable(
@@ -78,7 +79,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
 
 
 def qualities(header: str) -> list[tuple[str, float]]:
-    """List the names in a header such as Accept or Accept-Encoding, in lower case, each with its quality in 0..1."""
+    """Return the names in a header such as Accept or Accept-Encoding, in lower case, with their qualities in 0..1."""
     return [_quality(part) for part in header.split(",") if part.strip()]
 
 
@@ -96,7 +97,7 @@ def _quality(part: str) -> tuple[str, float]:
 
 
 def cache_directives(request: Request) -> frozenset[str]:
-    """Return the cache directives of a request, such as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
+    """Return the cache directives of a request, such as no-cache, in lower case (RFC 9111, section 5.2.1).
 
     Pragma counts only without Cache-Control (section 5.4).
     """
@@ -106,9 +107,9 @@ def cache_directives(request: Request) -> frozenset[str]:
 
 
 def has_answer(request: Request, etag: str) -> bool:
-    """Return whether the client already has this answer (RFC 9110, section 13.1.2; the weak comparison).
+    """Return True if the client already has this answer (RFC 9110, section 13.1.2; weak comparison).
 
-    `*` matches any answer to GET or HEAD. It matches no answer to POST, because that answer is not a resource.
+    `*` matches any answer to GET or HEAD, but no answer to POST, because that answer is not a resource.
     """
     names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
     return etag in names or ("*" in names and request.method in ("GET", "HEAD"))
@@ -122,7 +123,7 @@ def check_encoding(request: Request) -> None:
 
 
 def key_in_headers(request: Request) -> str | None:
-    """Read the Idempotency-Key, with or without the quotes of a structured-field string. None without the header.
+    """Return the Idempotency-Key without the quotes of a structured-field string; None without the header.
 
     Raises InvalidField, and MalformedRequest for two headers: only list headers may be repeated (RFC 9110, section
     5.3).
@@ -140,12 +141,12 @@ def key_in_headers(request: Request) -> str | None:
 
 
 def media_type_of(request: Request) -> str:
-    """Return the media type of the body, in lower case; empty without a Content-Type."""
+    """Return the media type of the body in lower case; empty without a Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def is_form(request: Request) -> bool:
-    """Whether the Content-Type says that the body is a form."""
+    """Return True if the body's Content-Type is that of a form."""
     return media_type_of(request) == FORM
 
 
@@ -160,7 +161,7 @@ async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, A
         if name in query:
             bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
             errors.add(InvalidField.of(name, bound, query.pop(name)))
-    if "webhook" in query:  # its URL may have secrets, which logs and histories would keep
+    if "webhook" in query:  # the URL may contain secrets, and logs and browser histories keep queries
         errors.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
     if is_form(request):
         form = await read_form(request, limits.max_image_bytes, PICTURES)
@@ -177,7 +178,7 @@ async def parse_call(
     errors: ValidationErrors | None = None,
     context: object = None,
 ) -> Kind:
-    """Check the parameters of a call, in a thread if they have much base64. Raises as RequestSchema.parse does."""
+    """Check the parameters of a call, in a thread if there is much base64. Raises as RequestSchema.parse does."""
     size_bytes = sum(len(values[name]) for name in PICTURES if isinstance(values.get(name), str))
     return await off_loop(size_bytes, kind.parse, values, bounds, errors, context)
 
@@ -189,9 +190,9 @@ def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationError
 
 
 def in_query(kind: type[Kind]) -> Any:
-    """Make the dependency that reads a call's parameters from the query."""
+    """Return a dependency that reads a call's parameters from the query."""
 
-    async def parse(request: Request) -> Kind:  # FastAPI runs plain functions in a thread
+    async def parse(request: Request) -> Kind:  # async, because FastAPI runs plain functions in a thread
         values, errors = from_query(request)
         return kind.parse(values, errors=errors)
 
@@ -199,7 +200,7 @@ def in_query(kind: type[Kind]) -> Any:
 
 
 async def no_parameters(request: HTTPConnection) -> None:
-    """Raise UnknownField if the query of a call without parameters has any."""
+    """Raise UnknownField if there are parameters in the query, for a call that has none."""
     errors = ValidationErrors()
     for name, value in request.query_params.multi_items():
         detail = f"there is no parameter {short(name)!r}; known: none"
@@ -207,18 +208,18 @@ async def no_parameters(request: HTTPConnection) -> None:
     errors.check()
 
 
-BARE = [Depends(no_parameters)]  # the dependencies of such a call
+BARE = [Depends(no_parameters)]  # dependencies of a call without parameters
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
-    """Run a parser on a client's bytes, in a thread for more than SMALL_BYTES, so that the event loop stays free."""
+    """Run a parser on a client's bytes. Above SMALL_BYTES it runs in a thread, to keep the event loop free."""
     if size_bytes <= SMALL_BYTES:
         return parse(*args, **kwargs)
     return await asyncio.to_thread(parse, *args, **kwargs)
 
 
 async def chunks_of(request: Request) -> AsyncIterator[bytes]:
-    """Yield the pieces of a body. Raises JobCancelled if the client disconnects first."""
+    """Yield the chunks of a body. Raises JobCancelled if the client disconnects first."""
     try:
         async for chunk in request.stream():
             yield chunk
@@ -227,7 +228,7 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form. files: names of the fields that may be an image. Raises JobCancelled, and as `parse_form` does."""
+    """Read a form. files: names of fields that may be images. Raises JobCancelled and the errors of `parse_form`."""
     body, held = await read_body(request), body_of(request.scope)
     with held.budget.hold(SMALL_BYTES, held.owner) as copies:
         copies.add(len(body))  # parsing copies the parts
@@ -235,24 +236,24 @@ async def read_form(request: Request, max_bytes: int, files: Collection[str]) ->
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a body. Raises the errors of `chunks_of`.
+    """Read a body. Raises JobCancelled if the client disconnects.
 
-    `request.body()` would keep the bytes as long as the request.
+    `request.body()` is not used, because it keeps the bytes until the request ends.
     """
     return b"".join([chunk async for chunk in chunks_of(request)])
 
 
 async def read_json(request: Request, max_bytes: int, taken: Collection[str] | None = (JSON,)) -> dict[str, Any]:
-    """Read a JSON body. max_bytes bounds everything but the pictures; reading stops early at a larger body.
+    """Read a JSON body. max_bytes: limit of the body without its pictures. A larger body is not read to the end.
 
-    taken: the media types that the call takes, for the error. A body without a type is JSON, and any type but JSON is
-    refused. None: a body of any type is JSON, because clients of an API that others defined may name none.
+    taken: the media types that the call accepts, for the error. A body without a type is JSON, and other types than
+    JSON are refused. None: treat a body of any type as JSON, because clients of other vendors' APIs may send no type.
 
     Raises UnsupportedMediaType and the errors of `from_body`.
     """
     body, costly_bytes, declared = bytearray(), 0, media_type_of(request)
     async for chunk in chunks_of(request):
-        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may name any type
+        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may have any type
             raise UnsupportedMediaType.of(request.headers["content-type"], taken)
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
@@ -262,9 +263,9 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
 
 
 def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationErrors) -> dict[str, Any]:
-    """Turn the items of a query or a form into parameters. List fields repeat their name.
+    """Convert the items of a query or a form to parameters. Names may repeat only for list fields.
 
-    Any other field that is repeated is left out, and a ConflictingField is added to errors.
+    Another repeated field is omitted, and a ConflictingField is added to errors.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -280,9 +281,9 @@ def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationE
 
 
 def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
-    """Parse a JSON object; an empty body has no parameters.
+    """Parse a JSON object. An empty body has no parameters.
 
-    max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a
+    max_bytes: limit of the body without its pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a
     repeated name.
     """
     costly = body.translate(None, BASE64)
@@ -305,7 +306,7 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], errors: ValidationErrors) -> dict[str, Any]:
-    """Merge query and body. A field with two different values is left out, and errors gets a ConflictingField."""
+    """Merge query and body. A field with two different values is omitted, and a ConflictingField is added to errors."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):
@@ -331,8 +332,8 @@ def _same_scalar(query_value: str, body_value: Any) -> bool:
     if not (NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)):
         return False
     try:
-        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are the same guidance
-    except InvalidOperation:  # an exponent of twenty digits
+        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are equal
+    except InvalidOperation:  # for example an exponent of twenty digits
         return False
 
 
@@ -350,9 +351,9 @@ def _no_constant(name: str) -> None:
 
 
 async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
-    """Wait for `wanted`. If the client disconnects first, cancel it and raise JobCancelled.
+    """Wait for `wanted`. If the client disconnects first, cancel `wanted` and raise JobCancelled.
 
-    The rest of the body is received and discarded meanwhile, and its errors are raised too, such as SlowBody.
+    Meanwhile, the rest of the body is received and discarded. Its errors, such as SlowBody, are raised too.
     """
     wait = asyncio.ensure_future(wanted)
     gone = asyncio.ensure_future(_disconnected(request))

@@ -1,6 +1,6 @@
 """The parameters of each kind of call, as pydantic models that check names, types and bounds.
 
-Checks that depend on the model are in specs.py, which turns these models into plain values.
+specs.py does the checks that depend on the model, and converts these models to plain values.
 """
 
 import binascii
@@ -50,7 +50,7 @@ from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
 from tminus.service.spec import TrajectoryType
 
-Schema = dict[str, Any]  # a part of a JSON Schema
+Schema = dict[str, Any]  # part of a JSON Schema
 MAX_SEED = 2**64 - 1
 MAX_EXACT = 2**53
 ENCODED_IMAGE = "base64 of an image, or a data: URL with it"
@@ -58,16 +58,16 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
-PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
-DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # our names by the names of diffusers
-BOUND = "x-bound"  # key in a field's JSON schema: the bound in words, where the type does not give it
+PICTURES = ("image", "mask")  # fields with up to megabytes of base64, or files of a form
+DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # keyed by the name in diffusers
+BOUND = "x-bound"  # key in a field's JSON schema: the bound in words, if the type does not state it
 DEFAULT = "x-default"  # key in a field's JSON schema: the default in words
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 SETTINGS = ("sampler", "steps", "guidance")
-# Parameters that decide the default settings.
+# Parameters that determine the default settings.
 DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
 BIT_DEPTHS = (8, 16, 32)
-MAX_ITEMS = 16  # the most items of a list that are checked, unless its bound allows more
+MAX_ITEMS = 16  # the most list items that are checked, unless the field's bound allows more
 OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # parameters with bounds that depend only on the model
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
@@ -76,9 +76,9 @@ OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file
 
 
 def _whole(value: object) -> int:
-    """Return an integer, or a float with an integer value. Raises ValueError.
+    """Return an integer, or convert a float with an integer value. Raises ValueError.
 
-    JSON Schema, and so OpenAPI, counts 5.0 as an integer. Above 2^53 a float may differ from the number that was sent.
+    JSON Schema, and so OpenAPI, counts 5.0 as an integer. Above 2^53, a float may differ from the number that was sent.
     """
     if type(value) is int:
         return value
@@ -108,7 +108,7 @@ def _boolean(value: object) -> bool:
 
 
 def _image_bytes(value: object, info: ValidationInfo) -> bytes:
-    """Decode base64, or a data: URL that contains it (RFC 2397). Bytes come from a form's file and stay unchanged."""
+    """Decode base64 or a data: URL with base64 (RFC 2397). Bytes, from a form's file, are returned unchanged."""
     if isinstance(value, bytes):
         return value
     field = info.field_name or ""
@@ -136,19 +136,19 @@ def _each_once(values: list[Any]) -> list[Any]:
 
 
 def in_words(default: str, bound: str = "") -> Any:
-    """Describe a field's default in words, and its bound where the type does not give it.
+    """Describe a field's default in words, and its bound if the type does not state it.
 
-    Generated clients would send a `default` that stands in the OpenAPI document.
+    A `default` in the OpenAPI document would make generated clients send the value.
     """
     words = {DEFAULT: default, BOUND: bound}
     return Field(json_schema_extra={name: text for name, text in words.items() if text})
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]  # refuses text, which has another meaning in the same field
+Whole = Annotated[int, BeforeValidator(_whole)]  # refuses text, for fields where text has another meaning
 AsInteger = BeforeValidator(_integer)
 Int = Annotated[int, AsInteger]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
-# The bounds come before the validator, or they would be missing in OpenAPI.
+# Bounds come before the validator; otherwise, OpenAPI would not show them.
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AsInteger]
 Index = Annotated[int, Field(ge=0, le=MAX_INDEX), AsInteger]
 Step = Annotated[int, Field(ge=0), AsInteger]
@@ -180,19 +180,19 @@ Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
 
 
 class Bound(NamedTuple):
-    """A bound narrower than the one in the parameter's field: a schema for each JSON Schema type of its values."""
+    """A bound that is narrower than the field's own bound: a schema for each JSON Schema type of the values."""
 
     integer: Schema | None = None  # also bounds the items of lists
     string: Schema | None = None
     array: Schema | None = None
-    words: str = ""  # the bound in words, where the schemas do not give it
+    words: str = ""  # the bound in words, if the schemas do not state it
 
     def of_kind(self, kind: str) -> Schema:
-        """Return the schema that bounds values of a JSON Schema type; empty for no bound."""
+        """Return the schema for values of a JSON Schema type; empty if there is no bound."""
         return getattr(self, kind, None) or {}
 
     def allows(self, value: int | str) -> bool:
-        """Whether a value of the right type is in the bound."""
+        """Return True if a value of the right type is within the bound."""
         schema = self.of_kind("string" if isinstance(value, str) else "integer")
         if "enum" in schema:
             return value in schema["enum"]
@@ -203,12 +203,12 @@ Bounds = Mapping[str, Bound]
 
 
 def bit_depths(channels: int) -> tuple[int, ...]:
-    """List the bit depths of images. Only grey PNGs have 16 bits."""
+    """Return the bit depths of a model's images. Only grey PNGs have 16 bits."""
     return BIT_DEPTHS if channels == 1 else (8, 32)
 
 
 def bounds_of(model: ModelInfo, limits: Limits) -> Bounds:
-    """Return the bounds that depend on the model and the settings, by parameter."""
+    """Return the bounds that depend on the model and the settings, keyed by parameter."""
     return _bounds(model.num_timesteps, model.samplers, model.class_names, model.channels, limits.max_n)
 
 
@@ -247,13 +247,13 @@ def _bounds(
 
 
 def max_items(schema: Schema, bound: Bound) -> int:
-    """Return the most items of a list that are checked. schema: the field's JSON Schema."""
+    """Return the largest number of list items that are checked. schema: the field's JSON Schema."""
     kinds = (bound.of_kind("array"), *schema.get("anyOf", [schema]))
     return max(MAX_ITEMS, *(int(each.get("maxItems", 0)) for each in kinds))
 
 
 def words_of(schema: Schema, bound: Bound) -> str:
-    """Describe in words what a parameter must be. schema: the field's JSON Schema."""
+    """Describe a parameter's valid values in words. schema: the field's JSON Schema."""
     kind = next(each for each in schema.get("anyOf", [schema]) if each["type"] != "null")
     if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
         return str(words)
@@ -281,19 +281,20 @@ def _as_text(value: float | None) -> str:
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for each unknown parameter, up to the number that an answer lists."""
+    """Raise UnknownField for unknown parameters, at most MOST_FAULTS of them."""
     errors, names = ValidationErrors(), {*known}
     for name in [name for name in given if name not in names][:MOST_FAULTS]:
-        # A webhook's URL may have secrets, and errors are logged.
+        # A webhook's URL may contain secrets, and errors are logged.
         value = origin_of(str(given[name])) if name == "webhook" else given[name]
         errors.add(UnknownField.of(name, known, value))
     errors.check()
 
 
 def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Rename parameters to those of POST /sample. Returns them, and for each name of ours the name in the request.
+    """Rename parameters to the names of POST /sample. Returns them, and the request's names keyed by our names.
 
-    names: our names by the other API's names. Raises ConflictingField for a parameter that is given by two names.
+    names: our names, keyed by the other API's names. Raises ConflictingField if a parameter has two names in the
+    request.
     """
     given_as: dict[str, str] = {}
     for name, value in given.items():
@@ -304,7 +305,7 @@ def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[di
 
 @contextmanager
 def named_as_given(given_as: Mapping[str, str]) -> Iterator[None]:
-    """Make errors in the block name parameters as the request does. given_as: the second result of `by_our_names`."""
+    """Rename parameters in errors of the block to the request's names. given_as: second result of `by_our_names`."""
     try:
         yield
     except (InvalidField, InvalidImage) as error:
@@ -378,7 +379,7 @@ class RequestSchema(BaseModel):
 
     @classmethod
     def words(cls, name: str, bounds: Bounds) -> str:
-        """Describe in words what a parameter must be."""
+        """Describe a parameter's valid values in words."""
         return words_of(_schema_of(cls)[name], bounds.get(name, Bound()))
 
 
@@ -445,13 +446,12 @@ class Sampling(RequestSchema):
     """Seconds from now. A deadline that cannot be met is refused at once; one that passes is answered 504."""
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
-        """Add an error for each parameter outside the model's bounds."""
         super().check_bounds(bounds, errors)
         if self.index > MAX_INDEX + 1 - self.n:
             errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
 
     def decisive(self) -> dict[str, Any]:
-        """Return the given parameters that decide the settings."""
+        """Return the given parameters that determine the settings."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
 
 
@@ -494,7 +494,7 @@ class NoiseCall(RequestSchema):
 
 
 class FloatsRequest(RequestSchema):
-    """The parameters of an answer in floats. The context of its validators is the answer's media type."""
+    """The parameters of an answer in floats. The validators' context is the answer's media type."""
 
     clip_output: Annotated[Bool, in_words("true")] = True
     """With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not to be confused
@@ -545,12 +545,10 @@ class PreviewRequest(RequestSchema):
 
     @property
     def shows(self) -> tuple[Show, ...]:
-        """The kinds of image in the frames, in the order of the request."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
     @property
     def pace(self) -> Pace:
-        """How often frames are due."""
         return Pace(every=self.every) if self.every is not None else Pace(fps=self.fps or DEFAULT_FPS)
 
 
@@ -562,7 +560,7 @@ class StreamCall(PreviewRequest, SampleRequest):
 
 
 class SampleCall(FloatsRequest, SampleRequest):
-    """Parameters of POST /sample and GET /sample. The context of its validators is the media type of the answer."""
+    """Parameters of POST /sample and GET /sample. The validators' context is the media type of the answer."""
 
     every: Annotated[Every | None, in_words("no frames")] = None
     """With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, counted in
@@ -598,14 +596,13 @@ class SampleCall(FloatsRequest, SampleRequest):
 
     @property
     def shows(self) -> tuple[Show, ...]:
-        """The kinds of image in the frames, in the order of the request."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
 
 class JobCall(SampleRequest):
     """Parameters of POST /jobs: a sample, and a webhook with the names of Cog.
 
-    The context of its validators is the AllowedReceivers, or None if the server sends no webhooks.
+    The validators' context is the AllowedReceivers, or None if the server sends no webhooks.
     """
 
     webhook: Annotated[Url | None, in_words("none")] = None
@@ -639,7 +636,6 @@ class JobCall(SampleRequest):
 
     @property
     def receiver(self) -> Webhook | None:
-        """The webhook of the job; None without one."""
         if self.webhook is None:
             return None
         named = self.webhook_events_filter or list(EVENTS)
