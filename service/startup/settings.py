@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -26,9 +26,6 @@ from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.engine.protocol import BUNDLED, LoadOptions
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.model_info import MAX_JOBS, USUAL_MAX_N, Limits
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
