@@ -24,7 +24,7 @@ AT_ONCE = 4  # requests for job images at once per name; further requests wait
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The rest of the quota row_steps_per_minute at one moment."""
+    """The remaining row-steps of a quota, row_steps_per_minute, at one moment."""
 
     quota: int
     left: int
@@ -68,8 +68,8 @@ class Caller:
     def charged(self, row_steps: int, jobs: int) -> Iterator[None]:
         """Charge the row-steps of a job. An exception in the block undoes the charge. Raises QuotaExceeded.
 
-        jobs: number of unfinished jobs of this name. A job above the quota starts when the bucket is full, and the
-        excess is a debt. So every job can start, and the average usage stays within the quota.
+        jobs: number of unfinished jobs of this name. A job above the quota needs a full bucket, and the excess is
+        a debt. So every job can start, and the average usage stays within the quota.
         """
         self.check(row_steps, jobs)
         if self.limits.row_steps_per_minute is None:

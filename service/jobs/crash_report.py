@@ -3,9 +3,9 @@
 The next start of the server reads the file. The kernel keeps written data when a process is killed, so nothing is
 flushed to the disk. After a power cut, which no job causes, the file may be empty.
 
-A crash counts against the jobs that the process worked on (job_runner.py). Two causes do not count: a kill from
-outside, unless the process hung, and a bus error. A bus error means that a mapped file, such as the weights of a
-converted network, was truncated or cannot be read.
+A crash counts against the jobs that the process worked on (job_runner.py). A kill from outside does not count, unless
+the process hung. A bus error does not count either: it means that a mapped file, such as the weights of a converted
+network, was truncated or cannot be read.
 """
 
 import faulthandler
@@ -63,7 +63,7 @@ class CrashFile:
         self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        # Another starting server may take the file for a leftover and delete it before the lock.
+        # Before the lock, another starting server may have deleted the file as a leftover.
         if not os.fstat(self._descriptor).st_nlink:
             raise FileNotFoundError(f"another start has deleted {self._file}")
         os.posix_fallocate(self._descriptor, 0, BYTES)  # reserve space: the disk may be full later

@@ -20,7 +20,7 @@ class HeldState(Enum):
 
     WAITING = auto()  # the worker has no room for the job yet, or the model is not loaded
     IN_WORKER = auto()  # the worker has the job, or the job's images are being read
-    LEFT = auto()  # this process cannot end the job: another replica or a later start must
+    LEFT = auto()  # this process cannot end the job; another replica or a later start does
     ENDING = auto()  # the job has ended, but its outcome is not stored yet
     ENDED = auto()  # the outcome is stored
     LOST = auto()  # another replica holds the job, or has cancelled or deleted it

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 ROOM_S = 0.2  # seconds between attempts to submit a job to a full worker
 LOAD_RETRY_S = 15.0  # seconds until a failed load of the model is retried
 READ_RETRY_S = 1.0  # seconds until a failed read of a resumed job is retried
-FILE_AWAY_S = 60.0  # longest wait for a file store: other jobs of the earlier process wait behind this job
+FILE_AWAY_S = 60.0  # longest wait for a store in a file: other jobs of the earlier process wait behind this job
 MOST_CRASHES = 2  # crashes of the server after which a job fails
 FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
 

@@ -44,7 +44,7 @@ POLL_INTERVAL_S = 1.0  # seconds between look-ups of a job that another server m
 CANCEL_S = 10.0  # longest wait until the tick ends and the cancellation is stored
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # cache of images for repeated requests of the same job
 # Bound the undelivered events: each search for due events reads all undelivered events of a receiver.
-MOST_OWED = 10_000  # most undelivered events for one receiver of an owner
+MOST_OWED = 10_000  # limit of undelivered events per owner and receiver
 OWED_S = 60  # Retry-After in seconds when MOST_OWED is reached
 
 
@@ -262,7 +262,7 @@ class Jobs:
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
                 for view in await _kept_views(lifecycle, before, states, limit, sees):
-                    # Until a held job ends, the view that is already in `found` has more details.
+                    # Until a held job ends, its view in `found` has more details.
                     if view.record.id not in found or view.record.outcome is not None:
                         found[view.record.id] = view
         views = [
@@ -484,7 +484,7 @@ class NewJobs:
         return found, True
 
     async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
-        """Return the refusal of a job that is not durable, with the shortest Retry-After of all its servers."""
+        """Return `error` with the shortest Retry-After of all servers of the store. For jobs that are not durable."""
         leases = self._jobs.of_model(new.work.model).leases
         return error if leases is None else await leases.soonest(error, new.work)
 
@@ -522,7 +522,7 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Store a new job, and submit it to the worker or leave it to other replicas. None if its key has a job."""
+        """Store a new job, and submit it or leave it to other replicas. Return None if its key already has a job."""
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store until the model is loaded
             self._worker.state.check_open()

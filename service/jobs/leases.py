@@ -1,8 +1,8 @@
 """Leases of jobs in a cluster: decides which replica of a shared store works on which job.
 
-A replica claims new jobs that no replica holds, unless they would wait too long behind shorter jobs here. It claims
-the jobs of a dead replica one at a time. It renews the leases of its jobs, and drops jobs whose leases are lost. A
-new job that would wait here stays in the store for the first replica with room.
+A replica claims new jobs that no replica holds, unless they would wait too long behind shorter jobs here. The jobs of
+a dead replica are claimed one at a time. A replica renews the leases of its jobs, and drops jobs whose leases are
+lost. A new job that would wait here stays in the store for the first replica with room.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Leases:
         # Last known load of all replicas; None while the database is away.
         self.load: ClusterLoad | None = None
         self._asked_s = -math.inf  # time of the last attempt to read the load
-        self._retry_queue = RetryQueue()  # clients since then that got another replica's Retry-After
+        self._retry_queue = RetryQueue()  # clients that got another replica's Retry-After since the load was read
         # Length of the shortest job that the last claim left in the store. Only shorter jobs may overtake it.
         self._least_waiting = math.inf  # places (forward passes of one row)
 
@@ -161,7 +161,7 @@ class Leases:
         return len(self._store.holders) > 1
 
     async def last_is_claimed(self) -> bool:
-        """Return True if no job is left for this model to claim. For a replica that no longer serves the weights."""
+        """Return True if no job is left for this model to claim. Used when the weights are no longer served."""
         try:
             return self._others_serve or (await self._store.call(SharedStore.load)).jobs == 0
         except StorageFailed:
@@ -199,11 +199,11 @@ class Leases:
         return outlook if await self._store.add(record, key, new.inputs, held=False) else None
 
     async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
-        """Return the refusal of a job that is not durable, with the shortest Retry-After of all replicas."""
+        """Return `error` with the shortest Retry-After of all replicas. For jobs that are not durable."""
         if error.of_owner or error.field not in LIMITS:  # other replicas do not report these limits
             return error
         now_s = time.perf_counter()
-        if now_s > self._asked_s + LOAD_S:  # one read for many requests
+        if now_s > self._asked_s + LOAD_S:  # read at most once per LOAD_S
             with suppress(StorageFailed, TimeoutError):
                 async with asyncio.timeout(LOAD_WAIT_S):
                     await self._look()

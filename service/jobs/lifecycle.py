@@ -18,7 +18,7 @@ from tminus.service.worker.worker import Worker
 
 
 class Lifecycle:
-    """Starts and stops the parts, and tells them about changes of the model. Used in the event loop's thread only."""
+    """Starts, updates and stops the parts that handle one model's jobs. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Lifecycle:
             self.leases = Leases(
                 store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
-        self._taken_on = asyncio.Event()  # cleared while the store of an earlier process cannot be read
+        self._taken_on = asyncio.Event()  # cleared until the jobs of an earlier process can be read
         self._taken_on.set()
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:

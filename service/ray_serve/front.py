@@ -14,10 +14,8 @@ REQUEST_ID = b"x-request-id"
 class Front:
     """An ASGI app for Serve that handles lifespan events itself and passes requests to the app.
 
-    Used in one event loop only.
-
-    Without keys, only requests to a loopback address are answered, as if the server listened on loopback: Ray's own
-    settings decide the addresses of its proxies.
+    If `anybody` is False, only requests to a loopback address are answered: Ray's settings, not the server's, decide
+    where Ray's proxies listen. Used in one event loop only.
     """
 
     def __init__(self, app: ASGIApp, *, anybody: bool) -> None:

@@ -56,11 +56,11 @@ class Replica:
         self._stack = AsyncExitStack()
         self._following: asyncio.Task[None] | None = None  # None until the replica has started
         self._ending: asyncio.Task[None] | None = None
-        self._is_listed = False  # requests are sent to this replica
+        self._is_listed = False  # Serve sends requests to this replica
         self._waiting_s = 0.0  # last known work of jobs that no replica holds
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Load and measure the models. Return the app when it accepts jobs. Raises ValueError and other errors."""
+        """Load and measure the models. Return the app when it accepts jobs. Raises the error of a failed start."""
         self._loop, settings = asyncio.get_running_loop(), self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
@@ -183,7 +183,7 @@ class Replica:
         self._front.end_streams()
 
     async def __del__(self) -> None:
-        """Shut down. Serve awaits this when no request is left or its timeout has passed."""
+        """Shut down. Serve awaits this when no request is left, or after a timeout."""
         if self._following is None:
             return
         self._following.cancel()

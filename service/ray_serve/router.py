@@ -154,7 +154,7 @@ class BacklogPolicy:
         reports = context.aggregated_metrics or {}
         if not (backlogs_s := reports.get(BACKLOG_S)):
             return context.target_num_replicas, {}
-        # All replicas report the same durable jobs, which no replica holds, so take the maximum.
+        # Work of durable jobs that no replica holds. Every replica reports the same jobs, so take the maximum.
         waiting_s = max(reports.get(WAITING_S, {}).values(), default=0.0)
         needed = math.ceil((sum(backlogs_s.values()) + waiting_s) / self._target_s - ROUNDING)
         return min(context.capacity_adjusted_max_replicas, max(context.capacity_adjusted_min_replicas, needed)), {}

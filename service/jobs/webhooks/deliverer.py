@@ -41,7 +41,7 @@ JITTER = 0.25  # random part of a wait, up or down, so simultaneous failures are
 MOST_ATTEMPTS = 200
 NOT_THERE_S = 5.0  # wait if the job cannot be read or too many names are being looked up
 
-AT_ONCE, FAILING_AT_ONCE = 256, 128  # most attempts at once per model; most of these to receivers that failed last
+AT_ONCE, FAILING_AT_ONCE = 256, 128  # limits per model: attempts at once, attempts to receivers that failed last
 BEGUN_AT_ONCE = 32  # attempts to start before the event loop runs other tasks
 MOST_FAILING = 256  # failing receivers to remember
 
@@ -186,7 +186,7 @@ class Deliverer:
             self._store.owes.set()
 
     async def _ended(self, delivery: Delivery) -> tuple[Delivery, float, bool]:
-        """Attempt a delivery. Return its new state, the seconds until the next attempt, and if this attempt counts."""
+        """Attempt a delivery. Return its new state, seconds until the next attempt, and whether this attempt counts."""
         began_s = time.perf_counter()
         try:
             view = await self._view(delivery.job_id)

@@ -24,7 +24,7 @@ DELIVERY_S = 86_400.0  # seconds from an event to its last delivery attempt
 DELIVERY_BYTES = 512  # estimated size of an event
 AT_ONCE_EACH = 4  # attempts at once for one owner's jobs to one receiver
 DeliveryState = Literal["pending", "delivered", "given_up"]
-Whose = tuple[str, str]  # (owner of jobs, receiver of their events)
+Whose = tuple[str, str]  # (owner, receiver)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Delivery:
     event: Event
     receiver: str  # scheme, host and port
     state: DeliveryState
-    attempts: int  # number of attempts begun; fences off the results of earlier attempts
+    attempts: int  # number of attempts begun; `settle` rejects results of earlier attempts
     since_us: int  # time of the event on the store's clock
     error: str | None = None  # reason for the last failure
     owner: str = ""  # owner of the job, set by a claim
@@ -54,7 +54,7 @@ class Room:
     most: int  # deliveries in total
     most_failing: int  # deliveries to receivers that failed last
     each: int = AT_ONCE_EACH  # deliveries for one owner and receiver
-    busy: frozenset[Whose] = frozenset()  # pairs to skip
+    busy: frozenset[Whose] = frozenset()  # (owner, receiver) pairs to skip
     failing: frozenset[Whose] = frozenset()  # pairs that failed last, in addition to deliveries with an error
     full: frozenset[str] = frozenset()  # owners to skip
     full_of_failing: frozenset[str] = frozenset()  # owners whose failing receivers are skipped
@@ -87,7 +87,7 @@ class DeliveryStore(ABC):
         return ()
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Return the conditions for jobs that this store may write: unfinished and not taken over by another replica."""
+        """Return the conditions for jobs that this store may write: unfinished, and not taken over elsewhere."""
         return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
     def _let_go(self, job_id: str) -> None:  # noqa: B027
@@ -102,7 +102,7 @@ class DeliveryStore(ABC):
                 self._owe(run, job.id, job.webhook, ["start"])
 
     def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
-        """Claim due deliveries and count an attempt of each. Other servers cannot claim them for `held_s` seconds.
+        """Claim due deliveries and count an attempt of each. A claim excludes other servers for `held_s` seconds.
 
         Owners take turns, and so do the receivers of each owner. Jobs made by a newer version are skipped.
         """
@@ -137,8 +137,8 @@ class DeliveryStore(ABC):
         ranked = sa.select(in_turn.c.id, in_turn.c.owner, in_turn.c.turn, in_turn.c.failing, place.label("place"))
         first = ranked.subquery()
         query = sa.select(table, first.c.owner).join(first, first.c.id == table.c.id)
-        # Only deliveries to failing receivers are limited by `place`. LIMIT bounds the other deliveries: unlike `place`,
-        # LIMIT does not count rows that another server has locked.
+        # Only deliveries to failing receivers are limited by `place`. LIMIT bounds the other deliveries: unlike
+        # `place`, LIMIT does not count rows that another server has locked.
         within = sa.or_(~first.c.failing, first.c.place <= room.most_failing)
         query = query.where(within, *due).order_by(first.c.turn, table.c.due_us, table.c.id)
         with self._transaction() as run:
@@ -156,7 +156,7 @@ class DeliveryStore(ABC):
         """
         table = self._deliveries
         held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
-        held.append(table.c.held_until_us.is_not(None))  # an attempt that did not count has returned its number
+        held.append(table.c.held_until_us.is_not(None))  # needed: an attempt that does not count gives its number back
         due_us = self._now() + round(again_in_s * 1e6)
         ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
         ending["attempts"] = table.c.attempts - (0 if counts else 1)

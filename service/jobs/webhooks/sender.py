@@ -43,7 +43,7 @@ SECRET_FORM = f"{WHSEC} and base64 of {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES
 
 
 def read_secrets(text: str) -> tuple[bytes, ...]:
-    """Parse secrets, one per line, newest first. Every secret signs. Raises ValueError, without any secret in it."""
+    """Parse secrets, one per line, newest first. Every secret signs. Raises ValueError that shows no secret."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if not 1 <= len(lines) <= MOST_SECRETS:
         raise ValueError(f"there must be 1 to {MOST_SECRETS} secrets, one a line; there are {len(lines)}")

@@ -21,7 +21,7 @@ Network = IPv4Network | IPv6Network
 
 # Without re.ASCII, [a-z] with IGNORECASE also matches the long s, the dotless i, the dotted I and the Kelvin sign.
 IN_ASCII = re.IGNORECASE | re.ASCII
-MAX_URL = 1024  # characters; also the most bytes of a form field
+MAX_URL = 1024  # characters; a form field has at most the same number of bytes
 URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII without # and the backslash, which some parsers read as a slash
@@ -32,7 +32,7 @@ NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", IN_ASCII)
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa")  # RFC 6761, RFC 6762, RFC 8375
 WELL_KNOWN_PORTS = {"http": 80, "https": 443}
-LEAST_PORT = 1024  # of the lower ports, only 80 and 443 are allowed: a request must not reach a mail or name server
+LEAST_PORT = 1024  # lower ports except 80 and 443 are refused, to protect mail and name servers
 UNICAST = IPv6Network("2000::/3")  # IANA assigns public IPv6 addresses only from this network
 # IPv6 networks that embed IPv4 addresses: IPv4-mapped (RFC 4291) and NAT64 (RFC 6052).
 WITH_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
@@ -142,7 +142,7 @@ class Receiver:
 
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: AllowedReceivers) -> list[str]:
-    """Return those of the host's resolved addresses that the server may connect to."""
+    """Return the resolved addresses that the server may connect to."""
     by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
     listed = receiver.host in allowed.hosts
     return [each for each, address in by_number.items() if listed or is_public(address) or allowed.has(address)]
