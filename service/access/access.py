@@ -38,7 +38,7 @@ class Usage:
     at_s: float
     row_steps: float = 0.0  # missing in the bucket at `at_s`; more than a full bucket after one large job
     connections: int = 0
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # requests for job images
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # bounds requests for images
 
 
 @dataclass(frozen=True, slots=True)

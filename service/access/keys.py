@@ -73,7 +73,7 @@ def to_line(key: Key) -> str:
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:
-    """Parse lines of keys. Ignore empty lines and text after #.
+    """Parse keys, one per line. Ignore empty lines and text after #.
 
     Raises ValueError with the number of the line. The error never contains a possible secret.
     """

@@ -69,7 +69,7 @@ class Retention:
         self._tasks.spawn_until_closed(self._owe_start(job, watch, mailbox))
 
     async def _owe_start(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        begun = await mailbox.take() is not None  # None if the job ended or was lost before a step
+        begun = await mailbox.take() is not None  # None if the job took no step here
         self._held.unwatch(job, watch)
         if begun:
             with suppress(StorageFailed):  # the event is then added when the job is done
@@ -87,7 +87,7 @@ class Retention:
             await asyncio.sleep(SWEEP_S)
 
 
-SHARE = 0.005  # largest share of the time spent on snapshots
+SHARE = 0.005  # largest share of time that snapshots may take
 LEAST_S = 2.0  # minimum seconds between the starts of two rounds
 
 

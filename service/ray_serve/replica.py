@@ -229,7 +229,6 @@ class PeerServer(uvicorn.Server):
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Answer requests until `stop`."""
         self._task = asyncio.get_running_loop().create_task(self.serve([self._listener]))
 
     async def stop(self) -> None:

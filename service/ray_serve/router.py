@@ -50,7 +50,6 @@ class Balance:
     """
 
     def __init__(self, report_age_s: float) -> None:
-        """report_age_s: maximum age of a report."""
         self._report_age_s = report_age_s
         self._sent: defaultdict[str, list[_Sent]] = defaultdict(list)
         self._last_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
@@ -146,7 +145,6 @@ class BacklogPolicy:
     """
 
     def __init__(self, target_backlog_s: float) -> None:
-        """target_backlog_s: seconds of predicted work for each replica."""
         self._target_s = target_backlog_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

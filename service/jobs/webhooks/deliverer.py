@@ -1,6 +1,6 @@
 """Sends webhook deliveries, with growing waits between attempts, until each is delivered or given up.
 
-The store has the deliveries. A server claims a delivery for each attempt. If the server dies, another server claims
+Deliveries are kept in the store. A server claims a delivery for each attempt. If the server dies, another server claims
 the delivery when the claim expires. So a receiver gets each event at least once, always with the same id.
 
 Receivers that do not answer delay no other receivers. An owner may have as many attempts as there are free slots
@@ -65,7 +65,7 @@ class Rules:
 
 
 def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
-    """Return the wait in seconds after this number of failed attempts."""
+    """Return the seconds to wait after this number of failed attempts."""
     longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
     return longest * (1 - JITTER + 2 * JITTER * draw())
 
@@ -107,7 +107,6 @@ class Slots:
         return f"{delivery.owner}\x1ffailing" if is_failing else delivery.owner
 
     def answered(self, delivery: Delivery) -> None:
-        """Record that the receiver answers."""
         self._failing.pop(delivery.whose, None)
 
     def failed(self, delivery: Delivery) -> None:

@@ -96,7 +96,6 @@ class AllowedReceivers:
         return host in self.hosts or (address is not None and self.has(address))
 
     def has(self, address: Address) -> bool:
-        """Return True if an address is in a listed network."""
         return any(address in network for network in self.networks)
 
 
