@@ -1,1 +1,1 @@
-"""Who may ask, and how much: keys, roles and quotas. No HTTP."""
+"""Access control without HTTP: API keys, roles and quotas."""

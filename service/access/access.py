@@ -1,4 +1,4 @@
-"""Who asks, by the secret that came with a request: a name with a role, its limits, and what it has used of them."""
+"""Callers of the server: finds the caller of a request by its secret, and counts the caller's usage."""
 
 import asyncio
 import math
@@ -12,38 +12,38 @@ from cachetools import TTLCache
 from tminus.service.access.keys import KeyLimits, KeyRing, Role
 from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLogins, Unauthorized
 
-ANYBODY = ""  # the name of callers without a key
+ANYBODY = ""  # name of callers without a key
 WINDOW_S = 60
-PIXELS_PER_ROW_STEP = 2**20  # of an upload that is decoded
-# From one address; after them /login refuses it until a window has passed. Keys in headers are not bounded: one program
-# with a wrong key would lock out all clients of its address.
+PIXELS_PER_ROW_STEP = 2**20  # pixels of a decoded upload per row-step
+# After this number of wrong keys from one address, /login refuses the address for WINDOW_S. Wrong keys in headers are
+# not limited: one program with a wrong key would lock out all clients of its address.
 MOST_WRONG_LOGINS = 10
-MOST_ADDRESSES = 4096  # with wrong logins that are remembered
-AT_ONCE = 4  # requests for job images that run at once for one name; further ones wait
+MOST_ADDRESSES = 4096  # remembered addresses with wrong logins
+AT_ONCE = 4  # requests for job images at once per name; further requests wait
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What is left of a quota, row_steps_per_minute, at one moment."""
+    """The remaining row-steps of a quota, row_steps_per_minute, at one moment."""
 
     quota: int
     left: int
-    full_in_s: int  # until all of it is there again, if nothing is used
+    full_in_s: int  # seconds until the quota is full again without further usage
 
 
 @dataclass(slots=True)
 class Usage:
-    """Usage of one name: its bucket of row-steps, which refills evenly in a minute, its connections and its turns."""
+    """The usage of one name. Row-steps come from a bucket that refills evenly within a minute."""
 
     at_s: float
-    row_steps: float = 0.0  # missing in a full bucket at that time; more than it holds after one large job
+    row_steps: float = 0.0  # missing in the bucket at `at_s`; more than a full bucket after one large job
     connections: int = 0
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # at the images of jobs
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # bounds requests for images
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The caller of a request, with its limits. In the event loop's thread only."""
+    """The caller of a request and the caller's limits. Used in the event loop's thread only."""
 
     name: str
     role: Role
@@ -53,12 +53,12 @@ class Caller:
 
     @property
     def sees(self) -> str | None:
-        """Return the owner whose jobs it may see: its own name, or None for the jobs of all."""
+        """The owner whose jobs the caller may see: the caller's name, or None for the jobs of all owners."""
         return None if self.role == "admin" else self.name
 
     @property
     def allowance(self) -> Allowance | None:
-        """How many row-steps are left now; None without a limit."""
+        """The row-steps that are left now; None without a limit."""
         if (quota := self.limits.row_steps_per_minute) is None:
             return None
         used = self._used(quota)
@@ -66,10 +66,10 @@ class Caller:
 
     @contextmanager
     def charged(self, row_steps: int, jobs: int) -> Iterator[None]:
-        """Charge the row-steps of a job; an exception in the block takes them back. Raises QuotaExceeded.
+        """Charge the row-steps of a job. An exception in the block undoes the charge. Raises QuotaExceeded.
 
-        jobs: of this name, that have not ended. A job of more than a minute's quota begins once all of that is there,
-        and what is over is owed: nothing is too large for ever, and in the long run the quota holds.
+        jobs: number of unfinished jobs of this name. A job above the quota needs a full bucket, and the excess is
+        a debt. So every job can start, and the average usage stays within the quota.
         """
         self.check(row_steps, jobs)
         if self.limits.row_steps_per_minute is None:
@@ -88,7 +88,7 @@ class Caller:
             pass
 
     def check(self, row_steps: int, jobs: int) -> None:
-        """Raise QuotaExceeded where `charged` would."""
+        """Raise QuotaExceeded if `charged` would."""
         if (most := self.limits.jobs) is not None and jobs >= most:
             raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
         if (quota := self.limits.row_steps_per_minute) is None:
@@ -101,7 +101,7 @@ class Caller:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Count a connection while it is used. Raises QuotaExceeded."""
+        """Count a connection during the block. Raises QuotaExceeded."""
         usage, most = self.usage, self.limits.connections
         if most is not None and usage.connections >= most:
             raise QuotaExceeded("connections", f"at most {most} connections at once", usage.connections + 1, 1)
@@ -112,7 +112,7 @@ class Caller:
             usage.connections -= 1
 
     def _used(self, quota: int) -> float:
-        """Fill the bucket up to now; return what is missing in it."""
+        """Refill the bucket up to now. Return the row-steps that are missing in the bucket."""
         usage, now_s = self.usage, self.clock()
         usage.row_steps = max(0.0, usage.row_steps - max(0.0, now_s - usage.at_s) * quota / WINDOW_S)
         usage.at_s = now_s
@@ -120,24 +120,24 @@ class Caller:
 
 
 class Access:
-    """Owns what each name has used, and which addresses tried wrong keys. In the event loop's thread only."""
+    """Owns the usage of each name and the addresses that tried wrong keys. Used in the event loop's thread only."""
 
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """is_open: callers without a key may sample."""
+        """is_open: allow callers without a key to sample."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
-        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # how many, by address
+        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # counts by address
 
     @property
     def keys_up(self) -> bool:
-        """Whether the keys in force are what their file says."""
+        """True if the keys in force match their file."""
         return self._keys.up
 
     @property
     def has_keys(self) -> bool:
-        """Whether there are any; else credentials in requests are somebody else's business."""
+        """True if the server has keys. Without keys, the server ignores credentials in requests."""
         return bool(self._keys.keys)
 
     def with_secret(self, secret: str) -> Caller:
@@ -158,13 +158,13 @@ class Access:
             raise
 
     def without_secret(self) -> Caller:
-        """Return whoever comes without a key. Raises Unauthorized where that is not enough."""
+        """Return the caller of a request without a key. Raises Unauthorized if a key is required."""
         if not self.is_open:
             raise Unauthorized
         return self._caller(ANYBODY, "sample", KeyLimits())
 
     def check_admin(self, caller: Caller) -> None:
-        """Raise AdminOff, Unauthorized or Forbidden for whoever may not change the server."""
+        """Raise AdminOff, Unauthorized or Forbidden if the caller may not change the server."""
         if caller.role == "admin":
             return
         if all(key.role != "admin" for key in self._keys.keys):

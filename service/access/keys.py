@@ -1,9 +1,9 @@
-"""API keys: the lines that they are kept as, and those in force. Keys of a file follow it within a second.
+"""API keys: the line format of keys, and the keys in force. Changes of a key file apply within a second.
 
     NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N] [connections=N]
 
-A line has the hash of a secret, which only its owner has. A secret has 256 random bits. So nobody finds it by trying,
-and its SHA-256 gives nothing away; a salt and a slow hash are for passwords that people choose.
+A line has the hash of a secret; only the owner has the secret. A secret has 256 random bits, so guessing is infeasible
+and the SHA-256 hash reveals nothing. Only passwords that people choose need a salt and a slow hash.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASH = re.compile(r"sha256:([0-9a-f]{64})")
-MOST_KEYS, MOST_BYTES = 1000, 2**20  # every request compares its secret with all of them
-MOST = 10**12  # of a limit
-LOOK_S = 1.0  # how often it is looked whether a file of keys has changed
-PREFIX = "tm_"  # what a secret begins with, so that scanners for leaked secrets can know one
+MOST_KEYS, MOST_BYTES = 1000, 2**20  # every request compares its secret with all keys
+MOST = 10**12  # largest value of a limit
+LOOK_S = 1.0  # seconds between checks for changes of a key file
+PREFIX = "tm_"  # prefix of secrets, by which scanners for leaked secrets can find them
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What one name may use; None is no limit."""
+    """Limits of one name. None means no limit."""
 
     row_steps_per_minute: int | None = None  # a guided step counts twice
-    jobs: int | None = None  # accepted and not ended
-    connections: int | None = None  # requests being answered at once; a stream counts while it has a job
+    jobs: int | None = None  # jobs that are accepted and have not ended
+    connections: int | None = None  # requests in progress; a stream counts while it has a job
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One line. Several may have a name: so a secret is replaced without a gap."""
+    """One line of a key file. Several keys may have the same name, so a secret can be replaced without a gap."""
 
     name: str
     role: Role
@@ -53,17 +53,17 @@ class Key:
 
 
 def new_secret() -> str:
-    """Make a secret that nobody can guess."""
+    """Return a new random secret."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def digest_of(secret: str) -> bytes:
-    """Hash a secret as it is kept. Any text can be hashed, also one that is no secret of ours."""
+    """Return the stored hash of a secret. Any text has a hash, even text that is not a valid secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def to_line(key: Key) -> str:
-    """Write a key as its line."""
+    """Return the line for a key."""
     limits = [
         f"{field.replace('_', '-')}={value}"
         for field in KeyLimits.__dataclass_fields__
@@ -73,9 +73,9 @@ def to_line(key: Key) -> str:
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:
-    """Read lines; those that are empty or begin with # say nothing.
+    """Parse keys, one per line. Ignore empty lines and text after #.
 
-    Raises ValueError, which names the line and never repeats what may be a secret.
+    Raises ValueError with the number of the line. The error never contains a possible secret.
     """
     if len(text.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(f"keys may take at most {MOST_BYTES} bytes")
@@ -135,16 +135,16 @@ def _check_together(keys: list[Key]) -> None:
 
 
 class KeyRing:
-    """Owns the keys in force, in the event loop's thread; any may ask `up`."""
+    """Owns the keys in force. Used in the event loop's thread only, except `up`."""
 
     def __init__(
         self, text: str | None = None, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """text: keys that never change. file: keys that may. Neither: there are none. Raises ValueError."""
+        """text: keys that never change. file: key file that may change. Neither: no keys. Raises ValueError."""
         assert text is None or file is None
         self._file, self._clock = file, clock
         self._keys = parse_keys(text) if text is not None else ()
-        self._seen: tuple[int, int, int] | None = None  # what tells one state of the file from another
+        self._seen: tuple[int, int, int] | None = None  # mtime, size and inode of the file
         self._looked_s = clock()
         self._up = True
         if file is not None:
@@ -152,18 +152,18 @@ class KeyRing:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """Return all keys as they are now."""
+        """The keys in force. Reads the file again if it has changed."""
         self._look()
         return self._keys
 
     @property
     def up(self) -> bool:
-        """False while the file cannot be read, or has a mistake, and what it said before holds. Any thread may ask."""
+        """False while the file cannot be read or has a mistake. The earlier keys then stay in force. Thread-safe."""
         self._look()
         return self._up
 
     def find(self, secret: str) -> Key | None:
-        """Find the key of a secret. It takes the same time whichever it is, and whatever is wrong with it."""
+        """Return the key of a secret, or None. The time taken does not depend on the result."""
         digest, found = digest_of(secret), None
         for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
@@ -186,9 +186,9 @@ class KeyRing:
                 log.info("%s has %d keys now", self._file, len(self._keys))
 
     def _read(self, file: Path) -> bool:
-        """Read the file if it has changed; say whether it has. Raises ValueError, and then the keys have not."""
+        """Read the file and return True if it has changed. For a bad file, keep the keys and raise ValueError."""
         try:
-            state = os.stat(file)  # before its bytes: a change between the two is seen at the next look
+            state = os.stat(file)  # stat before reading: the next check finds a change between the two
             seen = state.st_mtime_ns, state.st_size, state.st_ino
             if seen == self._seen:
                 return False

@@ -1,1 +1,1 @@
-"""Durable jobs: kept on disk, finished over restarts, and shown to clients."""
+"""Durable jobs: stored on disk, resumed after restarts, and shown to clients."""

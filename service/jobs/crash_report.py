@@ -1,11 +1,11 @@
-"""The crash report: a file that shows the next start how a process died, and on which jobs it worked.
+"""Crash report: a file that records the jobs a process worked on and how the process died.
 
-The file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to
-the disk. After a power cut, which no job has caused, the file may be empty.
+The next start of the server reads the file. The kernel keeps written data when a process is killed, so nothing is
+flushed to the disk. After a power cut, which no job causes, the file may be empty.
 
-A crash counts against the jobs that the process worked on (job_runner.py). Two causes do not count: a kill from
-outside, unless the process hung; and a bus error, since it means that a mapped file (such as a converted network's)
-was cut or cannot be read.
+A crash counts against the jobs that the process worked on (job_runner.py). A kill from outside does not count, unless
+the process hung. A bus error does not count either: it means that a mapped file, such as the weights of a converted
+network, was truncated or cannot be read.
 """
 
 import faulthandler
@@ -27,62 +27,65 @@ from tminus.service.worker.ticks import WorkerThread
 
 log = logging.getLogger(__name__)
 
-# Byte offsets in the file: the machine, whether the process hangs, the jobs of each thread, and faulthandler's output.
+# Byte offsets in the file: machine state, hang flag, current jobs of each thread, output of faulthandler.
 MACHINE_AT, HANG_AT, PARTS_AT, SIGNAL_AT = 0, 192, {"codes": 256, "steps": 1024}, 2**17
 HANGS = b"\1"
 BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
-POLL_INTERVAL_S = 0.5  # between two checks whether the process hangs
-OF_MAPPED_FILE = "Bus error"  # faulthandler's name of SIGBUS
-WRITE_S = 0.2  # a longer write is not waited for: a folder that is frozen or away must not stop the steps
+POLL_INTERVAL_S = 0.5  # seconds between checks for a hang
+OF_MAPPED_FILE = "Bus error"  # faulthandler's name for SIGBUS
+WRITE_S = 0.2  # longest wait for a write: a frozen or unmounted disk must not stop the steps
 
 
 @dataclass(frozen=True, slots=True)
 class CrashReport:
     """Report left by a process that crashed or was killed. A clean shutdown deletes the file."""
 
-    cause: str | None  # the failure of the process; None if it was, by all signs, killed from outside
-    jobs: frozenset[str]  # jobs that may be the cause: jobs of the thread that failed, or all current jobs
+    cause: str | None  # failure of the process; None if the process was probably killed from outside
+    jobs: frozenset[str]  # possible causes: jobs of the failed thread, or all current jobs if the thread is unknown
     traceback: str = ""
 
 
 def prefix_of(*what: str) -> str:
-    """Return the prefix of a server's file names. Servers with the same settings have the same prefix."""
+    """Return a prefix for crash file names. Servers with the same settings have the same prefix."""
     return "process-" + sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
 class CrashFile:
-    """Owns the file of this process, and the handler of the signals that end it.
+    """Owns the crash file of this process and enables faulthandler, which writes fatal signals to the file.
 
-    faulthandler writes a fatal signal into the file. An OOM kill is recognised by the kernel's count of such kills. A
-    separate thread writes the current jobs, so that a disk that hangs stops no other thread.
+    An OOM kill is detected by an increase of the kernel's count of such kills. A separate thread writes the current
+    jobs, so a disk that hangs does not stop the other threads.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        """Create the file. Raises OSError if that fails."""
+        """Create the file. Raises OSError on failure."""
         self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        # Another start took the file for a leftover and deleted it before the lock.
+        # Before the lock, another starting server may have deleted the file as a leftover.
         if not os.fstat(self._descriptor).st_nlink:
             raise FileNotFoundError(f"another start has deleted {self._file}")
-        os.posix_fallocate(self._descriptor, 0, BYTES)  # reserves the space: the disk may be full later
+        os.posix_fallocate(self._descriptor, 0, BYTES)  # reserve space: the disk may be full later
         os.pwrite(self._descriptor, json.dumps(_machine()).encode() + b"\0", MACHINE_AT)
         os.lseek(self._descriptor, SIGNAL_AT, os.SEEK_SET)
         faulthandler.enable(self._descriptor)
         self._changed = threading.Condition()
-        self._unwritten: dict[int, bytes] = {}  # by offset in the file
+        self._unwritten: dict[int, bytes] = {}  # keyed by offset in the file
         self._worked_on: dict[WorkerThread, frozenset[str]] = {}
         self._hangs = self._closed = self._late = self._told = False
         self._stalled_s: Callable[[], float] = lambda: 0.0
         threading.Thread(target=self._write, name="tminus-crash-file", daemon=True).start()
 
     def watch(self, stalled_s: Callable[[], float]) -> None:
-        """Record from now on whether the process hangs. stalled_s: seconds that it has hung, or 0; thread-safe."""
+        """Record hangs of the process from now on.
+
+        stalled_s: returns the seconds that the process has hung, or 0. Must be thread-safe.
+        """
         self._stalled_s = stalled_s
 
     def work_on(self, part: WorkerThread, jobs: Collection[str]) -> None:
-        """Record the jobs that the calling thread works on from now on. Does not raise if the disk fails."""
+        """Record the jobs that the calling thread works on from now on. Disk errors are logged, not raised."""
         text, place = "\n".join([f"{threading.get_ident():x}", *jobs]).encode(), PARTS_AT[part]
         room = SIGNAL_AT - PARTS_AT["steps"] if part == "steps" else PARTS_AT["steps"] - PARTS_AT["codes"]
         with self._changed:
@@ -111,7 +114,7 @@ class CrashFile:
                 self._tell(error)
             with self._changed:
                 self._late = False
-                if self._unwritten.get(place) is text:  # else a newer text replaced it while the disk hung
+                if self._unwritten.get(place) is text:  # otherwise a newer text replaced this text while the disk hung
                     del self._unwritten[place]
                     self._changed.notify_all()
 
@@ -133,10 +136,10 @@ class CrashFile:
             log.warning("if a job ends this process, another may be taken for it: %s: %s", self._file, reason)
 
     def close(self) -> frozenset[str]:
-        """Delete the file for a clean shutdown. Return the jobs to count a crash against: none unless the process
-        hangs.
+        """Delete the file at a clean shutdown. Return the current jobs if the process hangs, otherwise an empty set.
 
-        The file's descriptor stays open, since a thread that hangs may use it.
+        The caller counts a crash against the returned jobs. The file descriptor stays open because a hanging thread may
+        still use it.
         """
         faulthandler.disable()
         with self._changed:
@@ -151,17 +154,17 @@ def take_crash_reports(folder: Path, prefix: str) -> list[CrashReport]:
     """Read and delete the files of processes that no longer run."""
     reports = []
     for file in sorted(folder.glob(f"{prefix}-*{SUFFIX}")):
-        with suppress(OSError), file.open("r+b") as opened:  # NFS locks only files that are opened for writing
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
+        with suppress(OSError), file.open("r+b") as opened:  # NFS locks only files opened for writing
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError if the process is alive
             data = opened.read()
-            file.unlink()  # before parsing: a crash must not be counted twice
-            with suppress(ValueError, KeyError, TypeError):  # the process died before it wrote anything
+            file.unlink()  # delete before parsing: a crash must not count twice
+            with suppress(ValueError, KeyError, TypeError):  # the process may have died before its first write
                 reports.append(_parse_report(data))
     return reports
 
 
 def log_crash_reports(reports: Sequence[CrashReport]) -> None:
-    """Log how earlier processes ended."""
+    """Log the end of each earlier process."""
     for report in reports:
         jobs = listed(sorted(report.jobs)) or "no durable job"
         if report.cause is None:
@@ -177,16 +180,16 @@ def _parse_report(data: bytes) -> CrashReport:
     def text_at(place: int) -> str:
         return data[place:].partition(b"\0")[0].decode(errors="replace")
 
-    worked_on = dict[str, frozenset[str]]()  # by thread
+    worked_on = dict[str, frozenset[str]]()  # keyed by thread id
     for place in PARTS_AT.values():
         thread, *jobs = text_at(place).split("\n")
         worked_on[thread] = frozenset(jobs)
     every_job = frozenset[str]().union(*worked_on.values())
-    if data[HANG_AT:].startswith(HANGS):  # a hang comes first, whatever ended the process afterwards
+    if data[HANG_AT:].startswith(HANGS):  # a hang is the cause, even if a signal or a kill ended the process
         return CrashReport("it hung", every_job)
     of_signal = data[SIGNAL_AT:].decode(errors="replace")
     if found := re.search(r"Fatal Python error: (.+)", of_signal):
-        # Without a current thread, the signal hit a library's thread, which may work for either part.
+        # Without a current thread, a library's thread got the signal. Such a thread may work for either worker thread.
         by = re.search(r"^Current thread 0x0*([0-9a-f]+).*\n((?: .*\n)*)", of_signal, re.MULTILINE)
         return CrashReport(found[1], worked_on.get(by[1], frozenset()) if by else every_job, by[2] if by else "")
     began, now = json.loads(text_at(MACHINE_AT)), _machine()
@@ -196,7 +199,7 @@ def _parse_report(data: bytes) -> CrashReport:
 
 
 def _machine() -> dict[str, str | int]:
-    """Return the machine's boot id, and the number of OOM kills since that boot."""
+    """Return the boot id of the machine and its number of OOM kills since boot."""
     boot, kills = "", 0
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,6 +1,6 @@
-"""Durable jobs that this process holds: their states, the transitions between states, and the tasks that run jobs.
+"""Durable jobs that this process holds: their states, state transitions and tasks.
 
-job_runner.py takes a job from one state to the next. Used in the event loop's thread only.
+job_runner.py moves the jobs from state to state. Used in the event loop's thread only.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from tminus.service.worker.worker import Worker
 class HeldState(Enum):
     """State of a job between its acceptance or claim and its end."""
 
-    WAITING = auto()  # the worker has no room for the job yet
-    IN_WORKER = auto()  # the worker has the job, or its images are being read
-    LEFT = auto()  # left for another start: this process has no room for it, or its worker ends or has crashed
-    ENDING = auto()  # the job has ended, and its outcome is not stored yet
-    ENDED = auto()  # its outcome is stored
+    WAITING = auto()  # the worker has no room for the job yet, or the model is not loaded
+    IN_WORKER = auto()  # the worker has the job, or the job's images are being read
+    LEFT = auto()  # this process cannot end the job; another replica or a later start does
+    ENDING = auto()  # the job has ended, but its outcome is not stored yet
+    ENDED = auto()  # the outcome is stored
     LOST = auto()  # another replica holds the job, or has cancelled or deleted it
 
 
 TRANSITIONS: dict[HeldState, frozenset[HeldState]] = {
     HeldState.WAITING: frozenset({HeldState.IN_WORKER, HeldState.LEFT, HeldState.ENDING, HeldState.LOST}),
     HeldState.IN_WORKER: frozenset({HeldState.LEFT, HeldState.ENDING, HeldState.LOST}),
-    HeldState.LEFT: frozenset({HeldState.ENDING, HeldState.LOST}),  # a client may still cancel it
+    HeldState.LEFT: frozenset({HeldState.ENDING, HeldState.LOST}),  # a client may still cancel the job
     HeldState.ENDING: frozenset({HeldState.ENDED, HeldState.LOST}),
     HeldState.ENDED: frozenset(),
     HeldState.LOST: frozenset(),
@@ -39,16 +39,15 @@ LAST_STATES = {state for state, following in TRANSITIONS.items() if not followin
 
 @dataclass(slots=True)
 class ModelOfJobs:
-    """The model that a job belongs to. It may change while no job runs."""
+    """The model that a job belongs to. `info` and `limits` may change while no job runs."""
 
     number: int
     info: ModelInfo
     limits: Limits
-    retired: bool = False  # whether the model is no longer served
+    retired: bool = False  # the model is no longer served
 
     @property
     def name(self) -> str:
-        """The name of the model."""
         return self.info.name
 
 
@@ -59,16 +58,15 @@ class HeldJob:
     record: JobRecord
     model: ModelOfJobs
     state: HeldState = HeldState.WAITING
-    ending: JobRecord | None = None  # the record with the outcome, from ENDING on
+    ending: JobRecord | None = None  # record with the outcome, set in ENDING
     over: asyncio.Event = field(default_factory=asyncio.Event)  # set in ENDED and LOST
     viewers: dict[Watch, Mailbox] = field(default_factory=dict)
 
     def may_become(self, state: HeldState) -> bool:
-        """Return whether `state` may follow the current state."""
         return state in TRANSITIONS[self.state]
 
     def become(self, state: HeldState) -> None:
-        """Enter the next state. The viewers' mailboxes close when the job takes no more steps in this process."""
+        """Enter the next state. Close the viewers' mailboxes if the job takes no more steps in this process."""
         assert self.may_become(state), f"{self.state} -> {state}"
         self.state = state
         if state in LAST_STATES:
@@ -79,12 +77,12 @@ class HeldJob:
 
 
 class HeldJobs:
-    """Owns the durable jobs of one model that this process holds, and their viewers."""
+    """Owns the durable jobs of one model that this process holds, and the viewers of these jobs."""
 
     def __init__(self, worker: Worker, model: ModelOfJobs) -> None:
         self._worker, self._model = worker, model
         self._jobs: dict[str, HeldJob] = {}
-        self.idle = asyncio.Event()  # set while every held job is LEFT, or there is none
+        self.idle = asyncio.Event()  # set if every held job is LEFT, or if no job is held
         self.idle.set()
 
     def __iter__(self) -> Iterator[HeldJob]:
@@ -94,21 +92,18 @@ class HeldJobs:
         return len(self._jobs)
 
     def ids(self) -> list[str]:
-        """Return the ids of the jobs."""
         return list(self._jobs)
 
     def find(self, job_id: str) -> HeldJob | None:
-        """Look up one job; None if it is not held here."""
         return self._jobs.get(job_id)
 
     def hold(self, record: JobRecord) -> HeldJob:
-        """Hold one more job."""
         job = self._jobs[record.id] = HeldJob(record, self._model)
         self.idle.clear()
         return job
 
     def move(self, job: HeldJob, state: HeldState) -> None:
-        """Move a job to its next state. A job in ENDED or LOST is no longer held."""
+        """Move a job to its next state. Jobs in ENDED or LOST are no longer held."""
         job.become(state)
         if state is HeldState.IN_WORKER:
             for watch in job.viewers:
@@ -119,22 +114,21 @@ class HeldJobs:
             self.idle.set()
 
     def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        """Add a viewer to a job. Its mailbox closes when the job takes no more steps in this process."""
+        """Add a viewer to a job. The mailbox closes when the job takes no more steps in this process."""
         job.viewers[watch] = mailbox
         if job.state is HeldState.IN_WORKER:
             self._worker.watch(job.record.id, watch)
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
-        """Remove a viewer from a job."""
         job.viewers.pop(watch, None)
         self._worker.unwatch(job.record.id, watch)
 
 
 class Tasks:
-    """Owns the tasks that work on one model's jobs. Ends them when the process ends."""
+    """Owns the asyncio tasks that work on one model's jobs."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references to tasks
         self._given_up: set[asyncio.Task[None]] = set()  # tasks that `close` cancels
         self._closing = asyncio.Event()
 
@@ -150,7 +144,7 @@ class Tasks:
         task.add_done_callback(self._given_up.discard)
 
     async def pause(self, seconds: float) -> None:
-        """Sleep. Raises Draining once `close` is called."""
+        """Sleep. Raises Draining as soon as `close` is called."""
         try:
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
@@ -159,8 +153,8 @@ class Tasks:
         raise Draining
 
     async def close(self) -> None:
-        """End every pause, and wait until all tasks have ended."""
+        """End all pauses, cancel the tasks of `spawn_until_closed`, and wait until all tasks have ended."""
         self._closing.set()
-        for task in self._given_up:  # each may wait for an object store or a webhook receiver that does not answer
+        for task in self._given_up:  # a task may wait for an object store or a receiver that does not answer
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

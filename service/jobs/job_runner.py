@@ -1,13 +1,13 @@
-"""Runs each durable job of a model from its acceptance or claim to its end. Clients' commands are in jobs.py.
+"""Runs each durable job of a model from its acceptance or claim to its end. jobs.py handles clients' commands.
 
-One task per job waits for the worker's result and stores the outcome, whatever happens to the client.
+Each job has a task that waits for the worker's result and stores the outcome, even if the client disconnects.
 
-A job may crash the worker or the whole process. The store counts each crash against the jobs that were being worked
-on. A job with a count steps in ticks of its own, so the next crash shows whether that job is the cause. A kill from
-outside does not count, unless the server hung.
+A job may crash the worker or the whole process. The store counts each crash against the jobs in progress. A job with
+a crash count runs in ticks of its own, so the next crash shows whether this job is the cause. A kill from outside does
+not count, unless the server hung.
 
-Servers that share a store take over each other's jobs before a restart has counted the crash. Jobs taken over are
-suspects: they also step in ticks of their own, and a server takes them on one at a time (shared_store.py).
+Servers that share a store may take over jobs of a dead server before a restart counts the crash. Jobs taken over are
+suspects: they also run in ticks of their own, and a server takes on one suspect at a time (shared_store.py).
 """
 
 import asyncio
@@ -45,16 +45,16 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-ROOM_S = 0.2  # until a full worker is tried again
-LOAD_RETRY_S = 15.0  # until a failed load of the model is retried
-READ_RETRY_S = 1.0  # until a failed read of a resumed job is retried
-FILE_AWAY_S = 60.0  # longest wait for a store in a file: all other jobs of the earlier process wait behind this one
+ROOM_S = 0.2  # seconds between attempts to submit a job to a full worker
+LOAD_RETRY_S = 15.0  # seconds until a failed load of the model is retried
+READ_RETRY_S = 1.0  # seconds until a failed read of a resumed job is retried
+FILE_AWAY_S = 60.0  # longest wait for a store in a file: other jobs of the earlier process wait behind this job
 MOST_CRASHES = 2  # crashes of the server after which a job fails
 FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
 
 
 class JobRunner:
-    """Takes each held job from one state to the next. Used in the event loop's thread only."""
+    """Moves each held job from state to state. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -67,20 +67,19 @@ class JobRunner:
         metrics: Metrics,
         load_queue: LoadQueue,
     ) -> None:
-        """load_queue: where jobs of an unloaded model wait."""
         self._store, self._worker, self._model, self._held = store, worker, model, held
         self._retention, self._tasks, self._metrics, self._load_queue = retention, tasks, metrics, load_queue
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
 
-    # --- jobs that come and go ---
+    # --- accept, resume, cancel and leave jobs ---
 
     @property
     def is_unloaded(self) -> bool:
-        """Whether the model is served but not in memory. Its jobs wait until it is loaded."""
+        """True if the model is served but not in memory. Its jobs wait until the model is loaded."""
         return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
-        """Return the outlook of a job that waits until the model is in memory. Raises Overloaded if too many wait."""
+        """Return the outlook of a job that waits until the model is loaded. Raises Overloaded if too many jobs wait."""
         left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:
@@ -106,7 +105,7 @@ class JobRunner:
             self._metrics.count("tminus_durable_jobs_ended_total", "failed", by=claimed.damaged)
         found = [self._hold(record) for record in claimed.jobs if self._held.find(record.id) is None]
         for job in found:
-            with traced("resume", {"tminus.job.id": job.record.id}):  # parent of the spans of the job's task
+            with traced("resume", {"tminus.job.id": job.record.id}):  # parent span of the job's task
                 if job.record.crashes >= MOST_CRASHES:
                     self._tasks.spawn(self._fail(job, EngineFailed(FAILED_BY_CRASHES)))
                 else:
@@ -117,7 +116,7 @@ class JobRunner:
         return found
 
     def cancel(self, job: HeldJob) -> None:
-        """Cancel a job. `job.over` is set once its outcome is stored."""
+        """Cancel a job. `job.over` is set when the outcome is stored."""
         if job.state is HeldState.IN_WORKER:
             self._worker.cancel(job.record.id, "deleted")
         else:
@@ -142,19 +141,19 @@ class JobRunner:
 
     async def _leave(self, job: HeldJob) -> None:
         """Leave a job that this process cannot end to another replica or a later start."""
-        if not job.may_become(HeldState.LEFT):  # a client has cancelled the job, or it is no longer held
+        if not job.may_become(HeldState.LEFT):  # a client cancelled the job, or the job is no longer held
             return
         self._held.move(job, HeldState.LEFT)
         if self._store.shared:
-            with suppress(StorageFailed):  # its lease then expires
+            with suppress(StorageFailed):  # without a release, the lease expires
                 await self._store.call(SharedStore.release, job.record.id)
-            if job.may_become(HeldState.ENDING):  # its state has not changed meanwhile
+            if job.may_become(HeldState.ENDING):  # the job is still LEFT
                 self._held.move(job, HeldState.LOST)
 
     # --- one job ---
 
     async def _run(self, job: HeldJob, ticket: Ticket | None) -> None:
-        """Run a job to its end, and store the outcome. ticket: None if the worker does not have the job yet."""
+        """Run a job to its end and store the outcome. ticket: None if the worker does not have the job yet."""
         try:
             if ticket is None:
                 rows = job.record.spec.n
@@ -165,7 +164,7 @@ class JobRunner:
                 async with self._resuming:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
-            images = await asyncio.to_thread(result.read)  # waits for a GPU, so it must not block the store's thread
+            images = await asyncio.to_thread(result.read)  # waits for a GPU: must not block the store's thread
             await self._end(job, "done", images, fingerprint=self._model.info.fingerprint)
         except JobCancelled:
             await self._end(job, "cancelled")
@@ -179,15 +178,15 @@ class JobRunner:
             await self._fail(job, ServiceError())
 
     async def _resume(self, job: HeldJob) -> Ticket:
-        """Submit a job of an earlier process to the worker once there is room. Raises the error that ends the job."""
+        """Submit a job to the worker when there is room. Raises the error that ends the job."""
         record = job.record
         isolated = record.crashes > 0 or record.suspect
-        # First: snapshots are found by the fingerprint, which is known once the model is loaded.
+        # Load first: snapshots are found by the model's fingerprint, which is unknown until the model is loaded.
         await self._ensure_loaded(job)
         check_table(record.spec, self._model.info)
         work = work_of(record.spec, self._model.info, self._model.number)
         snapshot, inputs = await self._read(record)
-        while record.id in self._worker.jobs:  # this process lost the job before, and the worker has not dropped it yet
+        while record.id in self._worker.jobs:  # the job was lost here before, and the worker has not dropped it yet
             await self._tasks.pause(ROOM_S)
         while True:
             if job.state is not HeldState.WAITING:
@@ -220,7 +219,7 @@ class JobRunner:
     async def _ensure_loaded(self, job: HeldJob) -> None:
         """Wait until the model is in memory or the job has left WAITING. Raises Draining or EngineFailed.
 
-        Any other failure to load the checkpoint is retried.
+        Retry after any other failure to load the checkpoint.
         """
         while self.is_unloaded and job.state is HeldState.WAITING:
             try:
@@ -234,9 +233,10 @@ class JobRunner:
                 await self._tasks.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
-        """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed if they cannot be read.
+        """Read a job's inputs and its last snapshot by this build. Raises StorageFailed if they cannot be read.
 
-        While the store is away, the read is retried: the job is held, and its stored data is not damaged.
+        Retry while the store is away: without limit for a shared store, for FILE_AWAY_S for a file. Do not retry if the
+        stored data is damaged.
         """
         until_s = math.inf if self._store.shared else time.monotonic() + FILE_AWAY_S
         call, has_inputs = self._store.call, record.spec.image_sha256 is not None
@@ -252,19 +252,19 @@ class JobRunner:
     async def _fail(self, job: HeldJob, error: ServiceError) -> None:
         """Record a job as failed.
 
-        After a crash of the worker, a job that does not cause the crashes is left for the next start.
+        After a crash of the worker, leave the job for the next start unless the job causes the crashes.
         """
         if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
-                job.become(HeldState.LEFT)  # the job stays held, so that it does not begin again before the next start
+                job.become(HeldState.LEFT)  # the job stays held, so it does not run again before the next start
             return
         await self._end(job, "failed", problem=error.problem())
 
     async def _causes_crashes(self, job: HeldJob) -> bool:
-        """Count the crash of the worker. Return whether this job causes the crashes and must fail.
+        """Count the crash of the worker. Return True if this job causes the crashes and must fail.
 
-        Each job of the crash reports the crash for all of them, since the store may fail for one. The store counts it
-        once.
+        Each job of the crash reports the crash for all of these jobs, because a call of the store may fail. The store
+        counts the crash once.
         """
         crashed = self._worker.state.jobs_of_the_crash
         if job.record.id not in crashed:
@@ -276,7 +276,7 @@ class JobRunner:
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
-        """Store the outcome of a job, unless another task does or the job is no longer held."""
+        """Store the outcome of a job. Do nothing if another task stores it or the job is no longer held."""
         if not job.may_become(HeldState.ENDING):
             return
         finished_us = self._store.now_us()
@@ -285,7 +285,7 @@ class JobRunner:
             await self._retention.keep_end(job, ended, images)
         except LeaseLost:
             self.lose(job)
-        except Draining:  # a restart runs it again
+        except Draining:  # a restart runs the job again
             pass
         else:
             self._metrics.count("tminus_durable_jobs_ended_total", outcome)

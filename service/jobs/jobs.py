@@ -1,6 +1,6 @@
-"""Jobs for clients: accepted, found, followed, cancelled and deleted.
+"""Operations on jobs for clients: accept, find, watch, cancel and delete.
 
-An accepted durable job is finished whatever happens to the client or to this process (lifecycle.py).
+An accepted durable job runs to its end, even if the client disconnects or this process ends (lifecycle.py).
 """
 
 import asyncio
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", *OUTCOMES)
 FORECAST_S = 1.0  # maximum age of a forecast
-POLL_INTERVAL_S = 1.0  # between two look-ups of a job that another server may hold
-CANCEL_S = 10.0  # longest wait until the tick ends and the store has the cancellation
-RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # cache of images, for repeated requests of the same job
-# Each search for due events reads all undelivered events of a receiver.
-MOST_OWED = 10_000  # most undelivered events for one receiver of an owner
-OWED_S = 60  # Retry-After beyond it
+POLL_INTERVAL_S = 1.0  # seconds between look-ups of a job that another server may hold
+CANCEL_S = 10.0  # longest wait until the tick ends and the cancellation is stored
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # cache of images for repeated requests of the same job
+# Bound the undelivered events: each search for due events reads all undelivered events of a receiver.
+MOST_OWED = 10_000  # limit of undelivered events per owner and receiver
+OWED_S = 60  # Retry-After in seconds when MOST_OWED is reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +53,19 @@ class JobView:
     """A job as clients see it. A job that is not durable has no view after its end."""
 
     record: JobRecord
-    model: int  # the number of its model
+    model: int  # model number
     model_name: str
     state: str  # one of STATES
     durable: bool
-    step: int | None  # mean number of steps that its rows have taken; None if unknown
-    position: int | None = None  # number of jobs ahead of it; None if unknown
+    step: int | None  # mean number of steps taken by the job's rows; None if unknown
+    position: int | None = None  # number of jobs ahead; None if unknown
     eta_s: float | None = None
-    deliveries: tuple[Delivery, ...] = ()  # deliveries to its webhook; empty if it has none or they are unknown
+    deliveries: tuple[Delivery, ...] = ()  # deliveries to the webhook; empty without a webhook or if unknown
 
 
 def kept_view(record: JobRecord, model: ModelOfJobs) -> JobView:
-    """View a durable job of a model from its record alone."""
-    # A job without an outcome that is not held here is held by another replica, waits for a replica, or is being
+    """Return the view of a durable job, made from its record alone."""
+    # An unfinished job that this server does not hold is held by another replica, waits for a replica, or is being
     # accepted.
     step = record.spec.num_passes if record.outcome == "done" else None if record.outcome or record.held else 0
     state = record.outcome or ("running" if record.held else "waiting")
@@ -73,20 +73,20 @@ def kept_view(record: JobRecord, model: ModelOfJobs) -> JobView:
 
 
 def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
-    """View a durable job that was held here when its status was read from the worker."""
+    """Return the view of a durable job that this server held when `status` was read from the worker."""
     record, model = job.record, (job.model.number, job.model.name)
-    if record.outcome is not None:  # the job has ended since
+    if record.outcome is not None:  # the job has ended since the read
         return kept_view(record, job.model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
-    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # the job has ended, and its outcome is being stored
+    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # the job has ended, but its outcome is not stored yet
         step = None if job.ending is not None and job.ending.outcome != "done" else record.spec.num_passes
         return JobView(record, *model, "running", True, step, 0, 0.0)
     return JobView(record, *model, "waiting", True, 0)
 
 
 def passing_view(status: JobStatus) -> JobView:
-    """View a job that only the worker knows."""
+    """Return the view of a job that only the worker knows."""
     record = JobRecord(status.id, status.spec, status.created_us, owner=status.owner)
     stands = (status.state, status.durable, status.step, status.position, status.eta_s)
     return JobView(record, status.model, status.model_name, *stands)
@@ -95,19 +95,19 @@ def passing_view(status: JobStatus) -> JobView:
 class JobStatuses:
     """Owns the last forecast of waiting and running jobs. Used in the event loop's thread only.
 
-    State and step are read from the worker each time, which is cheap. A forecast over many jobs is slow, so another
-    thread makes one for all jobs at most once a second, and all requests share it.
+    Each call reads state and step from the worker, which is cheap. A forecast over many jobs is slow, so another thread
+    makes one forecast for all jobs, at most once a second. All requests share this forecast.
     """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._forecasting = asyncio.Lock()
         self._forecast: dict[str, JobStatus] = {}
-        self._forecast_s = float("-inf")  # time of the forecast by the event loop's clock
+        self._forecast_s = float("-inf")  # time of the forecast on the event loop's clock
 
     async def of(self, job_id: str) -> JobStatus | None:
-        """Return the status of one job; None if the worker does not have it."""
-        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # this check needs no new forecast
+        """Return the status of one job, or None if the worker does not have the job."""
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # an unknown job needs no new forecast
             return None
         return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
 
@@ -125,62 +125,58 @@ class JobStatuses:
 
 
 class Jobs:
-    """Looks up running jobs in the worker, and ended jobs in the stores.
+    """Looks up running jobs in the worker and ended jobs in the stores.
 
-    Owns the lifecycles of all models with jobs: loaded models, and earlier models whose jobs are kept. Used in the
-    event loop's thread only.
+    Owns the lifecycles of all models with jobs: loaded models, and earlier models with stored jobs. Used in the event
+    loop's thread only.
     """
 
     def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
         self._worker, self._statuses = worker, statuses
-        self._lifecycles: dict[int, Lifecycle] = {}  # by model number
-        # Held while a job's images are read, by job id.
+        self._lifecycles: dict[int, Lifecycle] = {}  # keyed by model number
+        # Locks that are held while a job's images are read, keyed by job id.
         self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._recent: TTLCache[str, Pixels] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=lambda images: images.nbytes)
 
     def put(self, lifecycle: Lifecycle) -> None:
-        """Add the jobs of a model."""
         self._lifecycles[lifecycle.served.number] = lifecycle
 
     def of_model(self, model: int) -> Lifecycle:
-        """Return the lifecycle of a model's jobs."""
         return self._lifecycles[model]
 
     def all_held(self) -> list[HeldJob]:
-        """Return every durable job that has not ended and is held here."""
         return [job for each in self._lifecycles.values() for job in each.held]
 
     def remove(self, model: int) -> None:
-        """Forget the jobs of a model."""
         del self._lifecycles[model]
 
     def store_failure(self, *, of_shared: bool = True) -> StorageFailed | None:
-        """Return the failure of a served model's store that cannot be written at the moment, or None.
+        """Return the current failure of a served model's store, or None if all these stores can be written.
 
-        of_shared: whether to include stores that other servers share.
+        of_shared: include stores that other servers share.
         """
         stores = [each.store for each in list(self._lifecycles.values()) if not each.served.retired]
         served = (store.failure for store in stores if of_shared or not store.shared)
         return next((failure for failure in served if failure is not None), None)
 
     def _held(self, job_id: str, sees: str | None = None) -> HeldJob | None:
-        """Look up an unfinished durable job that is held here."""
         found = (job for each in self._lifecycles.values() if (job := each.held.find(job_id)) is not None)
         return next((job for job in found if sees in (None, job.record.owner)), None)
 
     def by_store(self, job_id: str = "") -> list[Lifecycle]:
-        """Return the latest lifecycle of each store: after a reload of the same weights, two lifecycles share a store.
+        """Return the latest lifecycle of each store. After a reload of the same weights, two lifecycles share a store.
 
-        job_id: the job to look for. An id with a NUL character is in no store, since no database accepts it.
+        job_id: the job to look for. The result is empty if the id has a NUL character, which no database accepts.
         """
         if "\x00" in job_id:
             return []
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
-    # Below, `sees` is the owner whose jobs are visible; None makes all jobs visible. Other owners' jobs are not found.
+    # In the methods below, `sees` is the owner whose jobs are visible; None makes all jobs visible. A job that is not
+    # visible is not found.
 
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
-        """View a durable job whose record was just read from its store."""
+        """Return the view of a durable job whose record was just read from its store."""
         view = kept_view(record, lifecycle.served)
         if (job := self._held(record.id)) is not None:
             view = held_view(job, await self._statuses.of(record.id))
@@ -188,7 +184,7 @@ class Jobs:
         return told
 
     async def find(self, job_id: str, sees: str | None) -> JobView:
-        """Look up one job, durable or not. Raises JobNotFound."""
+        """Return the view of a job, durable or not. Raises JobNotFound."""
         view = await self._find(job_id)
         if view is None or sees not in (None, view.record.owner):
             raise _not_found(job_id)
@@ -196,7 +192,7 @@ class Jobs:
         return told
 
     async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
-        """Add the deliveries to webhooks to the views, where their store can be read."""
+        """Add webhook deliveries to the views. Views stay unchanged if their store cannot be read."""
         known: dict[str, tuple[Delivery, ...]] = {}
         for model in {view.model for view in views if view.record.webhook is not None}:
             asked = [view.record.id for view in views if view.record.webhook is not None and view.model == model]
@@ -207,13 +203,13 @@ class Jobs:
         return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
 
     async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
-        """View a job for its webhook. Raises JobNotFound and StorageFailed."""
+        """Return the view of a job for its webhook. Raises JobNotFound and StorageFailed."""
         record = await lifecycle.store.call(JobStore.get, job_id)
         if record is None:
             raise _not_found(job_id)
         if record.outcome is None:
             return await self.find(job_id, None)
-        # Not `find`, in which a job that has just ended may still be running.
+        # Do not call `find` here: it may still show a job that has just ended as running.
         (view,) = await self.with_deliveries([kept_view(record, lifecycle.served)])
         return view
 
@@ -232,7 +228,7 @@ class Jobs:
         return None
 
     async def find_durable(self, job_id: str, sees: str | None) -> JobView:
-        """Look up one durable job. Raises JobNotFound."""
+        """Return the view of a durable job. Raises JobNotFound."""
         view = await self.find(job_id, sees)
         if not view.durable:
             raise _not_found(job_id)
@@ -252,9 +248,9 @@ class Jobs:
     async def page(
         self, before: Place | None, states: Collection[str], limit: int, sees: str | None, model_name: str | None = None
     ) -> list[JobView]:
-        """List the newest jobs in these states that are older than `before`, newest first.
+        """Return at most `limit` jobs in these states that are older than `before`, newest first.
 
-        model_name: list only jobs of models with this name.
+        model_name: return only jobs of models with this name.
         """
         lifecycles = [each for each in self.by_store() if model_name in (None, each.served.name)]
         found: dict[str, JobView] = {}
@@ -266,7 +262,7 @@ class Jobs:
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
                 for view in await _kept_views(lifecycle, before, states, limit, sees):
-                    # The view of a job that is held here has more details, until the job ends.
+                    # Until a held job ends, its view in `found` has more details.
                     if view.record.id not in found or view.record.outcome is not None:
                         found[view.record.id] = view
         views = [
@@ -277,7 +273,7 @@ class Jobs:
         return await self.with_deliveries(sorted(views, key=lambda view: view.record.place, reverse=True)[:limit])
 
     async def done(self, job_id: str, sees: str | None) -> JobView:
-        """Look up a durable job that has images. Raises JobNotFound, JobNotDone or NoImages."""
+        """Return the view of a durable job that has images. Raises JobNotFound, JobNotDone or NoImages."""
         view = await self.find_durable(job_id, sees)
         if view.state in ("waiting", "running"):
             raise JobNotDone(view.state, max(1, math.ceil(view.eta_s or 1)))
@@ -294,17 +290,17 @@ class Jobs:
             images = self._recent.get(job_id)
             if images is None and lifecycle is not None:
                 images = await lifecycle.store.images(job_id)
-            if images is None:  # deleted since it was looked up
+            if images is None:  # the job was deleted after its look-up
                 raise _not_found(job_id)
-            with suppress(ValueError):  # larger than the whole cache
+            with suppress(ValueError):  # raised if the images are larger than the cache
                 self._recent[job_id] = images
         return images
 
     async def cancel(self, job_id: str, sees: str | None) -> JobView:
-        """Cancel a durable job. A job that has ended stays as it is.
+        """Cancel a durable job. A job that has ended does not change.
 
-        Raises JobNotFound, and StorageFailed if the cancellation cannot be stored: the job may then go on at the next
-        start.
+        Raises JobNotFound. Raises StorageFailed if the cancellation cannot be stored: the job may then continue at the
+        next start.
         """
         job = self._held(job_id, sees)
         if job is None:
@@ -315,7 +311,7 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await job.over.wait()
         except TimeoutError:
-            # The job ended otherwise, and its result takes long to store.
+            # The job ended before the cancellation, but its result is not stored yet.
             if job.ending is not None and job.ending.outcome != "cancelled":
                 if lifecycle.leases is not None:
                     await lifecycle.leases.cancel(job.record)
@@ -336,7 +332,7 @@ class Jobs:
         return view
 
     async def delete(self, job_id: str, sees: str | None) -> None:
-        """Delete a job. A job that has not ended is cancelled first. Raises JobNotFound."""
+        """Delete a job. Cancel the job first if it has not ended. Raises JobNotFound."""
         if self._held(job_id) is not None:
             view = await self.cancel(job_id, sees)
             await self._lifecycles[view.model].store.delete(job_id)
@@ -352,16 +348,17 @@ class Jobs:
         raise _not_found(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """Return the address of another replica that works on a job; None if it has none. Raises StorageFailed."""
+        """Return the address of another replica that works on the job, or None. Raises StorageFailed."""
         lifecycle = self._lifecycles.get(view.model)
-        # A file store marks no record as held.
+        # A file store never marks a record as held.
         if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
         return await lifecycle.store.call(SharedStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
-        """Add a viewer to a job, and close its mailbox when the job ends. Return None if it is not held
-        here any more.
+        """Add a viewer to a job and return the job, or None if the job is not held here any more.
+
+        The mailbox closes when the job takes no more steps in this process.
         """
         job = self._held(job_id)
         if job is not None:
@@ -369,14 +366,13 @@ class Jobs:
         return job
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
-        """Remove a viewer from a job."""
-        job.viewers.pop(watch, None)  # the job's lifecycle may be gone by now
+        job.viewers.pop(watch, None)  # the job's lifecycle may already be removed
         self._worker.unwatch(job.record.id, watch)
 
 
 @contextmanager
 def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
-    """Log StorageFailed if the store's model is no longer served, so that jobs of other models stay reachable."""
+    """Log StorageFailed if the store's model is no longer served, so jobs of other models stay reachable."""
     try:
         yield
     except StorageFailed as error:
@@ -388,7 +384,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
 async def _kept_views(
     lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
 ) -> list[JobView]:
-    """View jobs of one store: ended jobs and, if the store is shared, unfinished jobs. Raises StorageFailed."""
+    """Return views of one store's ended jobs and, if the store is shared, unfinished jobs. Raises StorageFailed."""
     outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
     is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
     if is_open:
@@ -401,7 +397,7 @@ async def _kept_views(
 
 
 async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:
-    """Cancel an unfinished job of a shared store. Do nothing if there is no such job or its data is damaged."""
+    """Cancel an unfinished job of a shared store. Do nothing if the job does not exist or its data is damaged."""
     if lifecycle.leases is None:
         return
     try:
@@ -420,24 +416,23 @@ def _not_found(job_id: str) -> JobNotFound:
 
 
 class _KeyTaken(Exception):
-    """Another job has the Idempotency-Key. It is an exception so that no quota is charged."""
+    """Raised if another job has the Idempotency-Key. The exception leaves `charged`, so no quota is used."""
 
 
 class NewJobs:
-    """Accepts jobs, or leaves them to a replica with room. Used in the event loop's thread only."""
+    """Accepts jobs, or leaves jobs to a replica with room. Used in the event loop's thread only."""
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
-        self._entering: dict[str, str] = {}  # jobs that are being accepted, with their owners
-        # A lock for each key, held while its job is looked for and added: other keys do not wait for a slow store.
+        self._entering: dict[str, str] = {}  # owners of jobs that are being accepted, keyed by job id
+        # One lock per Idempotency-Key, held while its job is looked up and added. A slow store blocks no other keys.
         self._keyed = WeakValueDictionary[str, asyncio.Lock]()
-        self._counts: list[tuple[str, set[str]]] = []  # counts under way: the owner, and the jobs found so far
+        self._counts: list[tuple[str, set[str]]] = []  # counts in progress: the owner and the ids found so far
 
     async def open_jobs(self, owner: str, most: int | None) -> int:
         """Count an owner's unfinished jobs; 0 if `most` is None.
 
-        Other replicas' jobs are counted only while fewer than `most` are here. A store that does not answer counts as
-        empty.
+        Other replicas' jobs are counted only while fewer than `most` are here. Stores that are away are skipped.
         """
         if most is None:
             return 0
@@ -457,7 +452,6 @@ class NewJobs:
         return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
-        """Return the ids of an owner's durable jobs that are held here or are being accepted."""
         held = {job.record.id for job in self._jobs.all_held() if job.record.owner == owner}
         return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
 
@@ -469,10 +463,10 @@ class NewJobs:
         *,
         charged: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> tuple[JobView, bool]:
-        """Accept a job as a durable one. Returns it, and whether the key was used before: it is the earlier job then.
+        """Accept a durable job. Return its view and False, or the view of the key's earlier job and True.
 
-        charged: entered if a new job is made, but not for a repeat; an exception leaves it if the job is not accepted.
-        Raises KeyReused, StorageFailed, and what Worker.submit does.
+        charged: context entered for a new job, but not for a repeat. If the job is not accepted, an exception leaves
+        the context. Raises KeyReused, StorageFailed and the errors of Worker.submit.
         """
         lifecycle = self._jobs.of_model(new.work.model)
 
@@ -482,25 +476,25 @@ class NewJobs:
 
         if key is None:
             return await create(), False
-        # The lock is here and not in the stores, since stores of different weights do not share keys.
+        # Lock here and not in the stores: stores of different weights do not share keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
             try:
                 return await create(), False
-            except _KeyTaken:  # another server added a job with the key at the same time
+            except _KeyTaken:  # another server added a job with this key at the same time
                 found = await self._find_by_key(key, lifecycle.served.name)
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return found, True
 
     async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
-        """Return the refusal of a job that is not durable, with the least Retry-After of all servers of its store."""
+        """Return `error` with the shortest Retry-After of all servers of the store. For jobs that are not durable."""
         leases = self._jobs.of_model(new.work.model).leases
         return error if leases is None else await leases.soonest(error, new.work)
 
     async def _create(self, lifecycle: Lifecycle, new: NewJob, key: Key | None, webhook: Webhook | None) -> JobView:
-        """Make the record of a job, and accept the job. Raises _KeyTaken and the errors of `create`."""
+        """Create the record of a job and accept the job. Raises _KeyTaken and the errors of `create`."""
         if lifecycle.retention.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
@@ -511,7 +505,7 @@ class NewJobs:
             new.id, new.spec, created_us, deadline_us,
             owner=new.owner, webhook=webhook, ahead_us=created_us - now_us(),
         )  # fmt: skip
-        self._entering[new.id] = new.owner  # before the first await, so that every count includes the job
+        self._entering[new.id] = new.owner  # set before the first await, so every count includes the job
         try:
             if webhook is not None:
                 receiver = webhook.receiver  # events of other owners do not count
@@ -525,7 +519,7 @@ class NewJobs:
             del self._entering[new.id]
         if outlook is None:
             raise _KeyTaken
-        if new.id not in self._known(new.owner):  # left to any replica, perhaps after a count has read its store
+        if new.id not in self._known(new.owner):  # left to other replicas: a count in progress may miss this job
             for whose, found in self._counts:
                 if whose == new.owner:
                     found.add(new.id)
@@ -533,11 +527,9 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Submit a new job to the worker or leave it to other replicas, and store it; None if its key already has a
-        job.
-        """
+        """Store a new job, and submit it or leave it to other replicas. Return None if its key already has a job."""
         ticket, leases = None, lifecycle.leases
-        if lifecycle.runner.is_unloaded:  # the job waits in the store
+        if lifecycle.runner.is_unloaded:  # the job waits in the store until the model is loaded
             self._worker.state.check_open()
             outlook = lifecycle.runner.check_room()
             if not await lifecycle.store.add(record, key, new.inputs):
@@ -565,7 +557,7 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was created with a key. Raises KeyReused if its request or model was another."""
+        """Return the job that was created with a key. Raises KeyReused if the request or the model differs."""
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):

@@ -1,8 +1,8 @@
-"""Membership in a cluster: decides which replica of a shared store works on which job.
+"""Leases of jobs in a cluster: decides which replica of a shared store works on which job.
 
-A replica claims new jobs that nobody holds, unless they would wait for long behind shorter jobs here. It claims the
-jobs of a replica that is gone one at a time. It renews the leases of the jobs that it holds, and drops jobs whose
-leases are lost. A new job that would wait here is left in the store, for the first replica with room.
+A replica claims new jobs that no replica holds, unless they would wait too long behind shorter jobs here. The jobs of
+a dead replica are claimed one at a time. A replica renews the leases of its jobs, and drops jobs whose leases are
+lost. A new job that would wait here stays in the store for the first replica with room.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 AHEAD_S = 8.0  # seconds of work: a job with as much work ahead of it here is left to other replicas
-LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # maximum age of the load of all replicas, and longest wait of a request for it
-LIMITS = ("backlog_s", "jobs", "rows")  # limits of one server, which another server may not have reached
-CLAIM_S = 1.0  # between two searches for jobs that nobody holds
-RENEWALS = 3  # renewals in the time of one lease
+LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # seconds: maximum age of the cluster's load, longest wait of a request to read it
+LIMITS = ("backlog_s", "jobs", "rows")  # limits of one server that another server may not have reached
+CLAIM_S = 1.0  # seconds between searches for jobs that no replica holds
+RENEWALS = 3  # renewals per lease duration
 
 
 class Leases:
-    """Claims one model's jobs from a shared store, and renews their leases. Used in the event loop's thread only.
+    """Claims one model's jobs from a shared store and renews their leases. Used in the event loop's thread only.
 
-    While the database is away, held jobs are worked on: no other replica can claim them either. When the database is
+    While the database is away, work on held jobs goes on: no other replica can claim these jobs. When the database is
     back, the next renewal returns the jobs that are still held.
     """
 
@@ -58,31 +58,31 @@ class Leases:
         self._tasks, self._metrics = tasks, metrics
         self._own_tables = frozenset(table.hash for table in model.info.tables)
         store.holders.append(held.ids)
-        self._ended = False  # whether claiming and renewing have stopped
+        self._ended = False  # claiming and renewing have stopped
         self._renewing: asyncio.Task[None] | None = None
-        # Load of all replicas when it was last read; None while the database is away.
+        # Last known load of all replicas; None while the database is away.
         self.load: ClusterLoad | None = None
         self._asked_s = -math.inf  # time of the last attempt to read the load
-        self._retry_queue = RetryQueue()  # clients that got a Retry-After for another replica since the last attempt
-        # The shortest job that the last claim left in the store. Only shorter jobs may go before it.
-        self._least_waiting = math.inf  # the job's places
+        self._retry_queue = RetryQueue()  # clients that got another replica's Retry-After since the load was read
+        # Length of the shortest job that the last claim left in the store. Only shorter jobs may overtake it.
+        self._least_waiting = math.inf  # places (forward passes of one row)
 
-    # --- from the first renewal until the model is unloaded ---
+    # --- renew and claim until the model is unloaded ---
 
     async def start(self) -> None:
-        """Renew once, so that other replicas know of this one. Then renew and claim until `end`."""
+        """Renew once, so other replicas know this replica. Then renew and claim until `end`."""
         with suppress(StorageFailed):
             await self._renew()
         self._renewing = asyncio.create_task(self._renew_until_ended())
         self._tasks.spawn(self._claim_until_ended())
 
     def end(self) -> None:
-        """Stop claiming and renewing, since the model is unloaded."""
+        """Stop claiming and renewing when the model is unloaded."""
         self._ended, self.load = True, None
         self._store.holders.remove(self._held.ids)
 
     async def close(self) -> None:
-        """Stop renewing. Call it when all results are stored."""
+        """Stop renewing. Call this when all results are stored."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
@@ -95,7 +95,7 @@ class Leases:
                     await self._renew()
             except StorageFailed:
                 self.load = None
-            except Exception:  # go on: a replica that does not renew loses its jobs
+            except Exception:  # continue: a replica that does not renew loses its jobs
                 log.exception("the leases of jobs could not be renewed")
 
     async def _renew(self) -> None:
@@ -122,7 +122,7 @@ class Leases:
                 await self._tasks.pause(CLAIM_S)
 
     async def _claim(self) -> None:
-        """Claim and run jobs that nobody holds, if their results can be stored."""
+        """Claim and run jobs that no replica holds, if their results can be stored."""
         try:
             if not (self._ended or self._retention.cannot_keep or (self._model.retired and self._others_serve)):
                 async with self._store.turn:
@@ -136,13 +136,14 @@ class Leases:
             log.exception("jobs could not be claimed")
 
     async def _claim_after(self, suspect: HeldJob) -> None:
-        """Claim again as soon as a suspect is over, since the next suspect waits for that."""
+        """Claim again when a suspect is over: the next suspect waits for this suspect to end."""
         await suspect.over.wait()
         await self._claim()
 
     async def claim(self) -> Claimed:
-        """Claim jobs that nobody holds, as far as there is room. The caller has the store's turn and runs the jobs at
-        once.
+        """Claim jobs that no replica holds, while there is room.
+
+        The caller holds the lock `turn` of the store and runs the claimed jobs at once.
         """
         if not self._worker.state.ready or any(job.state is HeldState.WAITING for job in self._held):
             return Claimed()
@@ -156,11 +157,11 @@ class Leases:
 
     @property
     def _others_serve(self) -> bool:
-        """Whether these weights are loaded twice, as after a reload of the same weights."""
+        """True if these weights are loaded twice, as after a reload of the same weights."""
         return len(self._store.holders) > 1
 
     async def last_is_claimed(self) -> bool:
-        """Return whether no job of these weights is left to claim. For a replica that no longer serves the weights."""
+        """Return True if no job is left for this model to claim. Used when the weights are no longer served."""
         try:
             return self._others_serve or (await self._store.call(SharedStore.load)).jobs == 0
         except StorageFailed:
@@ -169,26 +170,27 @@ class Leases:
     # --- jobs of any replica ---
 
     async def cancel(self, record: JobRecord) -> bool:
-        """Cancel a job that another replica or none holds; False if it has ended. Its holder notices at its next
-        renewal.
+        """Cancel a job in the store. Return False if the job has ended.
+
+        Another replica that holds the job notices the cancellation at its next renewal.
         """
         if not await self._store.call(SharedStore.cancel, record.id):
             return False
         if (job := self._held.find(record.id)) is not None:
             self._runner.lose(job)
-        elif not record.held:  # else its holder counts it as lost
+        elif not record.held:  # otherwise the holder counts the job as lost
             self._metrics.count("tminus_durable_jobs_ended_total", "cancelled")
         return True
 
     # --- new jobs ---
 
     def takes(self, work: Work) -> bool:
-        """Return whether this replica works on a new job. Otherwise the job is left to the first replica with room."""
+        """Return True if this replica takes a new job. Otherwise the job is left to the first replica with room."""
         intake = self._admission.intake(self._model.number, AHEAD_S)
         return work.places < self._least_waiting and intake.has_room(work.places)
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
-        """Store a job that any replica may claim; None if another job has the key. Raises as Admission.enter does."""
+        """Store a job that any replica may claim. Return None if its key has a job. Raises as Admission.enter does."""
         self._worker.state.check_open()
         load, has_picture = await self._store.call(SharedStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(
@@ -197,11 +199,11 @@ class Leases:
         return outlook if await self._store.add(record, key, new.inputs, held=False) else None
 
     async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
-        """Return the refusal of a job that is not durable, with the least Retry-After of all replicas."""
-        if error.of_owner or error.field not in LIMITS:  # these limits of other replicas are unknown
+        """Return `error` with the shortest Retry-After of all replicas. For jobs that are not durable."""
+        if error.of_owner or error.field not in LIMITS:  # other replicas do not report these limits
             return error
         now_s = time.perf_counter()
-        if now_s > self._asked_s + LOAD_S:  # not for each request of a flood
+        if now_s > self._asked_s + LOAD_S:  # read at most once per LOAD_S
             with suppress(StorageFailed, TimeoutError):
                 async with asyncio.timeout(LOAD_WAIT_S):
                     await self._look()

@@ -1,4 +1,4 @@
-"""Puts together the parts that run, claim and keep one model's durable jobs while the model is served."""
+"""Connects the parts that run, claim and store one model's durable jobs while the model is served."""
 
 import asyncio
 from contextlib import suppress
@@ -18,7 +18,7 @@ from tminus.service.worker.worker import Worker
 
 
 class Lifecycle:
-    """Starts and ends the parts, and passes changes of the model to them. Used in the event loop's thread only."""
+    """Starts, updates and stops the parts that handle one model's jobs. Used in the event loop's thread only."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Lifecycle:
         metrics: Metrics,
         load_queue: LoadQueue,
     ) -> None:
-        """Serve the jobs of one model's weights. model: its number. load_queue: loads the model when a job needs it."""
+        """model: the model's number. load_queue: loads the model when a job needs it."""
         self.store, self.served, self.tasks = store, ModelOfJobs(model, info, limits), Tasks()
         self.held = HeldJobs(worker, self.served)
         self.retention = Retention(store, self.held, self.tasks)
@@ -41,21 +41,21 @@ class Lifecycle:
             self.leases = Leases(
                 store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
-        self._taken_on = asyncio.Event()  # set once the jobs of an earlier process are found
+        self._taken_on = asyncio.Event()  # cleared until the jobs of an earlier process can be read
         self._taken_on.set()
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
-        """Record a change of the model. Jobs that end from now on have the new fingerprint."""
+        """Change the model. Jobs that end from now on get the new fingerprint."""
         self.served.info, self.served.limits = info, limits or self.served.limits
 
     @property
     def needs_model(self) -> bool:
-        """Whether a job is in the worker, or waits for room in it. A job whose model is being loaded does not count."""
+        """True if a job is in the worker or waits for room there. Jobs that wait for the model's load do not count."""
         states = (HeldState.IN_WORKER,) if self.runner.is_unloaded else (HeldState.IN_WORKER, HeldState.WAITING)
         return any(job.state in states for job in self.held)
 
     async def start(self, *, take_on: bool = True) -> None:
-        """Take on unfinished jobs of an earlier process. If the store cannot be opened yet, retry in the background.
+        """Resume the stored jobs. If a file store cannot be opened yet, retry in the background.
 
         take_on: False if another Lifecycle has the unfinished jobs of this store.
         """
@@ -90,7 +90,7 @@ class Lifecycle:
                 await self.tasks.pause(CLAIM_S)
 
     async def close(self) -> None:
-        """Store the outcomes of jobs, as far as the store can. Call it after the worker has ended, or without jobs."""
+        """Finish storing outcomes, without retries. Call this after the worker has ended or when no jobs are left."""
         await self.tasks.close()
-        if self.leases is not None:  # last: a result may take longer to store than a lease lasts
+        if self.leases is not None:  # close the leases last: storing a result may take longer than a lease
             await self.leases.close()

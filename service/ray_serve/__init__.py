@@ -1,4 +1,4 @@
-"""Replicas of the server on a Ray cluster, by Ray Serve. Needs the extra `ray`; some modules here do not.
+"""Replicas of the server on a Ray cluster, by Ray Serve. Some modules of this package need the extra `ray`.
 
-Ray starts the replicas, routes requests to them and ends them. Of jobs it knows nothing: those are in PostgreSQL.
+Ray starts the replicas, routes requests to them and ends them. Ray knows nothing of jobs: the jobs are in PostgreSQL.
 """

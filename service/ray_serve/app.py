@@ -1,4 +1,4 @@
-"""The application of Ray Serve: `tminus.service.ray_serve.app:app`, for `tminus ray serve` and Serve config files."""
+"""Application for Ray Serve: `tminus.service.ray_serve.app:app`, for `tminus ray serve` and Serve config files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from tminus.service.ray_serve.router import BacklogPolicy, BacklogRouter
 from tminus.service.ray_serve.settings import RaySettings
 
 NAME = "tminus"
-TOLD_EVERY_S = 0.5  # how often replicas tell how much they have to do
-ON_ITS_WAY_S = 0.25  # from a replica by way of Serve's controller to the proxies
-TRIES = 3  # of a replica's start
+TOLD_EVERY_S = 0.5  # seconds between reports of a replica
+ON_ITS_WAY_S = 0.25  # seconds for a report to reach the proxies through Serve's controller
+TRIES = 3  # attempts to start a replica
 
 
 def app(args: RaySettings) -> Application:
-    """Describe the replicas, on the cluster that this process is connected to."""
+    """Return the application, with replicas for the cluster that this process is connected to."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     settings = placed(args, [node["Resources"] for node in nodes if node["Alive"]])
     deployment: Any = serve.deployment(serve.ingress()(Replica), name=NAME, **options(settings))
@@ -28,13 +28,13 @@ def app(args: RaySettings) -> Application:
 
 
 def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
-    """Decide what a replica has of a cluster with these resources, and run it on that.
+    """Return settings with the GPUs, cores, device and threads of a replica on a cluster with these nodes.
 
-    A replica without a GPU of its own is one of the CPU, with a thread a core.
+    A replica without a GPU runs on the CPU, with one thread per core.
     """
     gpus = settings.replica_gpus
     if gpus is None:
-        # With cuda Ray waits for a node that has one, as it does for any resource.
+        # With cuda, Ray waits for a node with a GPU, as for any resource.
         there = settings.device.startswith("cuda") or any(node.get("GPU", 0) for node in nodes)
         gpus = 1.0 if settings.device != "cpu" and there else 0.0
     cpus = settings.replica_cpus
@@ -47,7 +47,7 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
 
 
 def cores_each(nodes: Sequence[float], replicas: int) -> int:
-    """Return the most whole cores that so many replicas can each have on nodes of these cores; 1 if they do not fit."""
+    """Return the largest whole number of cores per replica with which all replicas fit on the nodes, at least 1."""
     for cores in range(int(max(nodes, default=1)), 1, -1):
         if sum(node // cores for node in nodes) >= replicas:
             return cores
@@ -55,7 +55,7 @@ def cores_each(nodes: Sequence[float], replicas: int) -> int:
 
 
 def options(settings: RaySettings) -> dict[str, Any]:
-    """Return the options of the deployment for Serve."""
+    """Return the options of the Serve deployment."""
     least, most = settings.min_replicas, settings.most_replicas
     policy: dict[str, Any] = {
         "policy_function": BacklogPolicy,

@@ -1,4 +1,4 @@
-"""The way into a replica from Ray's proxies."""
+"""ASGI app between Ray's proxies and the app of a replica."""
 
 import asyncio
 from ipaddress import ip_address
@@ -12,19 +12,19 @@ REQUEST_ID = b"x-request-id"
 
 
 class Front:
-    """An ASGI app for Serve. It keeps Serve's lifespan events from the app behind it. In one event loop only.
+    """An ASGI app for Serve that handles lifespan events itself and passes requests to the app.
 
-    Without keys it answers only requests to a loopback address, like a server that listens there: Ray's own settings
-    say where its proxies listen.
+    If `anybody` is False, only requests to a loopback address are answered: Ray's settings, not the server's, decide
+    where Ray's proxies listen. Used in one event loop only.
     """
 
     def __init__(self, app: ASGIApp, *, anybody: bool) -> None:
-        """anybody: whether other machines may reach the app, which checks keys."""
+        """anybody: answer requests to any address. The app checks keys."""
         self._app, self._anybody = app, anybody
         self._ending = asyncio.Event()
 
     def end_streams(self) -> None:
-        """Close the open WebSockets, on which no job runs."""
+        """Close the open WebSockets. Call this when no job runs on them."""
         self._ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,9 +38,9 @@ class Front:
             await self._app(scope, receive, _without_id(send))
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app on a WebSocket until it ends. If the replica ends first, the code asks for a new attempt."""
+        """Run the app on a WebSocket. If the replica ends first, close with the code "try again later"."""
         ending = asyncio.ensure_future(self._ending.wait())
-        receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, so that no message is lost
+        receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, to avoid losing a message
         ended = False
 
         async def receive_until_the_end() -> Message:
@@ -78,7 +78,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _asked_here(scope: Scope) -> bool:
-    """Whether the request came to a loopback address of the proxy's machine."""
+    """Return True if the request was sent to a loopback address of the proxy's machine."""
     try:
         return ip_address(scope["server"][0]).is_loopback
     except (LookupError, TypeError, ValueError):
@@ -86,7 +86,7 @@ def _asked_here(scope: Scope) -> bool:
 
 
 def _without_id(send: Send) -> Send:
-    """Send without X-Request-ID, since Ray's proxy adds it, with the same id."""
+    """Remove X-Request-ID from responses: Ray's proxy adds this header with the same id."""
 
     async def send_without(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""One server as a replica of Ray Serve: its start, its reports to Ray, and its end."""
+"""One server as a replica of Ray Serve: start, reports to Ray, and shutdown."""
 
 import asyncio
 import errno
@@ -38,29 +38,29 @@ from tminus.service.worker.worker import CLOSE_S, CRASHED
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.05
-LEAVE_S = 2.0  # until every proxy has learned that this replica ends
-FAILED_S = 0.5  # after a crash, for the answers that say so to leave
+LEAVE_S = 2.0  # seconds until every proxy knows that this replica ends
+FAILED_S = 0.5  # seconds after a crash for sending the error responses
 
 
 def ending_s(grace_s: float) -> float:
-    """Seconds that a replica may take to end."""
+    """Return the maximum duration of a replica's shutdown in seconds."""
     return LEAVE_S + grace_s + ANSWER_S + CLOSE_S + LEAVE_S
 
 
 class Replica:
-    """Owns the application and its own port. Serve calls it in one event loop."""
+    """Owns the application and the replica's own port. Serve calls the methods in one event loop."""
 
     def __init__(self, settings: RaySettings) -> None:
         self._settings = settings
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stack = AsyncExitStack()
-        self._following: asyncio.Task[None] | None = None  # None until it has started
+        self._following: asyncio.Task[None] | None = None  # None until the replica has started
         self._ending: asyncio.Task[None] | None = None
-        self._is_listed = False  # among those that requests are sent to
-        self._waiting_s = 0.0  # of jobs that no replica holds, as far as is known
+        self._is_listed = False  # Serve sends requests to this replica
+        self._waiting_s = 0.0  # last known work of jobs that no replica holds
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Load and measure. Returns the app when jobs are accepted. Raises ValueError and the like."""
+        """Load and measure the models. Return the app when it accepts jobs. Raises the error of a failed start."""
         self._loop, settings = asyncio.get_running_loop(), self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
@@ -99,12 +99,12 @@ class Replica:
             raise RuntimeError("this replica takes no more work, though requests are still sent to it")
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """Report to BacklogRouter."""
+        """Return the report for BacklogRouter."""
         worker = self._served.worker
         return Standing(self._backlog_s, len(worker.jobs), worker.state.ready).report()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Report to BacklogPolicy."""
+        """Return the report for BacklogPolicy."""
         if (known := self._served.waiting_in_store()) is not None:
             self._waiting_s = known[1]
         return {BACKLOG_S: self._backlog_s, WAITING_S: self._waiting_s}
@@ -113,13 +113,13 @@ class Replica:
     def _backlog_s(self) -> float:
         return self._served.admission.backlog_s
 
-    # --- its end ---
+    # --- shutdown ---
 
     def _watch(self) -> None:
-        """End the process if the worker crashes: Serve routes to no actor that is dead, and starts another.
+        """End the process if the worker crashes. Serve sends no requests to a dead actor and starts a new one.
 
-        A living process would get requests until Serve has checked its health three times, and would renew the leases
-        of its jobs.
+        A live process would get requests until three health checks of Serve have failed, and would renew the leases of
+        its jobs.
         """
         worker = self._served.worker
         worker.join()
@@ -133,29 +133,29 @@ class Replica:
         os._exit(1)
 
     async def _end_crashed(self) -> None:
-        """Finish the answers, and close the stores, which note the jobs of the crash."""
+        """Finish the responses. Then close the stores, which record the jobs of the crash."""
         await asyncio.sleep(FAILED_S)
         self._front.end_streams()
         await self._peers.stop()
         await self._stack.aclose()
 
     async def is_there(self) -> None:
-        """Answer. The first call of a handle makes its router."""
+        """Do nothing. The first call through a handle makes the handle's router."""
 
     async def _follow(self) -> None:
-        """Make this deployment's router in this process. It learns the list of replicas and passes it on.
+        """Make this deployment's router in this process. The router gets the list of replicas and passes it on.
 
-        Serve itself calls a removed replica only after its last request, and a WebSocket may never end.
+        Serve itself calls a removed replica only after the last request, and a WebSocket may never end.
         """
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
-            await self._handle.is_there.remote()  # the first call makes the router
+            await self._handle.is_there.remote()  # makes the router
         except Exception:
             log.exception("this replica will learn late that it is to end")
 
     def replicas_changed(self, names: set[str]) -> None:
-        """Take the list of replicas that get requests. Any thread may call."""
+        """Update the list of replicas that get requests. Thread-safe."""
         self._loop.call_soon_threadsafe(self._see, names)
 
     def _see(self, names: set[str]) -> None:
@@ -165,13 +165,13 @@ class Replica:
 
     async def _leave(self) -> None:
         await asyncio.sleep(LEAVE_S)
-        if self._is_listed:  # after all, as when Serve's controller has started again
+        if self._is_listed:  # listed again, for example after a restart of Serve's controller
             self._ending = None
         else:
             await self._end_work()
 
     async def _end_work(self) -> None:
-        """Take no more work, leave durable jobs to others, and finish the rest within the grace period."""
+        """Stop accepting work, leave durable jobs to other replicas, and finish other jobs within the grace period."""
         worker, until_s = self._served.worker, time.monotonic() + self._settings.grace_s
         if not worker.state.draining:
             log.info("this replica takes no more work, and ends when what runs is done")
@@ -183,7 +183,7 @@ class Replica:
         self._front.end_streams()
 
     async def __del__(self) -> None:
-        """End. Serve awaits it when no request is left, or when it was patient for long enough."""
+        """Shut down. Serve awaits this when no request is left, or after a timeout."""
         if self._following is None:
             return
         self._following.cancel()
@@ -196,13 +196,13 @@ def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
     return measure_and_build(open_all(settings, address), start_traces(VERSION), Opening())
 
 
-# --- the port of its own, for the other replicas and for Prometheus ---
+# --- own port for other replicas and for Prometheus ---
 
 
 def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
-    """Listen on the first of these ports that is free. Raises OSError, or ValueError where none is.
+    """Listen on the first free port. Raises OSError, or ValueError if no port is free.
 
-    At once, since an address that somebody has reserved, and does not listen on, can be reserved again.
+    Call listen() right after bind(): an address that is bound without a listener can be bound again.
     """
     for port in ports:
         try:
@@ -221,7 +221,7 @@ def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
 
 
 class PeerServer(uvicorn.Server):
-    """A uvicorn server in an event loop of Ray's."""
+    """A uvicorn server in an event loop of Ray."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
@@ -229,16 +229,15 @@ class PeerServer(uvicorn.Server):
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Answer, until `stop`."""
         self._task = asyncio.get_running_loop().create_task(self.serve([self._listener]))
 
     async def stop(self) -> None:
-        """Finish the answers, and stop listening."""
+        """Finish the responses and stop listening."""
         self.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals of the process to Ray."""
+        """Leave signal handling to Ray."""
         yield

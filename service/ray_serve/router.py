@@ -1,4 +1,4 @@
-"""Which replica gets the next request, and how many there should be, both by predicted work.
+"""Routing of requests and number of replicas, both by predicted work.
 
 `BacklogRouter` runs in Ray's proxies, `BacklogPolicy` in Serve's controller.
 """
@@ -15,67 +15,61 @@ from ray.serve.config import AutoscalingContext
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-BACKLOG_S, WAITING_S = "backlog_s", "waiting_s"  # figures of replicas for the policy
+BACKLOG_S, WAITING_S = "backlog_s", "waiting_s"  # keys in a replica's report to BacklogPolicy
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The work of a replica, as it last reported."""
+    """The work of a replica, as last reported."""
 
-    backlog_s: float = 0.0  # predicted, of all its jobs
+    backlog_s: float = 0.0  # predicted duration of all jobs
     jobs: int = 0
-    ready: bool = True  # takes more jobs
+    ready: bool = True  # accepts more jobs
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Standing":
-        """Read the report of a replica. One without a report is ready and idle."""
+        """Parse the report of a replica. A replica without a report is ready and idle."""
         return cls(float(report.get("backlog_s", 0.0)), int(report.get("jobs", 0)), bool(report.get("ready", True)))
 
     def report(self) -> dict[str, float]:
-        """Return the report that `of` reads."""
         return {"backlog_s": self.backlog_s, "jobs": self.jobs, "ready": self.ready}
 
 
 @dataclass(slots=True)
 class _Sent:
-    """A request that was sent a moment ago."""
-
     at_s: float
-    request: str | None = None  # its id, once the replica has accepted it
+    request: str | None = None  # request id, set when the replica has accepted the request
 
 
 class Balance:
-    """Owns the requests that were lately sent to each replica.
+    """Owns the recent requests to each replica.
 
-    The report of a replica is a moment old. A request that was sent within that moment, and is not answered yet, counts
-    as a job of mean size, so that a burst does not go to one replica as a whole.
+    A replica's last report may miss these requests. Each unanswered request within the age of a report counts as a
+    job of mean size, so a burst does not go to one replica as a whole.
     """
 
     def __init__(self, report_age_s: float) -> None:
-        """report_age_s: the largest age of a report."""
         self._report_age_s = report_age_s
         self._sent: defaultdict[str, list[_Sent]] = defaultdict(list)
         self._last_s: defaultdict[str, float] = defaultdict(lambda: -math.inf)
 
     def sent(self, replica: str, now_s: float) -> None:
-        """Note that a request went there."""
         self._sent[replica].append(_Sent(now_s))
         self._last_s[replica] = now_s
 
     def accepted(self, replica: str, request: str) -> None:
-        """Note the id of the first request to this replica without one."""
+        """Set the id of the oldest request to this replica that has no id."""
         for each in self._sent[replica]:
             if each.request is None:
                 each.request = request
                 return
 
     def answered(self, replica: str, request: str) -> None:
-        """Note that a request has ended."""
         self._sent[replica] = [each for each in self._sent[replica] if each.request != request]
 
     def order(self, replicas: Mapping[str, Standing], now_s: float) -> list[str]:
-        """Return the replicas, the best one first. Among equals, the one with the oldest last request comes first.
+        """Return the replicas, best first: by predicted work, then by the oldest last request.
 
         Replicas that would refuse a job come last.
         """
@@ -99,24 +93,24 @@ class Balance:
 
 
 class BacklogRouter(RequestRouter):
-    """Owns the requests that this proxy has sent. Serve's controller brings the reports of the replicas."""
+    """Routes requests by predicted work, and owns the requests that this proxy has sent.
+
+    Serve's controller sends the reports of the replicas.
+    """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """report_age_s: the largest age of a report."""
+        """report_age_s: maximum age of a report."""
         self._balance = Balance(kwargs["report_age_s"])
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
-        """Count a request."""
         super().on_send_request(replica_id)
         self._balance.sent(replica_id.unique_id, time.monotonic())
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Note the id of the request."""
         super().on_request_routed(pending_request, replica_id, result)
         self._balance.accepted(replica_id.unique_id, pending_request.metadata.internal_request_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Count it no longer."""
         super().on_request_completed(replica_id, internal_request_id)
         self._balance.answered(replica_id.unique_id, internal_request_id)
 
@@ -125,41 +119,40 @@ class BacklogRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,  # noqa: ARG002
     ) -> list[list[RunningReplica]]:
-        """Return the replicas by predicted work; Serve takes the first that has room for a request."""
+        """Return the replicas in order of predicted work. Serve takes the first replica with room for a request."""
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
         standings = {name: Standing.of(each.routing_stats) for name, each in replicas.items()}
         return [[replicas[name]] for name in self._balance.order(standings, time.monotonic())]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Route to these from now on. In a replica's own process, pass them to it too.
+        """Route requests to these replicas. In a replica's own process, pass the list to the replica.
 
-        Serve does not notify a replica that it is being removed.
+        Serve does not notify a replica of its removal.
         """
         super().update_replicas(replicas)
         try:
             served = serve.get_replica_context().servable_object
-        except RayServeException:  # this is a proxy
+        except RayServeException:  # this process is a proxy
             return
         if (tell := getattr(served, "replicas_changed", None)) is not None:
             tell({each.replica_id.unique_id for each in replicas})
 
 
 class BacklogPolicy:
-    """Decides how many replicas there should be: as many as bring the work of each to the target.
+    """Decides the number of replicas: enough to bring the work of each replica down to the target.
 
-    Serve calls it several times a second, and follows it after the delays of the settings.
+    Serve calls the policy several times a second, and applies its result after the delays of the settings.
     """
 
     def __init__(self, target_backlog_s: float) -> None:
-        """target_backlog_s: seconds of predicted work for each replica."""
         self._target_s = target_backlog_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return their number, and no state. Without a report the number stays."""
+        """Return the number of replicas, and no state. Without a report, the number stays."""
         reports = context.aggregated_metrics or {}
         if not (backlogs_s := reports.get(BACKLOG_S)):
             return context.target_num_replicas, {}
-        # Durable jobs that no replica holds: all replicas report the same table.
+        # Work of durable jobs that no replica holds. Every replica reports the same jobs, so take the maximum.
         waiting_s = max(reports.get(WAITING_S, {}).values(), default=0.0)
         needed = math.ceil((sum(backlogs_s.values()) + waiting_s) / self._target_s - ROUNDING)
         return min(context.capacity_adjusted_max_replicas, max(context.capacity_adjusted_min_replicas, needed)), {}

@@ -1,4 +1,4 @@
-"""The settings of `tminus ray serve`: those of `tminus serve`, and how many replicas Ray should keep."""
+"""Settings of `tminus ray serve`: the settings of `tminus serve`, and settings for Ray's replicas."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ MOST_PORT = 65_535
 
 
 class RaySettings(Settings):
-    """The settings of replicas on Ray, which are the arguments of an application in a Serve config file too."""
+    """Settings of replicas on Ray. In a Serve config file, the same settings are the arguments of the application."""
 
     ray_address: str | None = Field(
         None,
@@ -111,7 +111,7 @@ class RaySettings(Settings):
 
     @property
     def own_ports(self) -> Sequence[int]:
-        """Return the ports from which a replica takes its own; 0 is any."""
+        """The ports from which a replica takes its own; 0 means any port."""
         if self.replica_ports is None:
             return (0,)
         first, last = map(int, self.replica_ports.split("-"))
@@ -119,5 +119,4 @@ class RaySettings(Settings):
 
     @property
     def most_replicas(self) -> int:
-        """How many may run at once."""
         return self.max_replicas or self.min_replicas

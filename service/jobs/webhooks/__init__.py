@@ -1,1 +1,1 @@
-"""Webhooks of durable jobs: allowed receivers, owed events, signatures and delivery."""
+"""Webhooks of durable jobs: allowed receivers, pending events, signatures and delivery."""

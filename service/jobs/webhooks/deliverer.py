@@ -1,12 +1,12 @@
-"""Sends deliveries to webhooks, with growing waits between attempts, until each is delivered or given up.
+"""Sends webhook deliveries, with growing waits between attempts, until each is delivered or given up.
 
-The store has the deliveries. A server claims a delivery for each attempt; if that server dies, another claims it when
-the claim ends. So a receiver gets each event at least once, under one id.
+Deliveries are kept in the store. A server claims a delivery for each attempt. If the server dies, another server claims
+the delivery when the claim expires. So a receiver gets each event at least once, always with the same id.
 
-Receivers that do not answer delay no others. An owner may have as many attempts as there are free slots: a single
-owner gets half of the slots, two get a third each, and there is always room for one more (dynamic thresholds,
-Choudhury & Hahne 1998). Receivers whose last attempt failed share half of the slots in the same way; the rest is for
-those that answer.
+Receivers that do not answer delay no other receivers. An owner may have as many attempts as there are free slots
+(dynamic thresholds, Choudhury & Hahne 1998): a single owner gets half of the slots, two owners get a third each, and
+there is always room for another owner. Receivers whose last attempt failed share half of the slots in the same way.
+The other half is reserved for receivers that answer.
 """
 
 import asyncio
@@ -35,20 +35,20 @@ from tminus.service.metrics import Metrics
 log = logging.getLogger(__name__)
 
 HELD_S = ATTEMPT_S + 5.0  # duration of a claim
-POLL_INTERVAL_S = 5.0  # between searches for deliveries that other servers or an earlier start have left
+POLL_INTERVAL_S = 5.0  # seconds between searches for deliveries that other servers or an earlier start have left
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
-JITTER = 0.25  # random part of a wait, up or down, so that simultaneous failures are not retried together
+JITTER = 0.25  # random part of a wait, up or down, so simultaneous failures are not retried together
 MOST_ATTEMPTS = 200
-NOT_THERE_S = 5.0  # wait after this server could not read the job or look up the receiver
+NOT_THERE_S = 5.0  # wait if the job cannot be read or too many names are being looked up
 
-AT_ONCE, FAILING_AT_ONCE = 256, 128  # attempts for one model's jobs; of these, attempts to receivers that failed last
-BEGUN_AT_ONCE = 32  # so that the event loop gets other turns in between
-MOST_FAILING = 256  # remembered failing receivers
+AT_ONCE, FAILING_AT_ONCE = 256, 128  # limits per model: attempts at once, attempts to receivers that failed last
+BEGUN_AT_ONCE = 32  # attempts to start before the event loop runs other tasks
+MOST_FAILING = 256  # failing receivers to remember
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The sender, the allowed receivers, and how long a delivery is tried."""
+    """Holds the sender, the allowed receivers and the time limit of a delivery."""
 
     sender: Sender
     allowed: AllowedReceivers
@@ -56,27 +56,30 @@ class Rules:
 
     @classmethod
     def of(cls, secrets: tuple[bytes, ...], allow: str) -> "Rules":
-        """Trust certificates as httpx does: those of SSL_CERT_FILE, else of the package certifi. Raises OSError."""
+        """Create rules. Trust the certificates of SSL_CERT_FILE if set, otherwise those of certifi, as httpx does.
+
+        Raises OSError if the certificates cannot be read, and ValueError for a bad `allow`.
+        """
         allowed = AllowedReceivers.parse(allow)
         return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed)
 
 
 def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
-    """Return the seconds to wait after a number of failed attempts."""
+    """Return the seconds to wait after this number of failed attempts."""
     longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
     return longest * (1 - JITTER + 2 * JITTER * draw())
 
 
 class Slots:
-    """Owns the running attempts, and remembers the receivers that failed last."""
+    """Owns the running attempts and remembers the receivers that failed last."""
 
     def __init__(self) -> None:
-        # By id; the bool tells whether its receiver was known to fail.
+        # Running attempts, keyed by delivery id. The bool is True if the receiver was known to fail.
         self._taken: dict[str, tuple[Delivery, bool]] = {}
-        self._failing: dict[Whose, None] = {}  # the newest last
+        self._failing: dict[Whose, None] = {}  # newest last
 
     def room(self) -> Room | None:
-        """Return the room for new attempts; None if all slots are taken."""
+        """Return the room for new attempts, or None if all slots are taken."""
         free = AT_ONCE - len(self._taken)
         if free <= 0:
             return None
@@ -93,24 +96,21 @@ class Slots:
         )
 
     def take(self, delivery: Delivery) -> None:
-        """Record the start of an attempt."""
         self._taken[delivery.id] = delivery, delivery.error is not None or delivery.whose in self._failing
 
     def give_back(self, delivery: Delivery) -> None:
-        """Record the end of an attempt."""
         del self._taken[delivery.id]
 
     def sharer(self, delivery: Delivery) -> str:
-        """Return the key of an attempt's share of look-ups: an owner's failing receivers have a separate share."""
+        """Return the key of the attempt's share of look-ups. An owner's failing receivers have a separate share."""
         _, is_failing = self._taken[delivery.id]
         return f"{delivery.owner}\x1ffailing" if is_failing else delivery.owner
 
     def answered(self, delivery: Delivery) -> None:
-        """Record that its receiver answers."""
         self._failing.pop(delivery.whose, None)
 
     def failed(self, delivery: Delivery) -> None:
-        """Record that its receiver does not answer, or answers with an error."""
+        """Record that the receiver does not answer, or answers with an error."""
         self.answered(delivery)
         self._failing[delivery.whose] = None
         if len(self._failing) > MOST_FAILING:
@@ -128,20 +128,20 @@ class Deliverer:
         document: Callable[[JobView], Mapping[str, Any]],
         metrics: Metrics,
     ) -> None:
-        """view: looks up a job by its id; raises ServiceError. document: makes the body from it."""
+        """view: returns the view of a job id; raises ServiceError. document: makes the request body from a view."""
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._slots = Slots()
-        self._due_s: list[float] = []  # a heap of the times of this server's next attempts, by the loop's clock
+        self._due_s: list[float] = []  # heap: times of this server's next attempts on the event loop's clock
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        async with asyncio.TaskGroup() as attempts:  # the claim of a cancelled attempt ends by itself
+        async with asyncio.TaskGroup() as attempts:  # the claim of a cancelled attempt expires
             while True:
                 try:
                     self._store.owes.clear()
                     await self._look(attempts)
-                except StorageFailed:  # the store has logged it
+                except StorageFailed:  # the store logs its own failures
                     await asyncio.sleep(POLL_INTERVAL_S)
                     continue
                 except Exception:
@@ -149,7 +149,7 @@ class Deliverer:
                 await self._wait()
 
     async def _look(self, attempts: asyncio.TaskGroup) -> None:
-        """Begin the due attempts, as far as there is room. The end of an attempt wakes this again."""
+        """Start due attempts while there is room. The end of an attempt triggers another search."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
             heapq.heappop(self._due_s)
@@ -163,7 +163,7 @@ class Deliverer:
             attempts.create_task(self._attempt(delivery))
 
     async def _wait(self) -> None:
-        """Wait until something may be due: an event, the end of an attempt, or a time."""
+        """Wait until a delivery may be due: after a new event, the end of an attempt, or the wait of a retry."""
         until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else POLL_INTERVAL_S
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(POLL_INTERVAL_S, until_due_s))):
@@ -176,7 +176,7 @@ class Deliverer:
                 log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
             elif ended.state != "pending":
                 self._metrics.count("tminus_webhook_events_total", ended.state)
-        except StorageFailed:  # the claim ends, and the message is sent once more
+        except StorageFailed:  # the claim expires, and the event is sent again
             pass
         except Exception:
             log.exception("the end of webhook %s of job %s could not be kept", delivery.id, delivery.job_id)
@@ -185,7 +185,7 @@ class Deliverer:
             self._store.owes.set()
 
     async def _ended(self, delivery: Delivery) -> tuple[Delivery, float, bool]:
-        """Attempt a delivery. Returns its state, the seconds until the next attempt, and whether this one counts."""
+        """Attempt a delivery. Return its new state, seconds until the next attempt, and whether this attempt counts."""
         began_s = time.perf_counter()
         try:
             view = await self._view(delivery.job_id)
@@ -195,7 +195,7 @@ class Deliverer:
         except NotDelivered as error:
             self._slots.failed(delivery)
             return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)
-        except InvalidField:  # --webhook-allow was changed
+        except InvalidField:  # --webhook-allow has changed
             return self._failed(delivery, "this receiver is not allowed any more", 0.0)
         except StorageFailed as error:
             if not error.damaged:
@@ -222,7 +222,7 @@ class Deliverer:
     ) -> tuple[Delivery, float, bool]:
         """Return the result of `_ended` for a failure.
 
-        counts: whether it was an attempt. Otherwise the receiver has not failed, and its waits do not grow.
+        counts: False if nothing was attempted. Then the receiver has not failed, and the next wait does not grow.
         """
         if counts:
             self._metrics.observe("tminus_webhook_attempt_duration_seconds", took_s, "failed")

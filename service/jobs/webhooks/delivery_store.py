@@ -1,6 +1,6 @@
-"""The deliveries of a job store: messages to the webhooks of jobs, from the event until they are delivered or given up.
+"""Deliveries of a job store: messages to the webhooks of jobs, from the event until each is delivered or given up.
 
-The rest of a store is in store/job_store.py.
+store/job_store.py has the other calls of a store.
 """
 
 import json
@@ -20,91 +20,91 @@ from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
-DELIVERY_S = 86_400.0  # from an event to the last attempt to deliver it
-DELIVERY_BYTES = 512  # rough size of an event
-AT_ONCE_EACH = 4  # attempts for one owner's jobs to one receiver
+DELIVERY_S = 86_400.0  # seconds from an event to its last delivery attempt
+DELIVERY_BYTES = 512  # estimated size of an event
+AT_ONCE_EACH = 4  # attempts at once for one owner's jobs to one receiver
 DeliveryState = Literal["pending", "delivered", "given_up"]
-Whose = tuple[str, str]  # an owner and a receiver of its jobs
+Whose = tuple[str, str]  # (owner, receiver)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """One event of a job for its receiver, delivered or not."""
 
-    id: str  # webhook-id, the same in each attempt
+    id: str  # value of the header webhook-id, the same in each attempt
     job_id: str
     event: Event
     receiver: str  # scheme, host and port
     state: DeliveryState
-    attempts: int  # the number of attempts begun; also the fence of the newest
-    since_us: int  # when the event happened, by the store's clock
-    error: str | None = None  # why the last attempt failed
-    owner: str = ""  # the job's owner, set by a claim
+    attempts: int  # number of attempts begun; `settle` rejects results of earlier attempts
+    since_us: int  # time of the event on the store's clock
+    error: str | None = None  # reason for the last failure
+    owner: str = ""  # owner of the job, set by a claim
 
     @property
     def whose(self) -> Whose:
-        """The owner and the receiver: a failing receiver of one owner does not affect another owner's."""
+        """The owner and the receiver. A failing receiver of one owner does not affect the receivers of other owners."""
         return self.owner, self.receiver
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The deliveries that may be claimed: how many, and which owners and receivers are left out."""
+    """Limits of a claim: the number of deliveries, and the owners and receivers to skip."""
 
-    most: int  # the total
-    most_failing: int  # to receivers that failed last
-    each: int = AT_ONCE_EACH  # for one owner and receiver
-    busy: frozenset[Whose] = frozenset()  # pairs without room
-    failing: frozenset[Whose] = frozenset()  # pairs that failed last, beside those known from the deliveries
-    full: frozenset[str] = frozenset()  # owners without room
-    full_of_failing: frozenset[str] = frozenset()  # owners without room for receivers that failed last
+    most: int  # deliveries in total
+    most_failing: int  # deliveries to receivers that failed last
+    each: int = AT_ONCE_EACH  # deliveries for one owner and receiver
+    busy: frozenset[Whose] = frozenset()  # (owner, receiver) pairs to skip
+    failing: frozenset[Whose] = frozenset()  # pairs that failed last, in addition to deliveries with an error
+    full: frozenset[str] = frozenset()  # owners to skip
+    full_of_failing: frozenset[str] = frozenset()  # owners whose failing receivers are skipped
 
 
 class DeliveryStore(ABC):
-    """The calls of a JobStore for deliveries, and the basis of all its calls."""
+    """Base class of JobStore, with the calls for deliveries."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables, self._jobs, self._deliveries = tables, tables.jobs, tables.deliveries
 
     @abstractmethod
     def now_us(self) -> int:
-        """Return the Unix time by the store's clock, in microseconds; the same for all replicas."""
+        """Return the Unix time in microseconds on the store's clock, which all replicas share."""
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[Run]:
-        """Run statements in one transaction. Raises StorageFailed if one of them fails, which undoes all."""
+        """Run statements in one transaction. If a statement fails, undo the transaction and raise StorageFailed."""
 
     def _now(self) -> sa.ColumnElement[int]:
-        """The store's time as an expression: by the database's own clock, where several servers use it."""
+        """Return the store's time as an SQL expression. A store shared by several servers uses the database's clock."""
         return sa.literal(self.now_us(), sa.BigInteger)
 
     def _here(self) -> Conditions:
-        """Choose the jobs of this store from all in the table."""
+        """Return the conditions for jobs of this store. A table may have jobs of several stores."""
         return ()
 
     def _understood(self) -> Conditions:
-        """Choose the jobs that no newer version of tminus has made."""
+        """Return the conditions for jobs that were not made by a newer version of tminus."""
         return ()
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Choose the jobs that this store may write: they have not ended, and no other replica has taken them over."""
+        """Return the conditions for jobs that this store may write: unfinished, and not taken over elsewhere."""
         return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
     def _let_go(self, job_id: str) -> None:  # noqa: B027
-        """Forget that a job is held: it has ended, or was lost."""
+        """Forget a held job that has ended or was lost."""
 
     @Call(writes=True, owes=True)
     def started(self, job: JobRecord) -> None:
-        """Owe the event "start" to a job's webhook, if it wants it and the job is held and has not ended."""
+        """Add the event "start" if the job's webhook wants this event and the job is held and has not ended."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
                 self._owe(run, job.id, job.webhook, ["start"])
 
     def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
-        """Hold deliveries that are due, for so long, and count an attempt of each; nobody else has them meanwhile.
+        """Claim due deliveries and count an attempt of each. A claim excludes other servers for `held_s` seconds.
 
-        Of each owner, and of each of its receivers, in turn. None of jobs that a newer version made.
+        Owners take turns, and so do the receivers of each owner. Jobs made by a newer version are skipped.
         """
         table, jobs, now = self._deliveries, self._jobs, self._now()
         whose = sa.tuple_(jobs.c.owner, table.c.receiver)
@@ -137,7 +137,8 @@ class DeliveryStore(ABC):
         ranked = sa.select(in_turn.c.id, in_turn.c.owner, in_turn.c.turn, in_turn.c.failing, place.label("place"))
         first = ranked.subquery()
         query = sa.select(table, first.c.owner).join(first, first.c.id == table.c.id)
-        # The others by LIMIT alone, which goes on behind rows that another server has locked.
+        # Only deliveries to failing receivers are limited by `place`. LIMIT bounds the other deliveries: unlike
+        # `place`, LIMIT does not count rows that another server has locked.
         within = sa.or_(~first.c.failing, first.c.place <= room.most_failing)
         query = query.where(within, *due).order_by(first.c.turn, table.c.due_us, table.c.id)
         with self._transaction() as run:
@@ -149,13 +150,13 @@ class DeliveryStore(ABC):
 
     @Call(writes=True)
     def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
-        """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
+        """Store the result of an attempt. Return False if another server has claimed the delivery or its job is gone.
 
-        again_in_s: until the next one, if it is still pending. counts: False where nothing was attempted after all.
+        again_in_s: seconds until the next attempt of a pending delivery. counts: False if nothing was attempted.
         """
         table = self._deliveries
         held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
-        held.append(table.c.held_until_us.is_not(None))  # one that did not count has given its number back
+        held.append(table.c.held_until_us.is_not(None))  # needed: an attempt that does not count gives its number back
         due_us = self._now() + round(again_in_s * 1e6)
         ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
         ending["attempts"] = table.c.attempts - (0 if counts else 1)
@@ -164,7 +165,7 @@ class DeliveryStore(ABC):
 
     @Call("reads")
     def number_owed(self, owner: str, receiver: str, most: int) -> int:
-        """Count the deliveries of an owner's jobs to a receiver that are pending, up to this number."""
+        """Count the pending deliveries of an owner's jobs to a receiver, up to `most`."""
         table, jobs = self._deliveries, self._jobs
         pending = sa.select(table.c.id).join(jobs, jobs.c.id == table.c.job_id).where(jobs.c.owner == owner)
         pending = pending.where(table.c.state == "pending", table.c.receiver == receiver).limit(most)
@@ -173,17 +174,17 @@ class DeliveryStore(ABC):
 
     @Call("reads")
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
-        """Return all deliveries of jobs, by job, in the order of their events."""
+        """Return all deliveries of the jobs in the order of EVENTS, keyed by job id."""
         found = dict[str, list[Delivery]]()
         with self._transaction() as run:
             for row in run(sa.select(self._deliveries).where(self._deliveries.c.job_id.in_([*job_ids]))).all():
                 found.setdefault(row.job_id, []).append(_delivery(row, row.attempts))
         return {job_id: sorted(each, key=lambda one: EVENTS.index(one.event)) for job_id, each in found.items()}
 
-    # --- in transactions of the rest of the store ---
+    # --- called in transactions of other store calls ---
 
     def _owe(self, run: Run, job_id: str, webhook: Webhook | None, events: Collection[Event]) -> None:
-        """Add a delivery for each event that the webhook wants, unless it has one."""
+        """Add a delivery for each event that the webhook wants and that has no delivery yet."""
         table = self._deliveries
         if webhook is None or not (wanted := [event for event in events if event in webhook.events]):
             return
@@ -195,7 +196,7 @@ class DeliveryStore(ABC):
                 run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
 
     def _is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
-        """Choose the jobs with a pending delivery of an event after this time."""
+        """Return the condition for jobs with a pending delivery of an event after this time."""
         table, jobs = self._deliveries, self._jobs
         pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
         return sa.and_(jobs.c.webhook.is_not(None), pending.where(table.c.since_us > after_us).exists())
@@ -207,7 +208,7 @@ def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
 
 
 def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
-    """Read the webhook of a job's row. damaged: None for one that cannot be read."""
+    """Return the webhook of a job's row, or None. damaged: return None for an unreadable webhook instead of raising."""
     try:
         return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
     except UNREADABLE:

@@ -1,9 +1,10 @@
-"""One attempt to deliver: a POST to an address that was checked as it was connected to, bounded in time and bytes.
+"""One delivery attempt: a POST to a checked address, bounded in time and bytes.
 
-No redirect is followed, no proxy of the environment is used, no connection is kept, and nothing of an answer but its
-status is read, or goes any further: what a receiver says is not to be read through this server.
+Each address is checked when the connection is made. Redirects are not followed, proxies of the environment are not
+used, and connections are not kept. Only the status of a response is read, so clients cannot read data of internal
+services through this server.
 
-Bodies are signed as Standard Webhooks has it (standardwebhooks.com, version 1, symmetric): HMAC-SHA256 with a time.
+Bodies are signed as in Standard Webhooks (standardwebhooks.com, version 1, symmetric): HMAC-SHA256 with a timestamp.
 """
 
 import asyncio
@@ -26,23 +27,23 @@ from tminus.service.jobs.webhooks.webhook import AllowedReceivers, Receiver, per
 
 log = logging.getLogger(__name__)
 
-ATTEMPT_S = 10.0  # for all of it: name, connection, TLS, request and answer
-CONNECT_S = 4.0  # to one address
-MOST_ADDRESSES = 4  # of a name that are tried
-# One for both, since what a server's own name server knows is not for its clients to find out.
+ATTEMPT_S = 10.0  # seconds for name look-up, connection, TLS, request and response
+CONNECT_S = 4.0  # seconds for the connection to one address
+MOST_ADDRESSES = 4  # addresses to try for one name
+# Use one text for both cases: clients must not learn which names the server's name server knows.
 NOWHERE = "its name is not known, or leads to no public address; others are for --webhook-allow to list"
-GONE = 410  # by which a receiver says that it wants no more of them (Standard Webhooks)
-WHSEC = "whsec_"  # with which each secret begins
+GONE = 410  # status of a receiver that wants no more events (Standard Webhooks)
+WHSEC = "whsec_"  # prefix of each secret
 LEAST_SECRET_BYTES, MOST_SECRET_BYTES = 24, 64
 MOST_SECRETS = 8
 MOST_SECRETS_FILE_BYTES = 4096
-MOST_LOOKUPS = 128  # threads that wait for name servers
-LookUp = Callable[[str, str], Awaitable[list[str]]]  # of a name, for a sharer
+MOST_LOOKUPS = 128  # threads for name look-ups
+LookUp = Callable[[str, str], Awaitable[list[str]]]  # (name, sharer) -> addresses
 SECRET_FORM = f"{WHSEC} and base64 of {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES} bytes"
 
 
 def read_secrets(text: str) -> tuple[bytes, ...]:
-    """Read one secret a line, the newest first; each signs. Raises ValueError, without the secret."""
+    """Parse secrets, one per line, newest first. Every secret signs. Raises ValueError that shows no secret."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if not 1 <= len(lines) <= MOST_SECRETS:
         raise ValueError(f"there must be 1 to {MOST_SECRETS} secrets, one a line; there are {len(lines)}")
@@ -50,7 +51,7 @@ def read_secrets(text: str) -> tuple[bytes, ...]:
 
 
 def read_secrets_of(file: Path) -> tuple[bytes, ...]:
-    """Read secrets from a file, as `read_secrets` does. Raises ValueError."""
+    """Read secrets from a file in the format of `read_secrets`. Raises ValueError."""
     try:
         with file.open("rb") as opened:
             data = opened.read(MOST_SECRETS_FILE_BYTES + 1)
@@ -74,7 +75,7 @@ def _secret(line: str) -> bytes:
 
 
 def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body: bytes) -> dict[str, str]:
-    """Make the headers by which a receiver knows who sent a body, and when."""
+    """Return the headers that prove to a receiver the sender and the time of a body."""
     content = f"{delivery_id}.{unix_s}.".encode() + body
     signatures = (base64.b64encode(hmac.digest(secret, content, hashlib.sha256)).decode() for secret in secrets)
     return {
@@ -85,28 +86,28 @@ def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body
 
 
 class NotDelivered(Exception):
-    """An attempt failed. The reason is shown to clients, so it has no address and no text of the answer."""
+    """Raised if an attempt fails. Clients see the reason, so the reason has no address and no text of the response."""
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
-        """is_final: the receiver wants no further attempt."""
+        """is_final: the receiver wants no further attempts."""
         super().__init__(reason)
         self.reason, self.is_final = reason, is_final
 
 
 class Sender:
-    """Makes a connection for each attempt. In the event loop's thread only."""
+    """Sends deliveries, with a new connection for each attempt. Used in the event loop's thread only."""
 
     def __init__(
         self, secrets: tuple[bytes, ...], allowed: AllowedReceivers, tls: ssl.SSLContext, look_up: LookUp | None = None
     ) -> None:
-        """tls: whose certificates are trusted. look_up: in place of the system's own."""
+        """tls: has the trusted certificates. look_up: replaces the name look-up of the system."""
         self._secrets, self._allowed, self._tls = secrets, allowed, tls
         self._look_up = look_up or Names().look_up
 
     async def send(self, url: str, delivery_id: str, body: bytes, sharer: str = "") -> None:
-        """Deliver a body. The head of the answer decides whether it is delivered.
+        """Deliver a body. The response status decides whether the body is delivered.
 
-        sharer: whose share of look-ups it takes. Raises NotDelivered, InvalidField for a URL that is not allowed any
+        sharer: key of the share of look-ups. Raises NotDelivered. Raises InvalidField if the URL is not allowed any
         more, and NamesBusy before anything is sent.
         """
         receiver = Receiver.parse(url, self._allowed)
@@ -141,7 +142,7 @@ class Sender:
                 raise NotDelivered(
                     f"the connection broke, or the answer is not HTTP ({type(error).__name__})"
                 ) from None
-        except (OSError, ValueError) as error:  # of a library that cannot take what it is given
+        except (OSError, ValueError) as error:  # a library rejected its arguments
             if status is None:
                 raise NotDelivered(f"no request could be made ({type(error).__name__})") from None
         assert status is not None
@@ -149,7 +150,7 @@ class Sender:
 
 
 def _check(status: int) -> None:
-    """Raise NotDelivered for an answer that is not a success."""
+    """Raise NotDelivered unless the status is 2xx."""
     if 300 <= status < 400:
         raise NotDelivered(f"the receiver answered {status}, a redirect, and none is followed")
     if not 200 <= status < 300:
@@ -157,7 +158,7 @@ def _check(status: int) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """Say why there is no connection. TLS errors are shown, since the client can mend a certificate."""
+    """Return the reason for a failed connection. Show TLS errors, because the client can fix a certificate."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -169,7 +170,7 @@ def _why(error: BaseException) -> str:
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects only to permitted addresses, and checks each at the moment of connecting."""
+    """Connects only to permitted addresses. Each address is checked right before the connection."""
 
     def __init__(
         self, receiver: Receiver, allowed: AllowedReceivers, look_up: Callable[[str], Awaitable[list[str]]]
@@ -185,7 +186,7 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Resolve the name, and connect to one of its addresses by number. Raises ConnectError."""
+        """Resolve the name and connect to one of its permitted addresses. Raises ConnectError."""
         try:
             addresses = await self._look_up(host)
         except OSError as error:
@@ -205,25 +206,25 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class NamesBusy(Exception):
-    """The sharer's share of look-ups is in use, so the next one has to wait."""
+    """Raised if the sharer's share of look-ups is in use. The next look-up must wait."""
 
 
 class Names:
-    """Looks names up in threads of its own. In the event loop's thread only.
+    """Looks up names in its own threads. Used in the event loop's thread only.
 
-    The loop's getaddrinfo would share its threads with the server's other work, and the process waits for them at its
-    end. Here a name server that does not answer delays only the callers that wait for that name.
+    The event loop's getaddrinfo shares threads with other work of the server, and the process waits for these threads
+    at exit. Here a name server that does not answer delays only the callers that wait for that name.
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # names that are being looked up, once each
-        self._sharers: dict[str, str | None] = {}  # whose share each of them takes; None: nobody's any more
+        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # look-ups in progress, keyed by name
+        self._sharers: dict[str, str | None] = {}  # sharer of each look-up, keyed by name; None if given up
 
     async def look_up(self, name: str, sharer: str = "") -> list[str]:
-        """The addresses of a name, as the system finds them. Raises OSError and NamesBusy.
+        """Return the addresses of a name, as the system finds them. Raises OSError and NamesBusy.
 
-        A sharer may have as many threads as are free, see Slots. A look-up that is given up goes on, and
-        counts for no sharer: its sharer may then have half of the rest.
+        A sharer may have as many threads as are free, see Slots. A look-up that is given up goes on, but counts for no
+        sharer: its sharer may then have half of the other threads.
         """
         if name not in self._asked:
             if [*self._sharers.values()].count(sharer) >= MOST_LOOKUPS - len(self._asked):
@@ -246,7 +247,7 @@ class Names:
             del self._asked[name], self._sharers[name]
             if isinstance(found, OSError):
                 answer.set_exception(found)
-                answer.exception()  # nobody may be left who waits
+                answer.exception()  # retrieve the exception, so asyncio does not log it when no caller waits
             else:
                 answer.set_result(found)
 
@@ -257,13 +258,13 @@ class Names:
                 found = list(dict.fromkeys(str(address[0]) for *_, address in addresses))
             except OSError as error:
                 found = error
-            except UnicodeError:  # the codec for names of other languages
+            except UnicodeError:  # raised by the codec for internationalized names
                 found = OSError("it is no name")
-            with suppress(RuntimeError):  # the loop has ended
+            with suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(end, found)
 
         try:
             threading.Thread(target=run, name="tminus-webhook-name", daemon=True).start()
-        except RuntimeError:  # the system has no thread left
+        except RuntimeError:  # the system cannot start another thread
             end(OSError("no thread can be started"))
             raise NamesBusy from None

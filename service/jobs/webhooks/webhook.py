@@ -1,7 +1,8 @@
-"""What a job's webhook is, which receivers it may name, and which addresses may be connected to. Pure.
+"""Webhook of a job: the receivers that a job may name and the addresses that the server may connect to. No I/O.
 
-A server that sends requests where its clients say must not be led to what only it can reach: other services of its
-machine and network, and the metadata services of clouds (OWASP, "Server-Side Request Forgery Prevention").
+Clients choose the URLs that the server sends requests to. Such a URL must not reach services that only the server can
+reach: other services of its machine and network, and metadata services of clouds (OWASP, "Server-Side Request Forgery
+Prevention").
 """
 
 import re
@@ -13,30 +14,30 @@ from typing import Any, Literal, get_args
 from tminus.service.errors import InvalidField
 
 Event = Literal["start", "output", "completed"]
-EVENTS: tuple[Event, ...] = get_args(Event)  # in the order in which they happen
+EVENTS: tuple[Event, ...] = get_args(Event)  # in the order of their occurrence
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# Without re.ASCII, [a-z] is also the long s, the dotless i, the dotted I and the Kelvin sign where the case is ignored.
+# Without re.ASCII, [a-z] with IGNORECASE also matches the long s, the dotless i, the dotted I and the Kelvin sign.
 IN_ASCII = re.IGNORECASE | re.ASCII
-MAX_URL = 1024  # characters; a field of a form has no more bytes
+MAX_URL = 1024  # characters; a form field has at most the same number of bytes
 URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII but for # and the backslash, which some take for a slash
+    r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII without # and the backslash, which some parsers read as a slash
     IN_ASCII,
 )
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", IN_ASCII)
-# A last label that resolvers take for a part of an address: 127.1, 0x7f.1 and 2130706433 are all 127.0.0.1.
+# Matches a numeric last label. Resolvers read such names as addresses: 127.1, 0x7f.1 and 2130706433 are all 127.0.0.1.
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", IN_ASCII)
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa")  # RFC 6761, RFC 6762, RFC 8375
 WELL_KNOWN_PORTS = {"http": 80, "https": 443}
-LEAST_PORT = 1024  # below it only these two, so that no mail or name server is spoken to
-UNICAST = IPv6Network("2000::/3")  # the only addresses of IPv6 that are given out
-# Addresses of IPv4 lie in these: IPv4-mapped (RFC 4291) and NAT64 (RFC 6052).
+LEAST_PORT = 1024  # lower ports except 80 and 443 are refused, to protect mail and name servers
+UNICAST = IPv6Network("2000::/3")  # IANA assigns public IPv6 addresses only from this network
+# IPv6 networks that embed IPv4 addresses: IPv4-mapped (RFC 4291) and NAT64 (RFC 6052).
 WITH_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
-# Of IANA's registries of special-purpose addresses, those that `ipaddress` takes for public in some release of Python;
-# 6to4 and Teredo, which are tunnels to IPv4; and the address of Azure's metadata service.
+# Addresses in IANA's special-purpose registries that `ipaddress` treats as public in some Python releases; 6to4 and
+# Teredo, which are tunnels to IPv4; and the address of Azure's metadata service.
 REFUSED: tuple[Network, ...] = (
     *map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")),
     *map(IPv6Network, ("2001::/23", "2002::/16", "3fff::/20")),
@@ -47,23 +48,22 @@ ORIGIN_CHARACTERS = 100
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The receiver of a job's events, and the events it wants. The URL may have secrets in its path and query."""
+    """The receiver of a job's events, and the events to send. Path and query of the URL may contain secrets."""
 
     url: str
     events: tuple[Event, ...] = EVENTS
 
     @property
     def receiver(self) -> str:
-        """The part of the URL that may be shown."""
+        """The scheme, host and port of the URL, which are not secret."""
         return origin_of(self.url)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as they are kept."""
         return {"url": self.url, "events": list(self.events)}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Webhook":
-        """Read a webhook from the store. Raises KeyError, TypeError or ValueError for other content."""
+        """Parse a stored webhook. Raises KeyError, TypeError or ValueError for other content."""
         events = tuple(event for event in EVENTS if event in fields["events"])
         if not isinstance(fields["url"], str) or len(events) != len(fields["events"]):
             raise ValueError("it is no webhook")
@@ -72,14 +72,14 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class AllowedReceivers:
-    """Receivers that may be private, speak plain HTTP, and listen on any port."""
+    """Receivers that may be private, use plain HTTP and listen on any port."""
 
     hosts: frozenset[str] = frozenset()
     networks: tuple[Network, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "AllowedReceivers":
-        """Read names, addresses and networks, joined by commas. Raises ValueError for any other text."""
+        """Parse names, addresses and networks, separated by commas. Raises ValueError for any other text."""
         hosts, networks = set(), list[Network]()
         for entry in filter(None, (each.strip() for each in text.split(","))):
             try:
@@ -91,27 +91,26 @@ class AllowedReceivers:
         return cls(frozenset(hosts), tuple(networks))
 
     def names(self, host: str) -> bool:
-        """Whether a host, by name or as an address, is listed."""
+        """Return True if a host, given by name or address, is listed."""
         address = _address(host)
         return host in self.hosts or (address is not None and self.has(address))
 
     def has(self, address: Address) -> bool:
-        """Whether an address is in a network that is listed."""
         return any(address in network for network in self.networks)
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """A URL that may be sent to."""
+    """A checked URL to which the server may send requests."""
 
     scheme: str
-    host: str  # in small letters, without brackets and without a dot at its end
+    host: str  # lower case, without brackets and without a final dot
     port: int
     target: str  # path and query
 
     @classmethod
     def parse(cls, url: str, allowed: AllowedReceivers) -> "Receiver":
-        """Read a webhook's URL. Raises InvalidField, which has no more of it than its origin."""
+        """Parse and check a webhook's URL. Raises InvalidField, which contains only the origin of the URL."""
         if len(url) > MAX_URL:
             raise refused(f"a URL of at most {MAX_URL} characters", url)
         match = URL.fullmatch(url)
@@ -137,20 +136,19 @@ class Receiver:
 
     @property
     def host_header(self) -> str:
-        """Return the name by which the receiver is asked."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == WELL_KNOWN_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: AllowedReceivers) -> list[str]:
-    """Choose the addresses that may be connected to, from all to which the receiver's host resolves."""
+    """Return the resolved addresses that the server may connect to."""
     by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
     listed = receiver.host in allowed.hosts
     return [each for each, address in by_number.items() if listed or is_public(address) or allowed.has(address)]
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the Internet: not to this machine, its network, a cloud's metadata, or many."""
+    """Return True for a public unicast address: not local, private, special-purpose or a cloud's metadata service."""
     if isinstance(address, IPv6Address):
         for network in WITH_IPV4:
             if address in network:
@@ -162,7 +160,7 @@ def is_public(address: Address) -> bool:
 
 
 def refused(bound: str, url: str) -> InvalidField:
-    """Make the error for a URL. It shows the origin only: errors are logged, and the rest may be secret."""
+    """Return the error for a URL. Show only the origin: errors are logged, and the rest of the URL may be secret."""
     return InvalidField.of("webhook", bound, origin_of(url))
 
 
@@ -178,6 +176,6 @@ def _last_label(host: str) -> str:
 
 
 def origin_of(url: str) -> str:
-    """Scheme, host and port of a URL, or of what should be one; no user, path or query, which may be secret."""
+    """Return scheme, host and port of a URL or of malformed text. Drop user, path and query, which may be secret."""
     found = ORIGIN.match(url)
     return (found[1] + found[2]).lower()[:ORIGIN_CHARACTERS] if found else "no URL"
