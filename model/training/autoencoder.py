@@ -34,10 +34,9 @@ def train_autoencoder(
     device: torch.device,
     on_sheet: Callable[[Autoencoder, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, or resume the run there. Returns False if a signal interrupted the run.
+    """Train in `folder`, or resume the run there. Returns whether all steps are done.
 
-    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt. Raises
-    TrainError.
+    SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises TrainError.
     """
     run = Run(folder, "train-autoencoder", None)
     torch.manual_seed(step_seed(config.seed, -1))
@@ -60,7 +59,7 @@ def train_autoencoder(
 
     def save() -> None:
         average = averaged(lambda: Autoencoder(model), run.ema)
-        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # evenly, because folders are read class by class
+        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # evenly: folders are read class by class
         spread = float(latents_of(average, some, device).std()) / model.scaling_factor
         if not spread > 0:
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")

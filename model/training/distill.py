@@ -88,11 +88,11 @@ def distill(
     data: ImageSet | None = None,
     on_sheet: Callable[[Denoiser, Plan, int], None] | None = None,
 ) -> bool:
-    """Train a student in `folder`, or resume the run there. Returns False if a signal interrupted the run.
+    """Train a student in `folder`, or resume the run there. Returns whether all steps are done.
 
     All trajectories start from noise. The student learns to distribute its images like `data`, or like the teacher's
-    images without `data`. SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises
-    KeyboardInterrupt. Raises TrainError, CheckpointError, and ValueError for an impossible sampler.
+    images without `data`. SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises
+    TrainError, CheckpointError, and ValueError for an impossible sampler.
     """
     teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
     of_teacher = teacher.checkpoint
