@@ -62,7 +62,7 @@ class RunConfig(Checked):
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig(RunConfig):
-    """The settings of a run of `train`."""
+    """The settings of `train`."""
 
     steps: Annotated[
         Count,
@@ -101,7 +101,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderTrainConfig(RunConfig):
-    """The settings of a run of `train-autoencoder`."""
+    """The settings of `train-autoencoder`."""
 
     batch_size: BatchSize = 32
     warmup_steps: WarmupSteps = 200
@@ -113,7 +113,7 @@ class AutoencoderTrainConfig(RunConfig):
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig(RunConfig):
-    """The settings of a run of `distill`."""
+    """The settings of `distill`."""
 
     learning_rate: LearningRate = 3e-4
     decay_fraction: DecayFraction = 0.5
@@ -156,6 +156,6 @@ def usual_batch(num_images: int) -> int:
 
 
 def usual_steps(num_images: int) -> int:
-    """Return LARGE_STEPS for LARGE_SET images, and fewer for smaller sets, by the square root of their size."""
+    """Return LARGE_STEPS for LARGE_SET images, and fewer steps for fewer images, by the square root of their number."""
     steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
     return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))

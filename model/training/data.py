@@ -82,7 +82,7 @@ class Examples:
         return cls(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
 
     def rows(self, picked: Tensor | slice, device: torch.device | None = None) -> Tensor:
-        """Return x_0 of the picked examples in the network's range, on `device`, or where the examples are if None."""
+        """Return x_0 of the picked examples in the network's range. device=None keeps the device of the examples."""
         x_0 = self.x_0[picked].to(device or self.x_0.device)
         return to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
 
@@ -90,7 +90,7 @@ class Examples:
 def evenly(length: int, count: int) -> Tensor:
     """Return `count` evenly spaced indices into a set of `length`: int64 [count] on the CPU.
 
-    Sets are ordered by class, so evenly spaced indices cover every class.
+    The images of a folder are ordered by class, so evenly spaced indices cover every class.
     """
     return torch.arange(count) * length // count
 

@@ -42,7 +42,7 @@ HUBER = 0.03  # c of `pseudo_huber`, in units of the model's range
 def student_noise(noise: NoiseConfig) -> NoiseConfig:
     """Return the noise config of a teacher's student, which predicts v.
 
-    An error of eps counts sigma_T times in x0, but an error of v only once.
+    In x0, an error of eps counts sigma_T times, and an error of v only once.
     """
     return replace(noise, prediction_type="v_prediction", default_sampler="ddpm")
 
@@ -56,7 +56,7 @@ def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
 def pseudo_huber(x0: Tensor, target: Tensor) -> Tensor:
     """Return the mean over rows of sqrt(d^2 + c^2) - c, with d the RMS of x0 - target (Song & Dhariwal 2023).
 
-    Large errors count linearly and not squared: at high noise they are common and teach little.
+    Large errors count linearly and not squared: at high noise the errors are large and teach little.
     """
     squares = (x0 - target).square().flatten(1).mean(1)
     return ((squares + HUBER**2).sqrt() - HUBER).mean()
@@ -192,8 +192,7 @@ def distill(
         x0 = predict(k, trajectories.points[k, row], classes)
         loss = pseudo_huber(x0, trajectories.points[-1, row])
 
-        # The second loss compares images with the reference: images of one step, and of two steps as the sampler takes
-        # them.
+        # The second loss compares images of one step, and of two steps as the sampler takes them, with the reference.
         if config.frechet_weight:
             images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
             of_images = classes[:num_first] if classes is not None else None

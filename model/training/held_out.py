@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
 HEAD = "step,training,held_out,held_out_images"
-MEASURED = 2000  # images of each of the two sets at most
+MEASURED = 2000  # largest number of images from each set
 BATCH = 64  # largest batch
 SEED = 0
 
@@ -54,7 +54,7 @@ class HeldOutLoss:
         weights: Tensor | None,
     ) -> None:
         """`examples`: the run's training data, on the schedule's device. `weights` [T]: see `mean_loss`."""
-        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # same number and timesteps for both
+        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # same count, so same timesteps, for both sets
         others = Examples.some_of(held_out, self._count, autoencoder, schedule.betas.device)
         self._examples, self._name = (examples, others), f"{held_out.name} ({len(held_out)})"
         self._loss = noise, schedule, weights
@@ -78,7 +78,7 @@ def mean_loss(
     *,
     batch_size: int = BATCH,
 ) -> float:
-    """Return the mean L_simple of `count` examples with their classes, each at one t, weighted by weights [T] of t.
+    """Return the mean L_simple of `count` examples with their classes, each at one t; weights [T] weigh the t.
 
     The timesteps are spread evenly over 0..T-1. Timesteps and eps are the same in every call with the same `count`, so
     two losses differ only by network and images. The network must be on the schedule's device.
