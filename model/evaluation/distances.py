@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # images at most; 32 MiB of distances
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # largest batches; 32 MiB of distances
 VALUES_AT_ONCE = 2**24  # pixel values in a batch at most: 64 MiB in float32, so batches of large images are small
 COMPONENTS = 48
 FITTED_VALUES = 2**25  # pixel values for fitting components at most: 256 MiB in float64

@@ -1,8 +1,7 @@
 """Judges a lower precision without data, by comparing its images with those of float32 from the same noise.
 
-The yardstick is a sampler's truncation: the error due to its few steps. The truncation is measured as the distance from
-the images of REFERENCE, from the same noise. A user of the sampler accepts this error, so a much smaller error does no
-harm.
+The measure is a sampler's truncation: the error due to its few steps. Truncation is the distance from the images of
+REFERENCE, from the same noise. A user of the sampler accepts this error, so a much smaller error does no harm.
 """
 
 from collections.abc import Generator, Iterator
@@ -21,8 +20,8 @@ from tminus.model.samplers import sample_passes
 REFERENCE = Point("dpmpp_2m", 40)  # taken as the exact solution
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
 WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # the noise of these samplers would hide their truncation
-# Largest number of steps compared with the recommended sampler: more take longer and differ no more. Other samplers are
-# limited to PRECISE.steps, because with more steps they are as exact as the reference.
+# Largest number of steps for the recommended sampler: more steps take longer, and the difference does not grow. Other
+# samplers are limited to PRECISE.steps, because with more steps they are as exact as the reference.
 MAX_STEPS = {"ddim": 50, "euler": 50}
 SHARE = 0.5  # largest accepted difference over all images, as a share of the truncation
 DRIFT, SPREADS = 1.0, 3.0  # levels, standard errors; a mean shift above both is systematic
@@ -36,8 +35,8 @@ class Difference:
     """The difference between one sampler's images in two precisions, in levels of 255.
 
     `rms` is the root mean square over all images, and `worst` that of the worst image. `truncation_rms` and
-    `truncation_worst` are the same for the sampler's truncation. `drift` is the mean shift over all images for one
-    channel: the one nearest to its limit. `drift_error` is its standard error.
+    `truncation_worst` are the same for the sampler's truncation. `drift` is the mean shift over all images of the
+    channel that comes closest to its limit, or exceeds it most. `drift_error` is its standard error.
     """
 
     point: Point

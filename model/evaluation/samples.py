@@ -30,7 +30,7 @@ MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # most images in a strip, larg
 
 
 class EvaluateError(ValueError):
-    """Raised if checkpoint, data and classifier do not fit together, or samples are not finite, with the reason."""
+    """Raised if checkpoint, data and classifier do not fit together, or if samples are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class EvaluateOptions:
     batch_size: int = 100
     precision: str = "float32"  # float32, tf32 or bfloat16 for the network; sampler updates are always float32
     bound_images: int = 200
-    # Timesteps drawn for each image, one from each of as many runs. Early timesteps make up most of the bound, so early
-    # runs are short.
+    # The timesteps are divided into this number of runs, and each image draws one timestep from each run. Early runs
+    # are short, because early timesteps make up most of the bound.
     bound_timesteps: int = 100
     spacing: str | None = None  # spacing of the timesteps; None means the checkpoint's own for this sampler
     guidance_interval: tuple[int, int] | None = None  # guided timesteps lo <= t <= hi; None guides all
@@ -99,7 +99,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """Return the points without their guidance, for a checkpoint without a null class, and the scales left out."""
+    """Return the points with guidance 1, for a checkpoint without a null class, and the scales left out."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -143,7 +143,7 @@ def random_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
 
 
 def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
-    """Pick images at random, in rotation of classes: int64 [num_images], or fewer if the data has fewer."""
+    """Pick images at random, with classes in rotation: int64 [num_images], or fewer if the data has fewer."""
     order = random_picks(data, len(data), seed)
     if data.labels is not None:
         labels = data.labels[order]
@@ -157,7 +157,7 @@ def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
 def class_weights(labels: Tensor, num_classes: int) -> Tensor | None:
     """Return weights that make each class count equally: labels int64 [N] -> float64 [N].
 
-    Returns None if the sizes of the classes differ by one at most: samples in rotation of classes differ as much.
+    Returns None if the sizes of the classes differ by at most one, as they do among samples.
     """
     counts = labels.bincount(minlength=num_classes)
     return None if counts.max() - counts.min() <= 1 else (1 / counts.double())[labels]

@@ -68,7 +68,7 @@ def read_foreign(path: Path, given: GivenFacts) -> Converted:
 
 def _read_file(file: Path, given: GivenFacts) -> Converted:
     state = read_file(file, part_of=lucidrains.weights_of)
-    if all(key.startswith("module.") for key in state):  # keys of DistributedDataParallel
+    if all(key.startswith("module.") for key in state):  # prefix of DistributedDataParallel's keys
         state = {key.removeprefix("module."): value for key, value in state.items()}
     found = next((each for each in FORMATS if each.recognises(state)), None)
     if found is None:
@@ -97,7 +97,7 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
 def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
     """Write a foreign checkpoint as a folder of ours, which must be new or empty.
 
-    Raises CheckpointError if it is not, and the errors of `read_foreign`.
+    Raises CheckpointError for any other folder, and the errors of `read_foreign`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; name a new folder")

@@ -1,7 +1,7 @@
 """Autoencoders with diffusers' module names: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
-This module also has their configuration, their folders, and the coding of many images. Images are [B, C, H, W] in [-1,
-1], latents [B, c, H / factor, W / factor].
+This module also has their configuration, their folders, and the coding of many images.
+Images are [B, C, H, W] in [-1, 1], latents [B, c, H / factor, W / factor].
 """
 
 import dataclasses
@@ -369,7 +369,7 @@ def _batches(values: Tensor, pixels: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def fit_colours(autoencoder: Autoencoder) -> Tensor:
-    """Fit a linear map [C, c + 1] from a latent to the mean colour of its pixels; the last column is constant.
+    """Fit a linear map [C, c + 1] from a latent to the mean colour of its pixels. The last column is the constant.
 
     No data is needed. The images are patches of random colours, of tinted greys, and of black and white, always the
     same. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map for its

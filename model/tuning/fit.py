@@ -25,7 +25,7 @@ from tminus.model.samplers import Plan, solve
 from tminus.model.solvers import Levels
 from tminus.model.timesteps import log_sigma_at, timestep_at
 
-RIDGE = 1e-6  # share of each input's mean square; keeps coefficients small that the rows hardly determine
+RIDGE = 1e-6  # share of each input's mean square; restrains coefficients that the rows barely determine
 LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # shares of a timestep's distance to its neighbour, in log rho
 LONGEST_WAY = 2.0  # limit of that distance in log rho; the first timesteps may be further apart
 WORTHWHILE = 0.01  # share of the error; a round that improves less halves the moves
@@ -73,7 +73,7 @@ class Fit:
     lines: tuple[tuple[float, ...], ...]
     fitted: float
     held_out: float
-    passes: "tuple[_Pass, ...]" = field(default=(), repr=False, compare=False)  # for fits with the same first timesteps
+    passes: "tuple[_Pass, ...]" = field(default=(), repr=False, compare=False)  # reused by fits with the same start
 
 
 class Fitter:
@@ -135,7 +135,7 @@ class Fitter:
     def fit(self, timesteps: Sequence[float], like: Fit | None = None) -> Fit:
         """Fit the coefficients for these timesteps to the teacher's trajectory.
 
-        `like` has as many timesteps. Its first passes are reused, as long as its timesteps equal these.
+        `like` is a fit of as many timesteps. Its passes are reused up to the first timestep that differs.
         """
         assert self._solution is not None
         levels, passes = self._levels(timesteps), list[_Pass]()
@@ -187,7 +187,7 @@ class _Pass:
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
-    """Return the coefficients, float64 [K], whose sum over inputs [K, N, C, H, W] is nearest to the target."""
+    """Return coefficients float64 [K]: the sum of inputs [K, N, C, H, W] with them is nearest to the target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
     gram += torch.diag(RIDGE * gram.diagonal())

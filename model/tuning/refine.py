@@ -76,9 +76,9 @@ class Refiner:
         batch_size: int,
         on_check: Callable[[int, float], None],
     ) -> Refinement:
-        """Refine the coefficients a, b, c, d of lines, while the distance on held-out rows falls.
+        """Refine the a, b, c, d of lines in at most `iterations`, while the distance on held-out rows falls.
 
-        After PATIENCE checks without improvement, the search resumes from the best coefficients with a lower learning
+        After PATIENCE checks without improvement, refinement continues from the best coefficients with a lower learning
         rate. `on_check` gets the iteration and the least distance so far.
         """
         best, iteration = torch.tensor([line[:4] for line in lines]), 0
@@ -116,7 +116,7 @@ class Refiner:
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         previous = before = torch.zeros_like(x)
         for (a, b, c, d), (p, q, scale, time) in zip(C, self._at, strict=True):
-            # Recompute activations in the backward pass, so that memory holds those of one pass and not of all passes.
+            # Recompute activations in the backward pass, so that only those of one pass are in memory.
             out = recompute(self._predict, scale * x, time, labels, use_reentrant=False)
             x0 = (p * x + q * out).clamp(-self._bound, self._bound)
             x, previous, before = a * x + b * x0 + c * previous + d * before, x0, previous

@@ -32,7 +32,7 @@ from tminus.model.tuning.refine import Refiner
 
 TUNED = "tuned"
 FEW = 4  # images for timing the precisions of gradients
-TEACHER_STEPS = 50  # at least, so that a table can be more exact than the sampler that it replaces
+TEACHER_STEPS = 50  # least steps, so that a table can be more exact than the sampler that it replaces
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may start from
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
@@ -46,9 +46,9 @@ class TuneConfig:
     """The settings for fitting tables."""
 
     rows: int = 192  # images to fit, in rotation of classes
-    held_out: int = 64  # further images, only for judging
+    held_out: int = 64  # further images, used only for judging
     teacher: str = f"dpmpp_2m:{TEACHER_STEPS}"  # sampler:steps
-    seed: int = 1_000_000  # noise seed, unlike the seeds that people sample and evaluate with
+    seed: int = 1_000_000  # seed of the noise, unlike the seeds that people sample and evaluate with
     batch_size: int = 64
     iterations: int = 200  # iterations of refining the coefficients at most
 
@@ -134,7 +134,7 @@ def tune(
     tables = [table for table in checkpoint.tables if table.sampler == TUNED]
     done = {(table.steps, table.guidance): table for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
-    precision = None if config.iterations else "fp32"  # of the gradients; None: timed below
+    precision = None if config.iterations else "fp32"  # None until timed below
     for guidance in guidances:
         for count in sorted(count for count in set(steps) if (count, guidance) in done):
             say(f"{count} steps at guidance {guidance:g}: tuned already")
@@ -348,4 +348,4 @@ class _Tuning:
             )
             return self.fitter.fit(self._settle(t))
 
-        return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list: each fit holds its passes
+        return min(map(fit, STARTS), key=lambda each: each.held_out)  # not a list: each fit holds its passes
