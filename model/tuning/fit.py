@@ -187,7 +187,7 @@ class _Pass:
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
-    """Return coefficients float64 [K]: the sum of inputs [K, N, C, H, W] with them is nearest to the target."""
+    """Return the coefficients, float64 [K], that bring the sum of inputs [K, N, C, H, W] nearest to the target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
     gram += torch.diag(RIDGE * gram.diagonal())
