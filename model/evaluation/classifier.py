@@ -135,8 +135,7 @@ def train_classifier(
 ) -> Classifier:
     """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
 
-    Raises ClassifierError for data without labels or with fewer than two classes, and for splits that differ in classes
-    or image size.
+    Raises ClassifierError for fewer than two classes, and for splits that differ in classes or image size.
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")

@@ -26,10 +26,7 @@ class Gaussian(NamedTuple):
 
 
 def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
-    """Fit a Gaussian in float64 to features [N, D]; `weights` float64 [N] weighs the images.
-
-    Raises ValueError if N < 2.
-    """
+    """Fit a Gaussian in float64 to features [N, D], with image weights float64 [N]. Raises ValueError if N < 2."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
     features = features.to(torch.float64)
@@ -124,8 +121,7 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
     """Divide the variances within classes by those of real images, both summed over the classes that they share.
 
-    1 is ideal; below 1 the images of a class are too similar. Returns None if no class is shared, or if the real images
-    do not vary.
+    1 is ideal; below 1 the images of a class are too similar. Returns None without variance in shared real classes.
     """
     both = variances.keys() & real.keys()
     real_sum = sum(real[each] for each in both)

@@ -67,7 +67,6 @@ class ResultCache:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the cached result, or None."""
         if self._folder is None:
             return None
         try:
@@ -206,7 +205,6 @@ class Measure:
         }
 
     def bound(self, options: EvaluateOptions) -> Bound | LeftOut:
-        """Return the bound on the test split, or LeftOut with the reason if there is none."""
         key = self._key | {"bound": {name: getattr(options, name) for name in OF_BOUND}}
         try:
             if (values := self._cache.read(key)) is not None:

@@ -71,10 +71,7 @@ class Judge:
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
-        """Raise EvaluateError unless checkpoint, data and classifier fit together.
-
-        Without a classifier some figures are left out.
-        """
+        """Raise EvaluateError unless checkpoint, data and classifier fit together."""
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
         self._device = device

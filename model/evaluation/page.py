@@ -58,8 +58,7 @@ def check_installed() -> None:
 def plot_distances(report: Report) -> bytes | None:
     """Plot the Fréchet distance over passes: a line per sampler, a panel per guidance scale.
 
-    Bars show the range over seeds; horizontal lines mark real images and the references. Returns None for fewer than
-    two points.
+    Bars show the range over seeds; horizontal lines mark real images and references. None for fewer than two points.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -170,8 +169,7 @@ def _svg(figure: Any, plt: Any) -> bytes:
 def report_files(report: Report, command: str) -> dict[str, bytes]:
     """Return a report's files by name: report.html, its plots, and the figures as JSON.
 
-    `command` is the command that makes the report again. The same report gives the same bytes. Raises EvaluateError if
-    matplotlib is not installed.
+    `command` makes the report again. The same report gives the same bytes. Raises EvaluateError without matplotlib.
     """
     plots = {"distances.svg": plot_distances(report)}
     if report.bound is not None:

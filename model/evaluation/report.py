@@ -120,7 +120,6 @@ class Report:
 
     @property
     def guidances(self) -> tuple[float, ...]:
-        """The guidance scales of the points."""
         return tuple(dict.fromkeys(point.guidance for point in self.points))
 
     @property
@@ -129,7 +128,6 @@ class Report:
         return (OF_PIXELS,) if FRECHET.of(self.first) is None else (NOT_FID, OF_PIXELS)
 
     def to_json(self) -> str:
-        """Return the report as JSON, with the points as lists."""
         values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
         values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
         values["points"] = [point.to_dict() for point in self.points]
@@ -221,7 +219,6 @@ class Report:
         return Table(head, tuple(rows))
 
     def settings(self) -> Table:
-        """Return the settings that reproduce the figures."""
         options, point, first = self.options, self.points[0], self.first
         sampler = f"{', '.join(dict.fromkeys(each.sampler for each in self.points))}; eta {options.eta:g}"
         if self.is_single:

@@ -85,10 +85,7 @@ class Point:
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
-    """Return every combination once; `all` means every sampler of the checkpoint.
-
-    Raises ValueError for an unknown sampler.
-    """
+    """Return every combination once; `all` means every sampler. Raises ValueError for an unknown sampler."""
     known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
@@ -222,8 +219,7 @@ def draw_samples(
 def strip_length(checkpoint: Checkpoint) -> int:
     """Return the number of images in a strip.
 
-    A strip is at most MAX_STRIP_PX wide, unless MIN_STRIP images are wider. If all classes fit, each class has the same
-    number of images.
+    A strip is at most MAX_STRIP_PX wide, or has MIN_STRIP images. If all classes fit, each class has as many images.
     """
     most = max(MIN_STRIP, min(MAX_STRIP, MAX_STRIP_PX // checkpoint.size_px[1]))
     classes = max(1, checkpoint.labels.num_classes)

@@ -1,7 +1,4 @@
-"""Facts about a checkpoint that its file may lack, as flags of `tminus convert`.
-
---help imports this module, so it must not import torch.
-"""
+"""Facts that a checkpoint's file may lack, as flags of `tminus convert`. Must not import torch: --help imports this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

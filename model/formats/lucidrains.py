@@ -79,7 +79,6 @@ def _refuse_others(net: Mapping[str, Tensor]) -> None:
 
 
 def _width(net: Mapping[str, Tensor], level: int) -> int:
-    """Return the number of a level's output channels."""
     down = f"downs.{level}.3.1.weight"
     return len(net[down] if down in net else net[f"downs.{level}.3.weight"])
 

@@ -156,10 +156,7 @@ def _levels(modules: Modules) -> _Levels:
 
 
 def _upsampler(modules: Modules, block: int) -> str | None:
-    """Return the path of an up block's upsampler, or None.
-
-    An upsampler is a convolution, or a resnet that is not the first module of its block.
-    """
+    """Find an up block's upsampler: a convolution, or a resnet that is not the first module. None without one."""
     for number in (1, 2):
         path = f"output_blocks.{block}.{number}"
         if modules.get(path, {}).keys() & {"conv.weight", "in_layers.0.weight"}:

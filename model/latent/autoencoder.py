@@ -284,8 +284,6 @@ class _UpBlock(_Block):
 
 
 class _MidBlock(nn.Module):
-    """A resnet, attention with one head unless the config has none, and a resnet."""
-
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         width, groups, act = config.block_out_channels[-1], config.norm_num_groups, config.act_fn
@@ -342,10 +340,7 @@ class _Decoder(nn.Module):
 
 @torch.no_grad()
 def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Encode images uint8 [N, C, H, W] into scaled latents, float32 [N, c, h, w], in batches on the device.
-
-    Moves the autoencoder to the device.
-    """
+    """Encode images uint8 [N, C, H, W] into scaled latents, float32 [N, c, h, w]. Moves the autoencoder to `device`."""
     autoencoder = autoencoder.to(device)
     parts = list(_batches(images, images.shape[2] * images.shape[3]))
     progress = tqdm(parts, unit="batch", desc="latents", disable=None if len(parts) > 100 else True)
@@ -354,10 +349,7 @@ def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def images_of(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents [N, c, h, w] on their device, in batches, into images [N, C, H, W] in about [-1, 1].
-
-    Moves the autoencoder to that device.
-    """
+    """Decode scaled latents [N, c, h, w], on their device, into images [N, C, H, W] in about [-1, 1]."""
     autoencoder = autoencoder.to(latents.device)
     pixels = latents.shape[2] * latents.shape[3] * autoencoder.config.factor**2
     return torch.cat([autoencoder.decode(part) for part in _batches(latents, pixels)])

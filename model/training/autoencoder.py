@@ -78,9 +78,9 @@ def train_autoencoder(
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
     """Return the mean absolute error of reconstructing x [B, C, H, W], plus a regulariser of the latents.
 
-    For an AutoencoderKL the regulariser is kl_weight times the divergence of q(z|x) from N(0, I) (Kingma & Welling
-    2014, appendix B). For a VQModel it is the distance of latents and codes, with a straight-through gradient (van den
-    Oord et al. 2017).
+    The regulariser of an AutoencoderKL is kl_weight times the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014,
+    appendix B). That of a VQModel is the distance of latents and codes, with a straight-through gradient (van den Oord
+    et al. 2017).
     """
     mean, logvar = net.moments(x)
     if net.quantize is not None:

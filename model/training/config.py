@@ -1,7 +1,4 @@
-"""The settings of training runs.
-
-The commands make their options from these annotations, so this module must not import torch.
-"""
+"""The settings of training runs. Must not import torch: the commands make their options from these annotations."""
 
 import math
 from dataclasses import dataclass

@@ -47,7 +47,6 @@ class LossCurve:
         return total / count if count else math.nan
 
     def state(self) -> dict[str, Any]:
-        """Return the state as values for JSON."""
         rest = {"stride": self._stride, "sum": float(self._sum), "count": self._count}
         return {"points": [list(point) for point in self.points], **rest}
 

@@ -88,10 +88,7 @@ class Examples:
 
 
 def evenly(length: int, count: int) -> Tensor:
-    """Return `count` evenly spaced indices into a set of `length`: int64 [count] on the CPU.
-
-    The images of a folder are ordered by class, so evenly spaced indices cover every class.
-    """
+    """Return `count` evenly spaced indices below `length`, to cover all classes of a folder: int64 [count], CPU."""
     return torch.arange(count) * length // count
 
 

@@ -29,7 +29,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 (torch has one)
-        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             group["step"] += 1
             weights = [each for each in group["params"] if each.grad is not None]

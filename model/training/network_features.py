@@ -68,9 +68,8 @@ def _unit(features: Tensor) -> Tensor:
 class FrechetLoss(nn.Module):
     """The Fréchet distance of each kind of image from one reference. Its state is in buffers, so a run saves it.
 
-    Only the directions in which the reference varies most are used. A covariance estimated from N rows in D directions
-    is less even than the true one, on average. The loss would compensate with a variance too large by a share of about
-    3 D / 4 N.
+    Only the directions in which the reference varies most are used. On average a covariance estimated from N rows in D
+    directions is less even than the true one. The loss would compensate with a variance about 3 D / 4 N too large.
     """
 
     wanted_mean: Tensor

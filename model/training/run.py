@@ -164,10 +164,8 @@ class Run:
 
         All randomness of a step is seeded by (seed, step). `loss_of` returns the loss of a step, or None if it was
         interrupted. `save` writes the checkpoint of the averaged weights. `look` shows and measures the averaged
-        network. Each save and each look redraws the loss curve.
-
-        SIGTERM and SIGINT finish the step and save. If steps are left, SIGINT then raises KeyboardInterrupt, so that a
-        script stops too.
+        network. Each save and each look redraws the loss curve. SIGTERM and SIGINT finish the step and save. If steps
+        are left, SIGINT then raises KeyboardInterrupt, so that a script stops too.
         """
 
         def note(signum: int, _frame: object) -> None:
@@ -220,7 +218,6 @@ class Run:
         return grad_norm
 
     def provenance(self, config: RunConfig, **origins: str | None) -> dict[str, Any]:
-        """Return the provenance of the weights, for tminus.json."""
         seen = {"step": self.step, "images_seen": self.step * config.batch_size, "config": dataclasses.asdict(config)}
         return {"trained_by": f"tminus {self.command}", **origins, **seen}
 
@@ -242,7 +239,6 @@ class Run:
         self.draw_losses()
 
     def draw_losses(self) -> None:
-        """Draw the loss curve if it has two points or more."""
         if len(self.curve.points) > 1:
             write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
@@ -301,8 +297,7 @@ class Progress:
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
         """Show step `step`, which took `seconds`. The loss is read every ten steps, at saves and at the end.
 
-        Reading the loss makes the host wait for the device. Raises TrainError if the loss or its gradient is not
-        finite.
+        Reading the loss makes the host wait for the device. Raises TrainError if loss or gradient are not finite.
         """
         config, bar = self._config, self._bar
         self._curve.add(step, loss)
@@ -347,10 +342,7 @@ def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) ->
 
 
 def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
-    """Return the faster precision, fp32 or bf16 autocast, measured on a forward and a backward pass.
-
-    Does not change the weights.
-    """
+    """Return the faster of fp32 and bf16 autocast, by a forward and a backward pass. Does not change the weights."""
     seconds = {}
     for precision in ("fp32", "bf16"):
         timings = []

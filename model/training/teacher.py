@@ -67,10 +67,7 @@ class Teacher:
     def solve(
         self, seed: int, rows: int, class_dropout: float, points: Sequence[int], stop: Callable[[], bool]
     ) -> Trajectories | None:
-        """Solve trajectories from noise, with all classes in rotation. Keeps these points and the end.
-
-        Returns None if `stop` returns True.
-        """
+        """Solve trajectories from noise, with classes in rotation. Returns None if `stop()` is true."""
         generator = torch.Generator().manual_seed(seed)
         checkpoint = self.checkpoint
         x_T = torch.randn(rows, *checkpoint.row_shape, generator=generator).to(self._device)
@@ -91,10 +88,7 @@ class Teacher:
     def reference(
         self, data: ImageSet | None, seed: int, class_dropout: float, stop: Callable[[], bool]
     ) -> Gaussian | None:
-        """Fit a Gaussian to the `numbers` of images: of `data`, or of the teacher's images without `data`.
-
-        Returns None if `stop` returns True.
-        """
+        """Fit a Gaussian to the `numbers` of `data`, or of the teacher's images. Returns None if `stop()` is true."""
         generator = torch.Generator().manual_seed(seed)
         if data is None:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
@@ -119,7 +113,6 @@ class Teacher:
         return fit_gaussian(torch.cat(numbers))
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """Return `NetworkFeatures.numbers` of the images, under the autocast of `prepare`."""
         with self._autocast:
             return self._features.numbers(images, labels, eps)
 

@@ -100,8 +100,7 @@ def train(
     # The data and the network's forward pass.
     schedule = noise.schedule().to(device)
     examples = Examples.of(data, autoencoder, device)
-    # Compile for fixed shapes: otherwise the second network, which has another batch size, would be compiled for
-    # batches of any size.
+    # Compile for fixed shapes: otherwise the second network would be compiled for batches of any size.
     forward = as_ours(torch.compile(net, dynamic=False) if config.compile else net, noise, schedule)
 
     # The options: sampling of t, weights of the errors at t, the target, and the measurement on held-out images.
@@ -120,10 +119,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
-        """Draw the batch of a step: images in permuted order, t uniform or by `share`, eps normal.
-
-        Everything is a function of (seed, step).
-        """
+        """Draw the batch of a step from (seed, step): permuted images, t uniform or by `share`, eps normal."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -252,10 +248,7 @@ def _for_tminus_json(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the images of step `step` [batch_size], from a fresh permutation in each epoch.
-
-    Epochs follow each other without a gap, so a batch may span two or more.
-    """
+    """Return the images of step `step` [batch_size]: epochs, each freshly permuted, follow without a gap."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []

@@ -103,7 +103,6 @@ class Fitter:
         return self._solution.images.clone()
 
     def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Run the network in batches."""
         parts = [slice(start, start + self._batch) for start in range(0, len(x), self._batch)]
         labels = [class_labels[part] if class_labels is not None else None for part in parts]
         return torch.cat([self._forward(x[part], t[part], mine) for part, mine in zip(parts, labels, strict=True)])
@@ -227,10 +226,7 @@ def search_timesteps(
 
 
 def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:
-    """Move timestep k by a share of the distance to its neighbour, in log rho.
-
-    A positive share moves towards the noisier neighbour, a negative share towards the cleaner one.
-    """
+    """Move timestep k by a share of the distance to its neighbour in log rho: to the noisier one if share > 0."""
     levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
     cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
     noisiest = log_sigmas[-1] if k == 0 else levels[k - 1]

@@ -2,8 +2,7 @@
 
 Least squares fits each step to the teacher's next point. But only the end of the last step counts, and the mean square
 error says little about how an image looks. So the distance here is the mean square error plus a distance between
-features of the network itself (network_features.py). The gradient goes through all passes; only the coefficients
-change.
+features of the network (network_features.py). The gradient goes through all passes; only the coefficients change.
 """
 
 import math

@@ -255,10 +255,7 @@ def _recommend(
 
 
 def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
-    """Make the rows to sample: classes in rotation, and noise for each row.
-
-    Without guidance the null class is one of the classes.
-    """
+    """Make the rows to sample: noise, and classes in rotation. Without guidance the null class is one of them."""
     labels, null_class = None, checkpoint.labels.null_class
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)
@@ -320,10 +317,7 @@ class _Tuning:
         return written
 
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Round timesteps if the network accepts only whole ones.
-
-        Rounded timesteps still decrease, and leave room for the remaining ones.
-        """
+        """Round timesteps if the network accepts only whole ones. Rounded timesteps still decrease, to 0 at least."""
         if self.checkpoint.fractional:
             return tuple(timesteps)
         whole: list[float] = []
