@@ -121,7 +121,7 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
     """Divide the variances within classes by those of real images, both summed over the classes that they share.
 
-    1 is ideal; below 1 the images of a class are too similar. Returns None without variance in shared real classes.
+    1 is ideal; below 1 the images of a class are too similar. None if no class is shared or real images do not vary.
     """
     both = variances.keys() & real.keys()
     real_sum = sum(real[each] for each in both)
