@@ -1,1 +1,1 @@
-"""The figures of a model card, and checks that another executor or precision is no worse."""
+"""Evaluation: the figures of a model card, and checks that other executors and precisions make no worse images."""

@@ -1,7 +1,8 @@
-"""A small classifier that judges samples: its labels give class accuracy, its penultimate layer the Fréchet distance.
+"""A small classifier that judges samples.
 
-Stored as config.json (the architecture) and classifier.safetensors (the weights, with the training data and the test
-accuracy in its metadata). Never a pickle.
+Its labels give the class accuracy; its penultimate layer gives the features for the Fréchet distance. It is saved as
+config.json (the architecture) and classifier.safetensors (the weights). The metadata of the safetensors file holds the
+class names, the training settings and the test accuracy. No pickle is read or written.
 """
 
 import dataclasses
@@ -27,19 +28,19 @@ from tminus.model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
-GRID = 4  # the last feature map is pooled to GRID x GRID, its size for 32x32 images
+GRID = 4  # side of the pooled last feature map; 32x32 images have this size before pooling
 READ_BATCH = 500
-MAX_SIZE = 2**16  # bound for layers, images and classes
-MIN_SIDE = 8  # pixels; three poolings by two leave one
+MAX_SIZE = 2**16  # largest layer width, image side and number of classes
+MIN_SIDE = 8  # pixels; three 2x2 poolings reduce 8 pixels to 1
 
 
 class ClassifierError(ValueError):
-    """A classifier cannot be trained or loaded; the message names the file or the data, and the reason."""
+    """Raised if a classifier cannot be trained or loaded. The message names the file or the data, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierConfig(Checked):
-    """The architecture. Raises ValueError, naming the field, for one that cannot be built."""
+    """The architecture of a classifier. Raises ValueError, naming the field, if it cannot be built."""
 
     KIND: ClassVar[str] = "classifier config: "
 
@@ -61,7 +62,7 @@ class ClassifierConfig(Checked):
 
 @dataclass(frozen=True, slots=True)
 class ClassifierTraining:
-    """The settings of its training: AdamW with one cycle of the learning rate, no augmentation."""
+    """Settings for training a classifier: AdamW with a one-cycle learning rate, no augmentation."""
 
     epochs: int = 6
     batch_size: int = 128
@@ -79,7 +80,7 @@ class Reading(NamedTuple):
 
 
 class ClassifierNet(nn.Module):
-    """Three stages of convolution, batch norm, ReLU and pooling; a layer of features; logits."""
+    """Three stages of convolution, batch norm, ReLU and pooling, then a feature layer and a layer for the logits."""
 
     def __init__(self, config: ClassifierConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class ClassifierNet(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A trained classifier, in eval mode and float32. trained_on: data, seed, epochs and the like, as text."""
+    """A trained classifier in eval mode and float32. `trained_on` holds the data and the training settings as text."""
 
     net: ClassifierNet
     config: ClassifierConfig
@@ -116,7 +117,7 @@ class Classifier:
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Reading:
-        """Classify uint8 images [N, C, H, W]. Raises ValueError unless they have the size of its training images."""
+        """Classify images uint8 [N, C, H, W]. Raises ValueError unless their size is that of the training images."""
         if tuple(images.shape[1:]) != (self.config.channels, *self.config.size_px):
             expected = (self.config.channels, *self.config.size_px)
             raise ValueError(f"the classifier reads images of {expected}, got {tuple(images.shape[1:])}")
@@ -134,11 +135,11 @@ def train_classifier(
 ) -> Classifier:
     """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
 
-    Raises ClassifierError for data with less than two classes, or splits that differ in classes or image size.
+    Raises ClassifierError for fewer than two classes, and for splits that differ in classes or image size.
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
-    if len(train.class_names) < 2:  # with one class the loss is zero from the first step on
+    if len(train.class_names) < 2:  # With one class the loss is zero from the first step.
         raise ClassifierError(f"{train.name}: a classifier needs two classes or more, and these images have one")
     if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
         raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")
@@ -149,8 +150,8 @@ def train_classifier(
         raise ClassifierError(f"{train.name}: {error}") from error
 
     images, labels = train.images.to(device), train.labels.to(device)
-    batches = max(1, len(images) // training.batch_size)  # drops the last, incomplete batch, unless it is the only one
-    # Dropout and initial weights draw from the global generator: fork it, so that the caller's is unchanged.
+    batches = max(1, len(images) // training.batch_size)  # Drop an incomplete last batch, unless it is the only one.
+    # Dropout and initial weights draw from the global generator. Fork it to leave the caller's state unchanged.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(training.seed)
         net = ClassifierNet(config, training.dropout).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -174,7 +175,7 @@ def train_classifier(
                     cycle.step()
                     progress.update()
     state = _state(net)
-    net = _assemble(config, state).to(device)  # a loaded net has this memory layout; another layout rounds differently
+    net = _assemble(config, state).to(device)  # Use the memory layout of a loaded net: another one rounds differently.
     trained_on = {"data": train.name, **{k: str(v) for k, v in dataclasses.asdict(training).items()}}
     classifier = Classifier(net, config, train.class_names, 0.0, hash_weights(state), trained_on)
     accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
@@ -196,7 +197,7 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
 
 
 def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
-    """Load a classifier from its folder. Raises ClassifierError with a message of one line."""
+    """Load a classifier from its folder. Raises ClassifierError with a one-line message."""
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         with config_file.open("rb") as file:
@@ -207,7 +208,7 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
     try:
         with safetensors.safe_open(weights_file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
         class_names = tuple(map(str, json.loads(metadata["class_names"])))
         test_accuracy = float(metadata["test_accuracy"])
         trained_on = {str(k): str(v) for k, v in json.loads(metadata["trained_on"]).items()}
@@ -224,7 +225,10 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
 
 
 def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, device: torch.device) -> Classifier:
-    """Load the classifier in `folder`. If there is none, train one on these images and save it there."""
+    """Load the classifier in `folder`, or train and save one if there is none.
+
+    Raises ClassifierError if the saved classifier was trained on other data.
+    """
     if (folder / WEIGHTS_FILE).is_file():
         loaded = load_classifier(folder, device=device)
         if loaded.trained_on.get("data") != train.name:
@@ -236,13 +240,13 @@ def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, d
 
 
 def _assemble(config: ClassifierConfig, state: Mapping[str, Tensor]) -> ClassifierNet:
-    with torch.device("meta"):  # without initial weights, which would draw from the generator
+    with torch.device("meta"):  # Skip initial weights: they would draw from the global generator.
         net = ClassifierNet(config)
     net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
 
 def _state(net: ClassifierNet) -> dict[str, Tensor]:
-    # clone: contiguous() keeps channels_last strides for a single channel, and those round differently.
+    # Clone: contiguous() keeps channels_last strides for a single channel, and these strides round differently.
     plain = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}

@@ -1,8 +1,8 @@
 """Distances between sets of images: Fréchet distances between Gaussians, pixel distances, and nearest neighbours.
 
-This project trained the classifier, so its features may favour what its samplers make. Sets are therefore also
-compared by the principal components of the real images' pixels. These need no training, and neither `tune` nor `train`
-uses them.
+This project trained the classifier, so the classifier's features may favour the project's own samples. Sets are
+therefore also compared in the principal components of the real images' pixels. These components need no training, and
+neither `tune` nor `train` uses them.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # upper bounds; 32 MiB of distances
-VALUES_AT_ONCE = 2**24  # upper bound for either side: 64 MiB in float32, so large images come few at a time
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # largest batches; 32 MiB of distances
+VALUES_AT_ONCE = 2**24  # pixel values in a batch at most: 64 MiB in float32, so batches of large images are small
 COMPONENTS = 48
-FITTED_VALUES = 2**25  # upper bound of the values that components are fitted to: 256 MiB in float64
-NEIGHBOURS = 3  # as in Kynkäänniemi et al. 2019
-LEAST_SHARE = 1e-12  # relative to the largest component's variance; below it is rounding
+FITTED_VALUES = 2**25  # pixel values for fitting components at most: 256 MiB in float64
+NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
+LEAST_SHARE = 1e-12  # share of the largest component's variance; smaller variances are rounding errors
 
 
 class Gaussian(NamedTuple):
-    """mean [D] and covariance [D, D], float64."""
+    """A Gaussian: mean [D] and covariance [D, D], float64."""
 
     mean: Tensor
     covariance: Tensor
 
 
 def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
-    """Fit a Gaussian to features [N, D], N >= 2, in float64. weights: the weight of each image, float64 [N]."""
+    """Fit a Gaussian in float64 to features [N, D], with image weights float64 [N]. Raises ValueError if N < 2."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
     features = features.to(torch.float64)
@@ -37,8 +37,9 @@ def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """Return the squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so its eigenvalues give its root.
-    Eigenvalues that rounding made negative count as zero. Singular covariances (fewer images than features) are fine.
+    The distance is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product S1^1/2 S2 S1^1/2 is symmetric, so
+    its eigenvalues give its root. Eigenvalues that rounding made negative count as zero. Singular covariances (fewer
+    images than features) are allowed.
     """
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -52,7 +53,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
     """Return each query's distance to its nearest reference, float64 [N]. Both are uint8 [N, C, H, W] on one device.
 
-    The distance is the root mean square over pixels in the model's range: 0 for a copy, 2 for black against white.
+    The distance is the root mean square over pixels in [-1, 1]: 0 for a copy, 2 for black against white.
     """
     flat_queries, flat_references = queries.flatten(1), references.flatten(1)
     values = flat_queries.shape[1]
@@ -62,7 +63,7 @@ def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
     index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(references), many):
         b = flat_references[start : start + many].to(torch.float32)
-        length = torch.linalg.vecdot(b, b)  # makes no second copy of b for its squares
+        length = torch.linalg.vecdot(b, b)  # vecdot avoids a temporary tensor for the squares
         for part in parts:
             a = flat_queries[part].to(torch.float32)
             # |a - b|^2 without |a|^2, which does not change the nearest b.
@@ -70,7 +71,7 @@ def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
             closer = distance < best[part]
             best[part] = torch.where(closer, distance, best[part])
             index[part] = torch.where(closer, nearest + start, index[part])
-    # The expansion rounds. The distance to the nearest is computed exactly, so that a copy has distance 0.
+    # This expansion has rounding errors. Compute the nearest distance exactly, so that a copy has distance 0.
     square = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
     for part in parts:
         difference = flat_queries[part].to(torch.float64).sub_(flat_references[index[part]])
@@ -92,11 +93,11 @@ class Components(NamedTuple):
 
 
 def fit_components(images: Tensor) -> Components:
-    """Fit the first components to images uint8 [N, C, H, W], N >= 2. There are fewer if the images span fewer."""
+    """Fit up to COMPONENTS components to images uint8 [N, C, H, W], N >= 2: fewer if the images span fewer."""
     flat = _flat(images)
     mean = flat.mean(0)
     flat -= mean
-    by_image = len(flat) < flat.shape[1]  # the matrix over images is smaller then, and has the same eigenvalues
+    by_image = len(flat) < flat.shape[1]  # Then the matrix over images is smaller, with the same nonzero eigenvalues.
     values, vectors = torch.linalg.eigh(flat @ flat.T if by_image else flat.T @ flat)
     kept = int((values[-COMPONENTS:] > LEAST_SHARE * values[-1]).sum())
     values, vectors = values[len(values) - kept :].flip(0), vectors[:, len(vectors) - kept :].flip(1)
@@ -104,9 +105,9 @@ def fit_components(images: Tensor) -> Components:
 
 
 def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
-    """Return the variance within each class, summed over pixels: images uint8 [N, C, H, W], classes int64 [N].
+    """Return each class's variance, summed over pixels in [-1, 1]: images uint8 [N, C, H, W], classes int64 [N].
 
-    Each is unbiased (N - 1), so that sets of different sizes can be compared. A class with one image has no variance.
+    Variances are unbiased (N - 1), so sets of different sizes can be compared. Classes with a single image are absent.
     """
     found: dict[int, float] = {}
     for each in sorted(set(classes.tolist())):
@@ -118,9 +119,9 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 
 
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
-    """Divide the variances within classes by those of real images, each summed over the classes that both have.
+    """Divide the variances within classes by those of real images, both summed over the classes that they share.
 
-    1 is ideal; below it the images of a class are too much alike. None if no class has both, or real ones do not vary.
+    1 is ideal; below 1 the images of a class are too similar. None if no class is shared or real images do not vary.
     """
     both = variances.keys() & real.keys()
     real_sum = sum(real[each] for each in both)
@@ -128,21 +129,21 @@ def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float
 
 
 def share_within(queries: Tensor, references: Tensor) -> float:
-    """Return the share of queries [N, K] within the third-neighbour radius of a reference [M, K].
+    """Return the share of queries [N, K] within the third-neighbour radius of at least one reference [M, K].
 
-    Kynkäänniemi et al. 2019, eq. 1 and 2. With samples as queries and real references it is the precision; with real
-    queries and samples as references, the recall.
+    See Kynkäänniemi et al. 2019, eq. 1 and 2. With samples as queries and real images as references, the share is the
+    precision. With the roles swapped, it is the recall.
     """
     k = min(NEIGHBOURS, len(references) - 1)
     of_references = (_distances(part, references) for part in torch.split(references, QUERIES_AT_ONCE))
-    # k + 1, because each point is its own nearest neighbour
+    # Use k + 1, because each point is its own nearest neighbour.
     radii = torch.cat([each.kthvalue(k + 1, dim=1).values for each in of_references])
     within = [(_distances(part, references) <= radii).any(1) for part in torch.split(queries, QUERIES_AT_ONCE)]
     return float(torch.cat(within).double().mean())
 
 
 def _distances(queries: Tensor, references: Tensor) -> Tensor:
-    return torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")  # the other mode rounds
+    return torch.cdist(queries, references, compute_mode="donot_use_mm_for_euclid_dist")  # matmul loses precision
 
 
 def _flat(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on held-out images: the bound, and the figures of samples made in one or several ways."""
+"""Measures a checkpoint on held-out images: the variational bound, and figures of samples at several settings."""
 
 import copy
 import dataclasses
@@ -46,28 +46,27 @@ from tminus.model.training.data import ImageSet
 
 log = logging.getLogger(__name__)
 
-BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # read these from JSON
+BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # parsers of cached results
 OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
-RESULT_FORMAT = 3  # raised when the same key would give other figures
-MAX_RESULT_BYTES = 256 * 2**20  # a file with a sheet of large images
+RESULT_FORMAT = 3  # Increase it when the same key would give different figures.
+MAX_RESULT_BYTES = 256 * 2**20  # A file may hold a sheet of large images.
 
 
 class ResultCache:
-    """Results in a folder, so that an evaluation that was killed does not repeat finished work.
+    """Caches results in a folder, so an evaluation that was killed does not repeat finished work.
 
-    Each file holds a result and its key, which is everything that the result depends on; a hash of the key names the
-    file. A damaged file, or one with another key, counts as missing. folder=None keeps nothing.
+    Each file holds a result and its key: everything that the result depends on. A hash of the key names the file. A
+    damaged file, or a file with another key, counts as missing. With folder=None nothing is kept.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Make the folder. Raises OSError."""
+        """Create the folder. Raises OSError if that fails."""
         self._folder = folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read a result; None if there is none."""
         if self._folder is None:
             return None
         try:
@@ -89,7 +88,7 @@ class ResultCache:
 
 
 def plan_hash(plan: Plan) -> str:
-    """Hash the plan of a sampler: a new version may make other samples under the same name."""
+    """Hash a sampler's plan: in another version the same sampler may have another plan."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -99,7 +98,7 @@ def plan_hash(plan: Plan) -> str:
 
 
 def data_hash(data: ImageSet) -> str:
-    """Hash the images and their classes, since a folder of the same name may hold others."""
+    """Hash the images and their classes: the name of a data set does not identify its content."""
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
     digest.update(repr((tuple(data.images.shape), data.class_names)).encode())
     if data.labels is not None:
@@ -108,7 +107,7 @@ def data_hash(data: ImageSet) -> str:
 
 
 def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the key as JSON reads it back, with lists for tuples."""
+    """Return the key, with RESULT_FORMAT, as JSON parses it: with lists for tuples."""
     plain: dict[str, Any] = json.loads(json.dumps({"format": RESULT_FORMAT, **key}))
     return plain
 
@@ -116,7 +115,7 @@ def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
 def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
     """Measure the bound on options.bound_images of the test split. Each image has its own timesteps and noise.
 
-    `net` must be on the measuring device. Returns LeftOut, with the reason, if the bound is not defined.
+    Runs on the device of `net`. Returns LeftOut, with the reason, if the bound is not defined.
     """
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
     if checkpoint.autoencoder is not None:
@@ -145,7 +144,7 @@ def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options
 
         for start in starts:
             batch = picked[start : start + options.batch_size]
-            # Numbered by position in the split, so an image's terms do not depend on the choice of the others.
+            # Number images by their position in the split, so an image's terms do not depend on the other images.
             part = variational_bound(
                 counted,
                 noise,
@@ -173,9 +172,9 @@ class _Drawn(NamedTuple):
 
 
 class Measure:
-    """Measures one checkpoint on one device. `forward` runs its network in another way (see `draw_samples`).
+    """Measures one checkpoint on one device. `forward` replaces the network while sampling (see `draw_samples`).
 
-    `draw_threads`: the number of torch's threads while samples are drawn; None leaves it unchanged.
+    `draw_threads`: torch's threads while sampling; None keeps the current number.
     """
 
     def __init__(
@@ -206,7 +205,6 @@ class Measure:
         }
 
     def bound(self, options: EvaluateOptions) -> Bound | LeftOut:
-        """Return the bound on the test split, or why there is none."""
         key = self._key | {"bound": {name: getattr(options, name) for name in OF_BOUND}}
         try:
             if (values := self._cache.read(key)) is not None:
@@ -221,9 +219,9 @@ class Measure:
     def points(
         self, points: Sequence[Point], seeds: Sequence[int], options: EvaluateOptions
     ) -> tuple[dict[Point, PointFigures], dict[Point, Exception]]:
-        """Return the figures of the points that can be made, and the errors of the others: ValueError or EvaluateError.
+        """Return the figures of points that can be sampled, and the errors (ValueError or EvaluateError) of the others.
 
-        All points are made with the first seed, then with the next.
+        All points are sampled with the first seed before any is sampled with the next.
         """
         errors: dict[Point, Exception] = {}
         plans: dict[Point, Plan] = {}
@@ -248,7 +246,7 @@ class Measure:
         facts = self._judge.facts
         what = {name: getattr(options, name) for name in OF_SAMPLES} | {
             "plan": plan_hash(plan),
-            "of": f"{options.sampler}, {options.steps} steps",  # for people who read the file
+            "of": f"{options.sampler}, {options.steps} steps",  # label for people who read the file
             "classifier": facts.weights_hash if facts is not None else None,
         }
         key = self._key | {"samples": what}
@@ -305,19 +303,22 @@ def evaluate(
     seeds: Sequence[int] = (),
     cache: ResultCache | None = None,
 ) -> Report:
-    """Make samples and compare them with the two splits. classifier=None leaves out the figures that need one.
+    """Sample a checkpoint and compare the samples with the two splits.
 
-    Each point is sampled with each seed; without points or seeds the options' own are used. `references`: points to
-    compare the others with. Results in `cache` are not made again.
+    With classifier=None the figures that need a classifier are left out. Each point is sampled with each seed; the
+    defaults are the point and the seed of `options`. `references` are points to compare the others with. Results in
+    `cache` are reused.
 
-    `forward` runs the checkpoint's network in another way, which is judged by its samples (see `draw_samples`); the
-    bound is always measured on the network itself. options.executor and options.precision should name it.
-    `draw_threads`: torch's threads while samples are drawn, if `forward` needs the cores.
+    `forward` replaces the checkpoint's network while sampling (see `draw_samples`); options.executor and
+    options.precision should describe `forward`. The bound is always measured on the network itself. `draw_threads` sets
+    torch's threads while sampling, in case `forward` needs the cores.
 
-    A figure that this checkpoint or this data does not allow is None in the report, with the reason in `left_out`. So
-    is a point that cannot be made. If no point can be made, the first one's error is raised: ValueError for an
-    impossible sampler or number of steps, EvaluateError for samples that are not finite. Raises EvaluateError if
-    checkpoint, data and classifier do not fit together, and OSError if a result cannot be written.
+    A figure that this checkpoint or data does not allow is None in the report, and `left_out` gives the reason.
+    `left_out` also lists the points that cannot be sampled.
+
+    If no point can be sampled, raises the first point's error: ValueError for an impossible sampler or number of steps,
+    EvaluateError for samples that are not finite. Also raises EvaluateError if checkpoint, data and classifier do not
+    fit together, and OSError if a result cannot be written.
     """
     points = points or (Point(options.sampler, options.steps, options.guidance),)
     seeds = seeds or (options.seed,)

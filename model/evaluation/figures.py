@@ -1,6 +1,4 @@
-"""The figures of an evaluation, as frozen values: of a checkpoint, of the samples of one seed, and over
-several seeds.
-"""
+"""The figures of an evaluation as frozen dataclasses: per checkpoint, per seed, and over several seeds."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A figure or a point that this checkpoint or this data does not allow, and the reason."""
+    """A figure or point that this checkpoint or data does not allow, with the reason."""
 
     what: str
     why: str
@@ -18,7 +16,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The mean of L_t over held-out images and the timesteps first <= t <= last, counted from 0, in bits/dim."""
+    """The mean of L_t in bits/dim over held-out images and the timesteps first <= t <= last, counted from 0."""
 
     first: int
     last: int
@@ -27,23 +25,23 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The variational bound on held-out images, means in bits per dimension (Ho et al. 2020, eq. 5).
+    """The variational bound on held-out images: means in bits per dimension (Ho et al. 2020, eq. 5).
 
-    L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` of them (0: T is 1 and there are none).
-    `terms` are the means that add up to L_steps when each is multiplied by its number of timesteps.
+    L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` terms (0 if T is 1). Each of `terms` is the
+    mean over a run of timesteps. The means times the lengths of their runs add up to L_steps.
     """
 
     L_T: float
     L_steps: float
     L_0: float
     total: float
-    standard_error: float  # of the total, over the images
+    standard_error: float  # standard error of `total` over the images
     num_images: int
     timesteps_per_image: int
     terms: tuple[Term, ...] = ()
 
     def reaches(self, share: float) -> int:
-        """Return the timestep up to which the terms make up this share of L_0 + L_1 + … + L_{T-1}."""
+        """Return the last timestep of the terms that make up this share of L_0 + L_1 + … + L_{T-1}."""
         reached, last = self.L_0, 0
         for term in self.terms:
             if reached >= share * (self.L_0 + self.L_steps):
@@ -55,20 +53,17 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """What real images lose in a latent model's autoencoder, which bounds the quality of samples."""
+    """The error of a latent model's autoencoder on real images, which limits the quality of samples."""
 
-    rms: float  # over the pixels of held-out images in [-1, 1]
+    rms: float  # root mean square error over the pixels of held-out images in [-1, 1]
     psnr_db: float
-    frechet: float | None  # for decoded training images; compare `FrechetDistance.real`, for the images themselves
+    frechet: float | None  # distance of reconstructed training images; `FrechetDistance.real` is that of the originals
     num_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class PerClass:
-    """One class: the classifier's accuracy on its samples, and on its real test images.
-
-    An accuracy is None without images.
-    """
+    """The classifier's accuracy on one class, for samples and for real test images; None without images."""
 
     name: str
     samples: float | None
@@ -78,7 +73,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """The share of samples, and of real images, that the classifier assigns to their own class."""
+    """The share of samples, and of real test images, that the classifier assigns to the right class."""
 
     samples: float
     real: float
@@ -88,10 +83,10 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features. `real` is the distance of as many training images, a
-    floor.
+    """Distance to the test split in the classifier's features.
 
-    If samples take the classes in turn, test and training images are weighted as if each class had equally many.
+    `real` is the distance of the same number of training images: a floor for the samples. If samples cycle through the
+    classes, test and training images are weighted so that each class counts equally.
     """
 
     samples: float
@@ -102,7 +97,7 @@ class FrechetDistance:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A figure of the samples, and of as many real training images, each compared with the test split."""
+    """A figure of samples, and of the same number of real training images, each compared with the test split."""
 
     samples: float
     real: float
@@ -112,9 +107,9 @@ class Compared:
 class PixelFigures:
     """Figures of the pixels alone, without a network (see distances.py).
 
-    frechet_distance: between Gaussians in the first principal components of the training images' pixels (Heusel et al.
-    2017). variance_ratio: the pixels' variance within a class, divided by the test split's; None if no class has two
-    images. precision and recall: Kynkäänniemi et al. 2019, in the same components.
+    frechet_distance: the distance of Gaussians in the first principal components of the training images' pixels (Heusel
+    et al. 2017). variance_ratio: the pixels' variance within a class, divided by that of the test split; None if no
+    class has two images. precision and recall: as in Kynkäänniemi et al. 2019, in the same components.
     """
 
     frechet_distance: Compared
@@ -126,7 +121,7 @@ class PixelFigures:
 
 @dataclass(frozen=True, slots=True)
 class NearestSummary:
-    """Distances to the nearest training image: root mean square per pixel, images in [-1, 1]."""
+    """Distances to the nearest training image: root mean square over pixels in [-1, 1]."""
 
     minimum: float
     percentile_1: float
@@ -136,7 +131,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Distances of samples and of real test images to training images. Copies are nearer than test images."""
+    """Distances from samples and from real test images to training images. Copies are nearer than test images."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -145,7 +140,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """The classifier that judged the samples."""
+    """Facts about the classifier that judged the samples."""
 
     weights_hash: str
     test_accuracy: float
@@ -155,7 +150,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """Figures of one seed's samples. A figure is None if checkpoint or data rules it out."""
+    """Figures of one seed's samples. A figure is None if the checkpoint or the data does not allow it."""
 
     seed: int
     class_accuracy: ClassAccuracy | None
@@ -166,7 +161,7 @@ class SampleFigures:
 
 
 class Spread(NamedTuple):
-    """The spread of a figure over seeds."""
+    """The mean and the range of a figure over seeds."""
 
     mean: float
     minimum: float
@@ -178,7 +173,7 @@ class Spread(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A figure of samples beside that of real images: its name in JSON, its text in tables, and its value."""
+    """A figure of samples and of real images: its name in JSON, its text in tables, and a function that returns it."""
 
     name: str
     text: str
@@ -193,14 +188,14 @@ VARIANCE_RATIO = Metric("variance_ratio", "variance ratio", lambda each: each.pi
 ACCURACY = Metric("class_accuracy", "class accuracy", lambda each: each.class_accuracy)
 PRECISION = Metric("precision", "precision, of the pixels' components", lambda each: each.pixels.precision)
 RECALL = Metric("recall", "recall, of the pixels' components", lambda each: each.pixels.recall)
-METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # the metrics that compare points
+METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # metrics that compare points
 
 
 @dataclass(frozen=True, slots=True)
 class PointFigures:
-    """One point: its figures by seed, and a sheet, the PNG of the first images of the first seed.
+    """The figures of one point by seed, and `sheet`: a PNG of the first images of the first seed.
 
-    `passes` are the network's passes for one image; a guided pass takes two places in a batch.
+    `passes` counts the network's passes for one image. A guided pass takes two rows of a batch.
     """
 
     sampler: str
@@ -211,7 +206,7 @@ class PointFigures:
     sheet: bytes = dataclasses.field(default=b"", repr=False)
 
     def spread(self, metric: Metric, side: Literal["samples", "real"] = "samples") -> Spread | None:
-        """Return the spread over seeds of a figure, for samples or for real images. None if a seed lacks it."""
+        """Return the spread of a figure over seeds, for samples or for real images; None if a seed lacks the figure."""
         figures = [metric.of(each) for each in self.seeds]
         values = [getattr(figure, side) for figure in figures if figure is not None]
         if len(values) < len(figures):
@@ -224,7 +219,7 @@ class PointFigures:
         return sum(each.seconds_per_image for each in self.seeds) / len(self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the spreads, without the sheet."""
+        """Return plain values for JSON, with the spreads and without the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
         for metric in METRICS:

@@ -1,7 +1,7 @@
-"""The report as one HTML file. Plots and samples are inlined, so that it can be sent and archived.
+"""Renders the report as one HTML file. Plots and samples are inlined, so the file can be sent and archived.
 
-Markdown would be a folder of pictures, which a mail or a browser does not show. The command prints the tables of a
-model card as Markdown.
+A Markdown report would need a folder of pictures, which a mail or a browser does not show. The command prints the
+tables of a model card as Markdown.
 """
 
 import html
@@ -21,9 +21,9 @@ MARKERS = "osD^v<>PX*"
 GREY = "#555555"
 PANEL_INCHES = (6.0, 4.4)
 LEGEND_INCHES = 1.8
-NEXT_TICK = 1.15  # a tick that is closer to the last one has no room for its number
-MAX_STRIPS = 4  # the number of step counts shown for each sampler
-SMALL_PX = 64  # smaller images are shown twice as large
+NEXT_TICK = 1.15  # least ratio of neighbouring ticks: closer ticks leave no room for their numbers
+MAX_STRIPS = 4  # step counts shown for each sampler
+SMALL_PX = 64  # pixels; smaller images are shown at twice their size
 HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -56,9 +56,9 @@ def check_installed() -> None:
 
 
 def plot_distances(report: Report) -> bytes | None:
-    """Plot Fréchet distance over passes: a line per sampler, a panel per guidance scale. None for less than two points.
+    """Plot the Fréchet distance over passes: a line per sampler, a panel per guidance scale.
 
-    Bars show the range over seeds; horizontal lines mark real images and the references.
+    Bars show the range over seeds; horizontal lines mark real images and references. None for fewer than two points.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -92,7 +92,7 @@ def plot_distances(report: Report) -> bytes | None:
 
 
 def plot_terms(bound: Bound) -> bytes:
-    """Plot L_t over t on held-out images: one stair for each measured run of timesteps."""
+    """Plot L_t over t on held-out images, with one stair for each measured run of timesteps."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(PANEL_INCHES[0] + LEGEND_INCHES, 3.6), layout="constrained")
     values = [bound.L_0, *(term.bits_per_dim for term in bound.terms)]
@@ -110,7 +110,7 @@ def plot_terms(bound: Bound) -> bytes:
 
 
 def _line(axis: Any, name: str, points: Sequence[PointFigures]) -> None:
-    """Return a sampler's colour and marker, which do not depend on the other samplers in the plot."""
+    """Draw a sampler's line. Its colour and marker do not depend on the other samplers in the plot."""
     number = [*SAMPLER_FACTS, name].index(name)
     spreads = [spread for point in points if (spread := point.spread(FRECHET)) is not None]
     means = [one.mean for one in spreads]
@@ -127,11 +127,11 @@ def _colour(number: int) -> str:
 
 
 def _log(axis: Any, passes: Sequence[int]) -> None:
-    """Make both axes logarithmic with plain numbers: ticks of passes at the points, of distances at 1, 2 and 5."""
+    """Make both axes logarithmic with plain numbers: ticks at the points' passes, and at distances of 1, 2 and 5."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []
-    for count, _ in Counter(sorted(passes)).most_common():  # the most common first
+    for count, _ in Counter(sorted(passes)).most_common():
         if all(max(count, tick) >= NEXT_TICK * min(count, tick) for tick in ticks):
             ticks.append(count)
     axis.set_xscale("log")
@@ -152,7 +152,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    # The same figures give the same file, and text stays text.
+    # Make the same figures give the same file, and keep text as text.
     matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
     import matplotlib.pyplot as plt
 
@@ -167,10 +167,9 @@ def _svg(figure: Any, plt: Any) -> bytes:
 
 
 def report_files(report: Report, command: str) -> dict[str, bytes]:
-    """Return the files of a report by name: report.html, its plots, and the figures as JSON.
+    """Return a report's files by name: report.html, its plots, and the figures as JSON.
 
-    `command`: the command that makes the report again. The same report gives the same bytes. Raises EvaluateError
-    without matplotlib.
+    `command` makes the report again. The same report gives the same bytes. Raises EvaluateError without matplotlib.
     """
     plots = {"distances.svg": plot_distances(report)}
     if report.bound is not None:
@@ -180,7 +179,7 @@ def report_files(report: Report, command: str) -> dict[str, bytes]:
 
 
 def render(report: Report, command: str, plots: Mapping[str, bytes]) -> str:
-    """Write the page."""
+    """Return the report as an HTML page."""
     title = html.escape(f"Evaluation of {report.checkpoint}")
     sections = [
         _section("Model", _facts(report).to_html()),
@@ -218,7 +217,7 @@ def _facts(report: Report) -> Table:
 
 
 def _quality(report: Report, plot: bytes | None) -> str:
-    """Render the figures of the samples: all figures for one point, a comparison for several."""
+    """Render the figures of the samples: all figures of a single point, or a comparison of several points."""
     text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
@@ -235,7 +234,7 @@ def _quality(report: Report, plot: bytes | None) -> str:
 
 
 def _samples(report: Report) -> str:
-    """Render strips of the first seed's first images. Images in one column start from the same noise."""
+    """Render strips of the first seed's first images. Images in a column start from the same noise."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
         guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""
@@ -258,7 +257,7 @@ def _effort(point: PointFigures) -> str:
 
 
 def _few(points: Sequence[PointFigures]) -> list[PointFigures]:
-    """Choose at most MAX_STRIPS points, from the fewest steps to the most."""
+    """Choose at most MAX_STRIPS points, spread from the fewest steps to the most."""
     ordered = sorted(points, key=lambda point: point.steps)
     if len(ordered) <= MAX_STRIPS:
         return ordered

@@ -1,8 +1,7 @@
 """Judges a lower precision without data, by comparing its images with those of float32 from the same noise.
 
-The measure is the truncation of a sampler: the error that comes from its few steps. It is the distance of its images
-from those of twice as many steps, from the same noise. A user of the sampler accepts this error, so a much smaller one
-does no harm.
+The measure is a sampler's truncation: the error due to its few steps. Truncation is the distance from the images of
+REFERENCE, from the same noise. A user of the sampler accepts this error, so a much smaller error does no harm.
 """
 
 from collections.abc import Generator, Iterator
@@ -18,24 +17,26 @@ from tminus.model.guidance import Forward
 from tminus.model.rng import image_noise
 from tminus.model.samplers import sample_passes
 
-REFERENCE = Point("dpmpp_2m", 40)  # stands for the exact solution
+REFERENCE = Point("dpmpp_2m", 40)  # taken as the exact solution
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
 WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # the noise of these samplers would hide their truncation
-# Steps of the recommended sampler: more would take long and differ no more. Other samplers take PRECISE.steps; with
-# more they come as near to the solution as the reference does.
+# Largest number of steps for the recommended sampler: more steps take longer, and the difference does not grow. Other
+# samplers are limited to PRECISE.steps, because with more steps they are as exact as the reference.
 MAX_STEPS = {"ddim": 50, "euler": 50}
-SHARE = 0.5  # the largest difference over all images, as a share of the truncation
-DRIFT, SPREADS = 1.0, 3.0  # in levels, and in standard errors: a mean shift above both is systematic
-LEVELS = 127.5  # levels per unit of x: 255 from -1 to 1
+SHARE = 0.5  # largest accepted difference over all images, as a share of the truncation
+DRIFT, SPREADS = 1.0, 3.0  # levels, standard errors; a mean shift above both is systematic
+LEVELS = 127.5  # levels per unit of x: 255 levels from -1 to 1
 MIN_IMAGES, MAX_IMAGES = 4, 16
 SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference between the images of one sampler, in levels of 255: root mean squares, and the worst image's.
+    """The difference between one sampler's images in two precisions, in levels of 255.
 
-    drift: the mean shift over all images, for the channel nearest to its bound, and its standard error.
+    `rms` is the root mean square over all images, and `worst` that of the worst image. `truncation_rms` and
+    `truncation_worst` are the same for the sampler's truncation. `drift` is the mean shift over all images of the
+    channel that comes closest to its limit, or exceeds it most. `drift_error` is its standard error.
     """
 
     point: Point
@@ -48,7 +49,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is harmless. A difference that is not finite is harmful."""
+        """Whether the difference is harmless. A difference that is not finite counts as harmful."""
         steady = abs(self.drift) <= max(DRIFT, SPREADS * self.drift_error)
         return self.rms <= SHARE * self.truncation_rms and self.worst <= self.truncation_worst and steady
 
@@ -60,7 +61,7 @@ class Difference:
 
 
 def measure_difference(point: Point, exact: Tensor, lower: Tensor, solution: Tensor) -> Difference:
-    """Compare images [N, C, H, W] of two precisions with each other, and the first with the solution, in levels."""
+    """Compare `exact` with `lower`, and `exact` with `solution`: images [N, C, H, W] in levels."""
     shifts = (lower - exact).flatten(2).mean(2)  # [N, C]
     mean, error = shifts.mean(0), shifts.std(0) / len(shifts) ** 0.5
     channel = int((mean.abs() - (SPREADS * error).clamp(min=DRIFT)).argmax())
@@ -79,9 +80,9 @@ def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
 
 
 def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
-    """Return the samplers to compare: 20 steps of dpmpp_2m, and the recommended settings, or else 50 steps of ddim.
+    """Return the samplers to compare: dpmpp_2m in 20 steps, and the recommended settings or, without any, ddim in 50.
 
-    dpmpp_2m has little truncation, so it is the strictest. The recommended sampler is compared without its noise.
+    dpmpp_2m has little truncation, so it is the strictest test. The recommended sampler is compared without its noise.
     """
     if recommended is None:
         return PRECISE, COMMON
@@ -93,7 +94,7 @@ def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
 
 
 def check_comparable(checkpoint: Checkpoint) -> None:
-    """Raise ValueError for a network whose truncation cannot be measured."""
+    """Raise ValueError for a checkpoint whose truncation cannot be measured."""
     why, num_timesteps = None, checkpoint.noise.num_train_timesteps
     if checkpoint.student is not None:
         why = "a student is sampled by its own tables alone, whose truncation cannot be measured"
@@ -110,7 +111,7 @@ class Comparison:
         check_comparable(checkpoint)
         self.points = compared_points(checkpoint.recommended)
         self.differences: list[Difference] = []
-        self.places = 1 if self.points[0].guidance == 1.0 else 2  # places of an image in a batch
+        self.places = 1 if self.points[0].guidance == 1.0 else 2  # batch rows for each image
         self._reference = replace(REFERENCE, guidance=self.points[0].guidance)
         self._checkpoint = checkpoint
         self._plans = {
@@ -120,7 +121,7 @@ class Comparison:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Return the passes of an image in float32 and in the lower precision."""
+        """Return the passes for each image in float32 and in the lower precision."""
         lower = sum(len(self._plans[point]) for point in self.points)
         return len(self._plans[self._reference]) + lower, lower
 
@@ -132,7 +133,7 @@ class Comparison:
     def run(
         self, exact: Forward, lower: Forward, device: torch.device, num_images: int, batch_size: int
     ) -> Iterator[None]:
-        """Make all images and compute `differences`. Yields after each pass of a batch."""
+        """Sample all images and compute `differences`. Yields after each pass of a batch."""
 
         def draw(point: Point, forward: Forward) -> Generator[None, None, Tensor]:
             images = []
@@ -150,7 +151,7 @@ class Comparison:
     def _draw(
         self, point: Point, forward: Forward, device: torch.device, indices: range
     ) -> Generator[None, None, Tensor]:
-        """Make the images of these indices, in levels."""
+        """Sample the images of these indices, in levels."""
         checkpoint = self._checkpoint
         classes = sample_classes(checkpoint, indices.stop)
         passes = sample_passes(
@@ -166,5 +167,5 @@ class Comparison:
         for x in passes:
             x_0 = x
             yield
-        bound = 1.0 if checkpoint.autoencoder is None else torch.inf  # pixels are shown clipped
+        bound = 1.0 if checkpoint.autoencoder is None else torch.inf  # pixels are clipped when shown
         return LEVELS * x_0.clamp(-bound, bound).cpu()

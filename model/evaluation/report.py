@@ -1,6 +1,6 @@
-"""The report on a checkpoint: frozen values, rendered as JSON or as the tables of a model card.
+"""The report on a checkpoint: frozen dataclasses that render as JSON or as the tables of a model card.
 
-The comparison of two reports is here too: it decides whether an executor or a precision makes worse images.
+`compare_reports` decides whether an executor or a precision makes worse images.
 """
 
 import dataclasses
@@ -36,26 +36,26 @@ OF_PIXELS = (
     "training images' pixels. The variance ratio is the pixels' variance within a class, by that of the test split: 1 "
     "is right, and below it images of a class are too much alike."
 )
-OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that the points have instead
+OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that each point sets itself
 MAX_FRECHET_RATIO = 1.02
-MAX_ACCURACY_LOSS = 0.01  # for samples from the same noise, which share most of the chance
+MAX_ACCURACY_LOSS = 0.01  # small, because both reports sample from the same noise
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A header, and rows with as many cells."""
+    """A header and rows, all with the same number of cells."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def to_markdown(self) -> str:
-        """Render a table in GitHub's Markdown."""
+        """Render the table in GitHub's Markdown."""
         rows = [tuple(map(_cell, row)) for row in self.rows]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, ("---",) * len(self.head), *rows)]
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """Render a table whose first column names its rows."""
+        """Render the table as HTML. The first column names the rows."""
         head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.head)
         rows = []
         for first, *others in self.rows:
@@ -75,7 +75,7 @@ class ModelFacts:
     parameters: int
     size_px: tuple[int, int]
     channels: int
-    latents: str | None  # the autoencoder's class and the shape of its latents, for a latent model
+    latents: str | None  # the autoencoder's class and latent shape; None for a pixel model
     class_names: tuple[str, ...]
     num_timesteps: int
     beta_schedule: str
@@ -86,10 +86,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one checkpoint, sampled in one way or several, with the same seeds.
+    """The figures of one checkpoint, sampled at one or several points with the same seeds.
 
     `options` belong to the first point and seed. `references` are points to compare with, drawn as horizontal lines in
-    the plot. `left_out` has the reason for each figure that is None.
+    the plot. `left_out` gives the reason for each figure that is None.
     """
 
     checkpoint: str
@@ -110,7 +110,7 @@ class Report:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one point, and nothing to compare it with."""
+        """Whether there is one point, and no reference to compare it with."""
         return len(self.points) + len(self.references) == 1
 
     @property
@@ -120,7 +120,6 @@ class Report:
 
     @property
     def guidances(self) -> tuple[float, ...]:
-        """The guidance scales of the points."""
         return tuple(dict.fromkeys(point.guidance for point in self.points))
 
     @property
@@ -129,7 +128,6 @@ class Report:
         return (OF_PIXELS,) if FRECHET.of(self.first) is None else (NOT_FID, OF_PIXELS)
 
     def to_json(self) -> str:
-        """The report as JSON, with its points in lists."""
         values = dataclasses.asdict(dataclasses.replace(self, points=(), references=()))
         values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
         values["points"] = [point.to_dict() for point in self.points]
@@ -137,7 +135,7 @@ class Report:
         return json.dumps(values, indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """Render the tables of a model card: figures, what is left out and the settings."""
+        """Render the tables of a model card in Markdown: figures, reasons for missing figures, and settings."""
         tables = [self.by_point()]
         if self.is_single:
             tables = [self.figures(), self.by_class(), self.over_seeds()]
@@ -151,7 +149,7 @@ class Report:
         return "\n\n".join(blocks) + "\n"
 
     def bound_rows(self) -> list[tuple[str, str]]:
-        """The bound and its terms. Real images are measured, so samples have no such figure."""
+        """Return rows for the bound and its terms. The bound is measured on real images, so samples have none."""
         if (bound := self.bound) is None:
             return []
         rows = [("variational bound (bits/dim)", f"{bound.total:.4f} ± {bound.standard_error:.4f}")]
@@ -160,7 +158,7 @@ class Report:
         return rows
 
     def reconstruction_rows(self) -> list[tuple[str, str]]:
-        """The loss of a latent model's autoencoder, measured on real images."""
+        """Return rows for the error of a latent model's autoencoder on real images."""
         if (lost := self.reconstruction) is None:
             return []
         what = "real images through the autoencoder"
@@ -170,7 +168,7 @@ class Report:
         return rows
 
     def figures(self) -> Table:
-        """The figures of the first point's samples beside those of real images."""
+        """Return the figures of the first point's samples beside those of real images."""
         rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
         metrics = (ACCURACY, FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, PRECISION, RECALL)
         found = [(metric.text, figure) for metric in metrics if (figure := metric.of(self.first)) is not None]
@@ -185,13 +183,13 @@ class Report:
         return Table(("figure", "samples", "real images"), tuple(rows))
 
     def by_class(self) -> Table:
-        """The accuracy of each class for the first point; no rows if there is none."""
+        """Return the first point's accuracy by class; no rows if there is none."""
         classes = accuracy.per_class if (accuracy := self.first.class_accuracy) is not None else ()
         rows = [(c.name, _number(c.samples), str(c.num_samples), _number(c.real)) for c in classes]
         return Table(("class accuracy", "samples", "n", "real test images"), tuple(rows))
 
     def over_seeds(self) -> Table:
-        """The figures of the first point by seed, and their spread; no rows for a single seed."""
+        """Return the first point's figures by seed, and their spread; no rows for a single seed."""
         point, rows = self.points[0], list[tuple[str, ...]]()
         if len(point.seeds) > 1:
             rows += [(str(each.seed), *_samples(each)) for each in point.seeds]
@@ -200,7 +198,7 @@ class Report:
         return Table(("seed", *(metric.text for metric in METRICS)), tuple(rows))
 
     def by_point(self) -> Table:
-        """A row for each point, and one for real images."""
+        """Return a row for each point, and one for real images."""
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
             way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
@@ -212,7 +210,6 @@ class Report:
         return Table(head, tuple(rows))
 
     def by_seed(self) -> Table:
-        """The figures of each point by seed."""
         head = ("sampler", "steps", "guidance", "figure", *(f"seed {seed}" for seed in self.seeds))
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
@@ -222,7 +219,6 @@ class Report:
         return Table(head, tuple(rows))
 
     def settings(self) -> Table:
-        """The settings to reproduce the figures."""
         options, point, first = self.options, self.points[0], self.first
         sampler = f"{', '.join(dict.fromkeys(each.sampler for each in self.points))}; eta {options.eta:g}"
         if self.is_single:
@@ -277,7 +273,7 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The verdict on a candidate, compared with its reference. A figure is None if a report lacks it."""
+    """The verdict on a candidate compared with a reference. A figure is None if a report lacks it."""
 
     frechet_ratio: float | None  # candidate / reference: above 1 is worse
     accuracy_difference: float | None  # candidate - reference: below 0 is worse
@@ -286,10 +282,10 @@ class Comparison:
 
 
 def compare_reports(reference: Report, candidate: Report) -> Comparison:
-    """Accept a candidate if its Fréchet distance is at most 2 % above and its class accuracy at most 0.01 below.
+    """Accept a candidate that is at most 2 % worse in Fréchet distance and 0.01 worse in class accuracy.
 
     Both reports must have the same weights, samples, data and classifier. Their first point and seed are compared. An
-    unconditional model is judged by the distance alone. Without either figure nothing is accepted.
+    unconditional model is judged by the distance alone. Without either figure, no candidate is accepted.
     """
     assert reference.weights_hash == candidate.weights_hash
     ratio = difference = None
@@ -302,7 +298,7 @@ def compare_reports(reference: Report, candidate: Report) -> Comparison:
     if ratio is None and difference is None:
         return Comparison(None, None, ok=False, reason="no classifier judged the samples")
     faults = []
-    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >, so that NaN is refused
+    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # `not <=` also rejects NaN
         faults.append(f"the Fréchet distance is {ratio:.3f} times the reference's, over {MAX_FRECHET_RATIO}")
     if difference is not None and not difference >= -MAX_ACCURACY_LOSS:
         faults.append(f"class accuracy moves by {difference:+.3f}, more than {-MAX_ACCURACY_LOSS}")

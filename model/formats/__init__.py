@@ -1,1 +1,1 @@
-"""Checkpoints of other projects, read and rewritten in the names of model/unet.py."""
+"""Readers of other projects' checkpoints."""

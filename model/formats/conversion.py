@@ -1,4 +1,4 @@
-"""The input and the result of a reader of a foreign format: facts from the user, and a converted checkpoint."""
+"""The input and output of a reader of a foreign format: facts from the user, and a converted checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,13 @@ from tminus.model.files import CheckpointError
 from tminus.model.formats.flags import FACTS, OF_SIGMA, flag
 from tminus.model.noise import NoiseConfig
 
-HO_TIMESTEPS = 1000  # the T of the linear schedule's usual betas; some projects scale the betas for another T
+HO_TIMESTEPS = 1000  # T of Ho et al.'s linear betas; some projects scale the betas for another T
 HO_BETAS = (1e-4, 0.02)
 CLIPS = "x_0 is clipped to [-1, 1]"
 
 
 class MissingFacts(CheckpointError):
-    """A file is recognised, but facts are missing. `names`: the facts that the user has to add."""
+    """Raised if a file is recognised, but facts are missing. `names`: the facts that the user must give."""
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
         self.what, self.names = what, tuple(names)
@@ -26,17 +26,17 @@ class MissingFacts(CheckpointError):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The flags, each with its help text."""
+        """The flags of the missing facts, each with its help text."""
         return tuple(f"{flag(name)} ({FACTS[name].text})" for name in self.names)
 
 
 class FactsError(ValueError):
-    """A fact is out of bounds, or its format does not have it. The message names its flag."""
+    """Raised if a fact is out of bounds, or does not belong to the format. The message names its flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenFacts:
-    """Facts from the user, each None or a value of FACTS. Raises FactsError for a value out of bounds."""
+    """Facts from the user; None means not given. Raises FactsError for a value out of the bounds of FACTS."""
 
     image_size: int | None = None
     timesteps: int | None = None
@@ -64,7 +64,7 @@ class GivenFacts:
             raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts if a needed fact is None, and FactsError for a fact that this format does not have."""
+        """Raise MissingFacts if a needed fact is None, and FactsError for a fact that is neither needed nor taken."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
@@ -74,14 +74,14 @@ class GivenFacts:
             raise MissingFacts(what, missing)
 
     def needed_for_noise(self, *, learned: bool = False) -> list[str]:
-        """The facts that the noise schedule needs, if the file does not have it."""
+        """Return the facts that the noise schedule needs if the file does not have it."""
         needed = ["timesteps", "beta_schedule"]
-        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # projects differ in the ends of these schedules
+        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # Projects differ in the ends of these schedules.
             needed += ["beta_start", "beta_end"]
         return [*needed, "prediction", *([] if learned else ["variance"])]
 
     def taken_for_noise(self) -> list[str]:
-        """The optional facts about the noise schedule."""
+        """Return the optional facts about the noise schedule."""
         return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
     def check_of_betas(self) -> None:
@@ -90,7 +90,7 @@ class GivenFacts:
             raise FactsError(f"--prediction {self.prediction} is for networks of OpenAI's consistency_models")
 
     def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
-        """Make the noise schedule, once nothing is missing. scaled: scale the linear schedule's betas by 1000 / T."""
+        """Make the noise schedule; no needed fact may be missing. scaled: scale the linear betas by 1000 / T."""
         assert self.timesteps is not None
         self.check_of_betas()
         scale = HO_TIMESTEPS / self.timesteps if scaled and self.beta_schedule == "linear" else 1
@@ -105,7 +105,7 @@ class GivenFacts:
         )
 
     def noise_notes(self, noise: NoiseConfig) -> tuple[str, ...]:
-        """List the defaults that were taken, for the user to check."""
+        """Return notes on the defaults that were assumed, for the user to check."""
         betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
         usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
         return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))
@@ -115,7 +115,7 @@ class GivenFacts:
 class Converted:
     """A converted checkpoint, for `save_checkpoint`."""
 
-    format: str  # its name for people
+    format: str  # name shown to users
     unet: NetConfig
     state: Mapping[str, Tensor]
     noise: NoiseConfig
@@ -125,7 +125,7 @@ class Converted:
 
 
 def numbered(classes: int | None, *, null_class: bool = False) -> Labels:
-    """Make labels for numbered classes. null_class: whether the last one means "no class"."""
+    """Make labels for numbered classes. null_class: the last class means "no class"."""
     if classes is None:
         return Labels()
     names = tuple(map(str, range(classes - null_class)))

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020 in the PyTorch port pesser/pytorch_diffusion, and in code that kept its names.
+"""The U-Net of Ho et al. 2020 in the PyTorch port pesser/pytorch_diffusion, and in code with the same names.
 
 A file holds only a state dict, for example `ema_diffusion_cifar10_model/model-790000.ckpt`.
 """
@@ -34,12 +34,12 @@ INSIDE = (
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has this format."""
+    """Return whether a state dict has this format."""
     return "temb.dense.0.weight" in state and "down.0.block.0.norm1.weight" in state
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
     given.check(f"a file of {FORMAT}", ["image_size", *given.needed_for_noise()], given.taken_for_noise())
     levels = len({key.split(".")[1] for key in state if key.startswith("down.")})
     for level in range(levels - 1):
@@ -72,7 +72,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _name(key: str, levels: int) -> str:
-    """Return our name of a key. Files number `up` from the widest images; we number it in the order of the pass."""
+    """Return our name of a key. Files number the up blocks from the largest images, we from the smallest."""
     if match := re.match(r"up\.(\d+)\.", key):
         key = f"up.{levels - 1 - int(match[1])}.{key[match.end() :]}"
     for pattern, ours in RENAMES:
@@ -83,6 +83,6 @@ def _name(key: str, levels: int) -> str:
 
 
 def _linear(key: str, value: Tensor) -> Tensor:
-    """Turn attention's 1x1 convolutions into our linear layers."""
+    """Reshape the weights of attention's 1x1 convolutions into those of linear layers."""
     of_attention = re.search(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", key)
     return value.reshape(value.shape[:2]) if of_attention else value

@@ -16,7 +16,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, to_float32
 
-# Stand-ins for missing facts, so that the rest can be described. Lines that depend on a stand-in are left out.
+# Placeholders for missing facts, to describe the rest. Lines that depend on a placeholder are left out.
 ASSUMED = GivenFacts(
     image_size=1 << 8,
     timesteps=1000,
@@ -33,7 +33,7 @@ ASSUMED = GivenFacts(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The lines, the model and its settings. The model is None if facts are missing."""
+    """The lines of a description, with the model and its settings: both are None if facts are missing."""
 
     format: str
     lines: tuple[tuple[str, str], ...]
@@ -55,7 +55,7 @@ PREDICTS = {
 
 
 def describe(path: Path, given: GivenFacts) -> Description:
-    """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that its format does not have."""
+    """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that the format does not have."""
     if path.is_file() or is_bare(path):
         return _of_foreign(path, given)
     given.check("a checkpoint folder", ())

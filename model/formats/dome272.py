@@ -12,15 +12,15 @@ FORMAT = "dome272/Diffusion-Models-pytorch"
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has this format."""
+    """Return whether a state dict has this format."""
     return "inc.double_conv.0.weight" in state and "sa1.mha.in_proj_weight" in state
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Read a state dict. Raises MissingFacts, and FactsError.
+    """Convert a state dict. Raises MissingFacts, and FactsError.
 
-    The project's loop samples with the variance beta and does not clip x_0. Without a label nothing is added to the
-    timestep's embedding, so the null class gets a zero embedding.
+    The project samples with the variance beta and does not clip x_0. Without a label, it adds nothing to the timestep's
+    embedding, so the null class gets a zero embedding.
     """
     of_noise = [name for name in given.needed_for_noise() if name not in ("prediction", "variance")]
     given.check(f"a file of {FORMAT}", ["image_size", *of_noise], given.taken_for_noise())
@@ -41,7 +41,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
             len(state[f"bot{k}.double_conv.3.weight"]) for k in (1, 2, 3) if f"bot{k}.double_conv.3.weight" in state
         ),
     )
-    noise = given.noise(clip=False)  # predicts eps; sampled with the variance beta
+    noise = given.noise(clip=False)  # The network predicts eps; the project samples with the variance beta.
     note = "x_0 is not clipped, as in its own loop; solvers of few steps may need clip=true"
     return Converted(
         FORMAT,

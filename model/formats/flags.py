@@ -1,4 +1,4 @@
-"""Facts about a checkpoint that its file may lack, as flags of `tminus convert`. No torch: --help imports this."""
+"""Facts that a checkpoint's file may lack, as flags of `tminus convert`. Must not import torch: --help imports this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One flag: its type and bounds, and its help text."""
+    """A flag: its help text, its choices and its bound."""
 
     text: str
     choices: tuple[str, ...] = ()
-    largest: float | None = None  # the bound of a number; the least is 1, or above 0 for a float
+    largest: float | None = None  # upper bound of a number; the lower bound is 1, or 0 for a float
     whole: bool = True
 
     @property
     def type(self) -> type:
-        """The type of the flag's value."""
         if self.choices:
             return str
         return int if self.whole else float
@@ -47,5 +46,5 @@ FACTS: Mapping[str, Fact] = {
 
 
 def flag(name: str) -> str:
-    """The name of a fact's flag."""
+    """Return the name of a fact's flag."""
     return f"--{name.replace('_', '-')}"

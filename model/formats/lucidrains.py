@@ -12,14 +12,14 @@ from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
 FORMAT = "lucidrains/denoising-diffusion-pytorch"
-NET = "model."  # prefix of the network's names in the diffusion's state dict
-EMA = "ema_model."  # prefix of the diffusion's names in the Trainer's EMA model
+NET = "model."  # prefix of the network's keys in the diffusion's state dict
+EMA = "ema_model."  # prefix of the diffusion's keys in the Trainer's EMA model
 OF_FLOAT32 = 1e-5  # relative tolerance: the file's tables are float32
 NOTE = "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default"
 
 
 def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the EMA model's state dict from a Trainer's file; None for other files."""
+    """Return the EMA model's state dict from a Trainer's file, or None for other files."""
     ema = loaded.get("ema")
     if not isinstance(ema, dict) or not isinstance(loaded.get("model"), dict):
         return None
@@ -27,12 +27,12 @@ def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has this format."""
+    """Return whether a state dict has this format."""
     return "model.init_conv.weight" in state and "betas" in state
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
     net = {key.removeprefix(NET): value for key, value in state.items() if key.startswith(NET)}
     _refuse_others(net)
     prediction = _prediction(state)
@@ -43,7 +43,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     channels, out = net["init_conv.weight"].shape[1], len(net["final_conv.weight"])
     levels = len({key.split(".")[1] for key in net if key.startswith("downs.")})
     linear = [f"downs.{level}.2.to_out.0.weight" in net for level in range(levels)]
-    # Shape [2, heads, d, n] for linear attention.
+    # mem_kv is [2, heads, d, n] for linear attention, and [2, heads, n, d] for full attention.
     mem = [net[f"downs.{level}.2.mem_kv"].shape for level in range(levels)]
     config = LucidrainsConfig(
         sample_size=given.image_size,
@@ -79,13 +79,12 @@ def _refuse_others(net: Mapping[str, Tensor]) -> None:
 
 
 def _width(net: Mapping[str, Tensor], level: int) -> int:
-    """Return the output channels of a level."""
     down = f"downs.{level}.3.1.weight"
     return len(net[down] if down in net else net[f"downs.{level}.3.weight"])
 
 
 def _schedule(betas: Tensor) -> dict[str, Any]:
-    """Return the schedule's name, or its float32 betas if it has none."""
+    """Return the fields of the schedule with these betas, or the float32 betas if no named schedule has them."""
     betas, scale = betas.double(), HO_TIMESTEPS / len(betas)
     named: tuple[dict[str, Any], ...] = (
         {"beta_schedule": "linear", "beta_start": HO_BETAS[0] * scale, "beta_end": HO_BETAS[1] * scale},
@@ -99,10 +98,10 @@ def _schedule(betas: Tensor) -> dict[str, Any]:
 
 
 def _prediction(state: Mapping[str, Tensor]) -> str | None:
-    """Find the prediction type from the weights of the loss; None if they do not show it.
+    """Infer the prediction type from the weights of the loss; None if they fit no type.
 
-    The weights are snr divided by the factor of the prediction: snr for eps, 1 for x_0, snr + 1 for v. With min-SNR
-    weighting (Hang et al. 2023) the first snr is at most gamma.
+    The weights are snr divided by snr for eps, by 1 for x_0, and by snr + 1 for v. With min-SNR weighting (Hang et al.
+    2023) the dividend is at most gamma.
     """
     if "loss_weight" not in state:
         return None

@@ -1,7 +1,7 @@
 """U-Nets of OpenAI's improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021, Dhariwal & Nichol 2021).
 
-A file holds only a state dict, for example `ema_0.9999_250000.pt`. Its blocks are numbered through all levels. On the
-way up a block with an upsampler is the last of its level, which shows how many blocks a level has.
+A file holds only a state dict, for example `ema_0.9999_250000.pt`. Blocks are numbered across all levels. In the up
+path, the block with an upsampler is the last of its level, which gives the number of blocks per level.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32
-# The number of leading parts of a key that name the module.
+# Number of leading parts of a key that name the module.
 DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -34,30 +34,30 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-Modules = dict[str, dict[str, Tensor]]  # keys: the module's place, then the parameter's name inside it
+Modules = dict[str, dict[str, Tensor]]  # module path -> parameter name -> value
 
 
 class _Levels(NamedTuple):
-    """The architecture, as the numbers of the blocks show it."""
+    """The number of levels, and of layers in each, as the numbers of the blocks show."""
 
     number: int
-    layers: int  # resnets of a level on the way down; the way up has one more
+    layers: int  # resnets per level in the down path; the up path has one more
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has this format."""
+    """Return whether a state dict has this format."""
     return "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
     _refuse_others(state)
     modules = _modules(state)
     levels = _levels(modules)
     firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
     widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
     attends = [f"{first}.1" in modules for first in firsts]
-    # The mid block attends too.
+    # The mid block has attention too.
     attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]
     out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
     learned = out_channels == 2 * in_channels
@@ -110,13 +110,13 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         notes = given.noise_notes(noise)
     if given.heads is not None and given.heads > 1:
         notes = (*notes, "as many attention heads on the way up (no num_heads_upsample)")
-    # Consistency_models splits q, k and v before heads in all its networks: use_new_attention_order does nothing there.
+    # In consistency_models all networks split q, k and v before heads: use_new_attention_order has no effect there.
     renamed = _renamed(state, modules, levels, heads, "new" if of_sigma else given.attention_order)
     return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds), notes)
 
 
 def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
-    """Return the noise schedule of consistency_models, with its defaults: both kinds use the time 250 log sigma."""
+    """Return the noise schedule of consistency_models with its defaults. Both kinds use the time 250 log sigma."""
     if given.prediction == "consistency":
         assert given.timesteps is not None
         return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
@@ -156,7 +156,7 @@ def _levels(modules: Modules) -> _Levels:
 
 
 def _upsampler(modules: Modules, block: int) -> str | None:
-    """Return the name of an up block's upsampler: a convolution, or a resnet that is not the first."""
+    """Find an up block's upsampler: a convolution, or a resnet that is not the first module. None without one."""
     for number in (1, 2):
         path = f"output_blocks.{block}.{number}"
         if modules.get(path, {}).keys() & {"conv.weight", "in_layers.0.weight"}:
@@ -165,12 +165,12 @@ def _upsampler(modules: Modules, block: int) -> str | None:
 
 
 def _shifts(resnet: Mapping[str, Tensor]) -> bool:
-    """Whether the timestep scales and shifts: its layer then has two outputs for each channel."""
+    """Return whether the timestep scales and shifts: then its layer has two outputs for each channel."""
     return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
 
 
 def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
-    """Return the number of heads by width; empty if the user has not given it. Raises FactsError."""
+    """Return the number of heads by layer width; empty if the user gave none. Raises FactsError."""
     heads = {}
     for width in attending if given.heads is not None or given.head_width is not None else ():
         heads[width] = given.heads or width // (given.head_width or 1)
@@ -181,7 +181,7 @@ def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
 
 
 def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
-    """Return each module's name in these files and in a UNet2DModel."""
+    """Yield each module's path in these files and in a UNet2DModel."""
     per_level = levels.layers + 1
     yield "input_blocks.0.0", "conv_in"
     for level in range(levels.number):
@@ -234,6 +234,6 @@ def _apart(qkv: Tensor, heads: Mapping[int, int], order: str | None) -> list[Ten
     """Split a 1x1 convolution [3 C, C, 1], or its bias [3 C], into q, k and v: each [C, C] or [C], heads in order."""
     width = len(qkv) // 3
     rest = qkv.shape[1:2]  # empty for a bias
-    if order == "legacy":  # [heads, 3, width of a head]
+    if order == "legacy":  # layout: [heads, 3, width of a head]
         return list(qkv.reshape(heads[width], 3, -1, *rest).transpose(0, 1).reshape(3, width, *rest))
     return list(qkv.reshape(3, width, *rest))

@@ -1,4 +1,4 @@
-"""Reads a checkpoint of another project: finds its format, and converts it into ours."""
+"""Reads a checkpoint of another project: finds its format and converts it into ours."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ FORMATS = (openai, ddpm, dome272, lucidrains)
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a folder holds a network but no noise schedule."""
+    """Return whether a folder holds a network but no noise schedule."""
     return (unet_folder_of(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
 
 
@@ -54,7 +54,7 @@ def read_bare(folder: Path, given: GivenFacts) -> Converted:
 
 
 def read_foreign(path: Path, given: GivenFacts) -> Converted:
-    """Read a checkpoint that is one file, or a folder without a scheduler.
+    """Read a checkpoint that is a single file, or a folder without a scheduler.
 
     Raises CheckpointError, MissingFacts, and FactsError.
     """
@@ -68,7 +68,7 @@ def read_foreign(path: Path, given: GivenFacts) -> Converted:
 
 def _read_file(file: Path, given: GivenFacts) -> Converted:
     state = read_file(file, part_of=lucidrains.weights_of)
-    if all(key.startswith("module.") for key in state):  # as DistributedDataParallel writes it
+    if all(key.startswith("module.") for key in state):  # prefix of DistributedDataParallel's keys
         state = {key.removeprefix("module."): value for key, value in state.items()}
     found = next((each for each in FORMATS if each.recognises(state)), None)
     if found is None:
@@ -84,7 +84,7 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
         raise CheckpointError(f"{file}: {error}") from error
     except FactsError:
         raise
-    except ValueError as error:  # from a config: the file and the facts do not make a valid network or schedule
+    except ValueError as error:  # The file and the facts do not make a valid network or schedule.
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {first_line(error)}") from error
     except KeyError as error:
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {error} is not there") from error
@@ -95,7 +95,10 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
 
 
 def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
-    """Write a foreign checkpoint as a folder of ours, which must be new or empty. Raises as `read_foreign` does."""
+    """Write a foreign checkpoint as a folder of ours, which must be new or empty.
+
+    Raises CheckpointError for any other folder, and the errors of `read_foreign`.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; name a new folder")
     converted = read_foreign(source, given)
@@ -103,7 +106,7 @@ def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
     origin = {"converted_from": source.resolve().name, "format": converted.format, "weights_hash": hash_weights(state)}
     try:
         save_checkpoint(folder, state, converted.unet, converted.noise, converted.labels, origin)
-        load_checkpoint(folder)  # raises now if the result cannot be served
+        load_checkpoint(folder)  # Fail now if the result cannot be served.
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,7 +1,7 @@
 """Autoencoders with diffusers' module names: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
-This module also has their configuration, their folders, and the coding of many images. Images are [B, C, H, W] in [-1,
-1], latents [B, c, H / factor, W / factor].
+This module also has their configuration, their folders, and the coding of many images.
+Images are [B, C, H, W] in [-1, 1], latents [B, c, H / factor, W / factor].
 """
 
 import dataclasses
@@ -41,19 +41,19 @@ DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 MAX_LAYERS = 64
 MAPS_PER_LAYER = 3  # feature maps of a layer's width that are in memory at once
-# Fields without effect on images: how others save memory, and a look-up that decoding never makes.
+# Fields without effect on images: a setting for half precision, and a look-up that decoding never does.
 OF_OTHERS = frozenset(("force_upcast", "lookup_from_codebook"))
-EPS = 1e-6  # the eps of every group norm
-LOGVAR = (-30.0, 20.0)  # as diffusers clamps it
+EPS = 1e-6  # eps of every group norm
+LOGVAR = (-30.0, 20.0)  # the same bounds as in diffusers
 BATCH_PIXELS = 2**18  # 64 images of 64x64, or 4 of 256x256
-IMAGES, CELLS, LATENTS = 32, 4, 8  # the number of images of each kind, their patches a side, their latents a side
-TINT = 0.25  # the largest tint of a grey
-RIDGE = 1e-3  # keeps the fit finite if a latent channel carries no colour
+IMAGES, CELLS, LATENTS = 32, 4, 8  # images of each kind, patches per side, latents per side
+TINT = 0.25  # largest tint of a grey patch
+RIDGE = 1e-3  # Keeps the fit finite if a latent channel carries no colour.
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderConfig(Checked):
-    """The fields and defaults of both classes. Fields of the other class keep their defaults.
+    """The fields and defaults of both classes. The fields of the other class keep their defaults.
 
     Raises ValueError, naming the field and its value, for an autoencoder that cannot be built.
     """
@@ -97,21 +97,21 @@ class AutoencoderConfig(Checked):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent's side. Every block but the last halves the size."""
+        """Pixels per latent along each side. Every block but the last halves the size."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def code_width(self) -> int:
-        """The width of a VQModel's code, which is the number of latent channels."""
+        """Width of a VQModel's code, which is the number of latent channels."""
         return self.vq_embed_dim or self.latent_channels
 
     @property
     def channels(self) -> int:
-        """The number of latent channels."""
+        """Number of latent channels."""
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of decoding one image of (height, width) in float32."""
+        """Estimate the bytes of memory for decoding one image of (height, width) in float32."""
         height, width = size_px
         last = len(self.block_out_channels) - 1
         total = 0
@@ -126,9 +126,9 @@ class AutoencoderConfig(Checked):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """Read diffusers' config.json. Raises ValueError for another class, and for a field that is not supported.
+        """Parse diffusers' config.json. Raises ValueError for another class, and for a field that is not supported.
 
-        A VQModel without a scaling_factor has 1. diffusers' default, 0.18215, belongs to another autoencoder; the
+        A VQModel without a scaling_factor gets 1. diffusers' default, 0.18215, belongs to another autoencoder; the
         latents of CompVis' ldm-celebahq-256 are not scaled.
         """
         kind = config.get("_class_name", KL)
@@ -148,7 +148,7 @@ class AutoencoderConfig(Checked):
         return cls.from_json(values, kind=kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of diffusers' class."""
+        """Return the config.json of diffusers' class."""
         fields = dataclasses.asdict(self)
         for name in ("kind", *(_OF_KL if self.kind == VQ else ("num_vq_embeddings", "vq_embed_dim"))):
             del fields[name]
@@ -185,12 +185,12 @@ class Autoencoder(nn.Module):
         return self.scaled(self.moments(images)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents. A VQModel first replaces them by the nearest codes, as in training."""
+        """Decode scaled latents. A VQModel first replaces each latent by its nearest code, as in training."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decode_codes(self.quantize(z)[0] if self.quantize is not None else z)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the unscaled latents of images, and their log sigma^2, which is None for a VQModel."""
+        """Return the unscaled latents of images, and their log sigma^2 (None for a VQModel)."""
         h = self.encoder(images)
         if self.quant_conv is not None:
             h = self.quant_conv(h)
@@ -210,7 +210,7 @@ class Autoencoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook, which replaces each latent by its nearest code (van den Oord et al. 2017)."""
+    """A codebook that replaces each latent by its nearest code (van den Oord et al. 2017)."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Quantizer(nn.Module):
         return weight
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest codes of z [B, width, h, w], and their numbers [B, h, w]."""
+        """Return the nearest codes of z [B, width, h, w], and the indices of these codes [B, h, w]."""
         flat = z.movedim(1, -1)
         # |z - e|^2 without |z|^2, which is the same for all codes.
         distance = self.codes.square().sum(1) - 2 * flat.flatten(0, -2) @ self.codes.T
@@ -233,7 +233,7 @@ class Quantizer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Resnets, each followed by attention in an Attn block, then a change of size unless it is the last block."""
+    """Resnets, each followed by attention if `attends`. Subclasses then change the size."""
 
     def __init__(self, config: AutoencoderConfig, in_channels: int, out: int, layers: int, *, attends: bool) -> None:
         super().__init__()
@@ -284,8 +284,6 @@ class _UpBlock(_Block):
 
 
 class _MidBlock(nn.Module):
-    """A resnet, attention with one head, and a resnet."""
-
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         width, groups, act = config.block_out_channels[-1], config.norm_num_groups, config.act_fn
@@ -342,10 +340,7 @@ class _Decoder(nn.Module):
 
 @torch.no_grad()
 def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Encode images uint8 [N, C, H, W] on the device, after moving the autoencoder there.
-
-    Returns scaled latents, float32 [N, c, h, w].
-    """
+    """Encode images uint8 [N, C, H, W] into scaled latents, float32 [N, c, h, w]. Moves the autoencoder to `device`."""
     autoencoder = autoencoder.to(device)
     parts = list(_batches(images, images.shape[2] * images.shape[3]))
     progress = tqdm(parts, unit="batch", desc="latents", disable=None if len(parts) > 100 else True)
@@ -354,7 +349,7 @@ def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def images_of(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents [N, c, h, w], on their device, to images [N, C, H, W] in about [-1, 1]."""
+    """Decode scaled latents [N, c, h, w], on their device, into images [N, C, H, W] in about [-1, 1]."""
     autoencoder = autoencoder.to(latents.device)
     pixels = latents.shape[2] * latents.shape[3] * autoencoder.config.factor**2
     return torch.cat([autoencoder.decode(part) for part in _batches(latents, pixels)])
@@ -366,12 +361,11 @@ def _batches(values: Tensor, pixels: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def fit_colours(autoencoder: Autoencoder) -> Tensor:
-    """Fit the mean colour of a latent's square of pixels to the latent: [C, c + 1], with the constant in the last
-    column.
+    """Fit a linear map [C, c + 1] from a latent to the mean colour of its pixels. The last column is the constant.
 
-    No data is needed: the images are patches of random colours, of tinted greys, and of black and white, and always
-    the same ones. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map
-    for its own images; colours alone give 0.19, and smooth ones 0.22.
+    No data is needed. The images are patches of random colours, of tinted greys, and of black and white, always the
+    same. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map for its
+    own images. Colours alone give 0.19, and smooth colours 0.22.
     """
     config, generator = autoencoder.config, torch.Generator().manual_seed(0)
 
@@ -391,7 +385,7 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
 
 
 def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
-    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], a colour for each latent."""
+    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], one colour per latent."""
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
 
@@ -400,7 +394,7 @@ def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
 
 
 def find_autoencoder(folder: Path) -> Path | None:
-    """Return the folder of a checkpoint's autoencoder; None for a pixel model."""
+    """Return the folder of a checkpoint's autoencoder, or None for a pixel model."""
     return next((folder / name for name in AUTOENCODERS if (folder / name).is_dir()), None)
 
 
@@ -428,14 +422,14 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
-    """Hash all weights of a checkpoint: the network's and, if there is one, the autoencoder's."""
+    """Return the hash of a network's and an autoencoder's weights, or `weights_hash` without an autoencoder."""
     if autoencoder is None:
         return weights_hash
     return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
 
 
 def hash_autoencoder(autoencoder: Autoencoder) -> str:
-    """Hash its weights and its config, which contains the scale of the latents."""
+    """Hash an autoencoder's weights and its config, which contains the scale of the latents."""
     parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -444,4 +438,4 @@ def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str
     """Write a folder that tminus and diffusers load. Each file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, state)
-    write_json(folder / "config.json", config.to_dict())  # written last: a folder with a config.json is complete
+    write_json(folder / "config.json", config.to_dict())  # Write it last: a folder with a config.json is complete.

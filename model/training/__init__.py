@@ -1,1 +1,1 @@
-"""How networks are trained, distilled and folded."""
+"""Training of networks and autoencoders, distillation, and folding of guidance into weights."""

@@ -1,6 +1,6 @@
-"""Train an autoencoder (Rombach et al. 2022, sec. 3.1, without their adversarial loss). A run is a folder of diffusers.
+"""Trains an autoencoder (Rombach et al. 2022, sec. 3.1, without the adversarial loss).
 
-As in model/training/train.py all random numbers of step k are seeded by (seed, k).
+The folder of a run can be loaded by diffusers. As in train.py, all random numbers of step k are seeded by (seed, k).
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from tminus.model.training.data import ImageSet, evenly
 from tminus.model.training.run import Run, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices
 
-COMMITMENT = 0.25  # of the encoder to its codes (van den Oord et al. 2017, eq. 3)
-SCALE_IMAGES = 512  # of the training data, whose latents say by how much latents are scaled
+COMMITMENT = 0.25  # weight of the encoder's commitment to its codes (van den Oord et al. 2017, eq. 3)
+SCALE_IMAGES = 512  # training images whose latents determine the scaling factor
 
 
 def train_autoencoder(
@@ -34,10 +34,9 @@ def train_autoencoder(
     device: torch.device,
     on_sheet: Callable[[Autoencoder, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
+    """Train in `folder`, or resume the run there. Returns whether all steps are done.
 
-    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
-    Raises TrainError.
+    SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises TrainError.
     """
     run = Run(folder, "train-autoencoder", None)
     torch.manual_seed(step_seed(config.seed, -1))
@@ -60,7 +59,7 @@ def train_autoencoder(
 
     def save() -> None:
         average = averaged(lambda: Autoencoder(model), run.ema)
-        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # a folder's come class by class
+        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # evenly: folders are read class by class
         spread = float(latents_of(average, some, device).std()) / model.scaling_factor
         if not spread > 0:
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
@@ -77,10 +76,11 @@ def train_autoencoder(
 
 
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
-    """The mean absolute error of the reconstruction of x [B, C, H, W], plus a regulariser of its latents.
+    """Return the mean absolute error of reconstructing x [B, C, H, W], plus a regulariser of the latents.
 
-    For an AutoencoderKL this is the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014, appendix B); for a
-    VQModel the distance of latents and codes, with a straight-through gradient (van den Oord et al. 2017).
+    The regulariser of an AutoencoderKL is kl_weight times the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014,
+    appendix B). That of a VQModel is the distance of latents and codes, with a straight-through gradient (van den Oord
+    et al. 2017).
     """
     mean, logvar = net.moments(x)
     if net.quantize is not None:
@@ -96,9 +96,9 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
 
 @torch.no_grad()
 def _begin_codes(net: Autoencoder, x: Tensor) -> None:
-    """Replace the initial codes by latents of images: codes near zero are mostly never the nearest.
+    """Replace the initial codes by latents of images: most codes near zero would never be the nearest.
 
-    Raises TrainError where a batch has fewer latents than there are codes.
+    Raises TrainError if the batch has fewer latents than there are codes.
     """
     assert net.quantize is not None
     z = net.moments(x)[0].movedim(1, -1).flatten(0, -2)

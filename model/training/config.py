@@ -1,4 +1,4 @@
-"""The settings of training runs. No torch: the commands make their options from these annotations."""
+"""The settings of training runs. Must not import torch: the commands make their options from these annotations."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from tminus.model.catalogue import MAX_GUIDANCE, TEACHERS
 from tminus.model.config import Bound, Checked, Count
 
 USUAL_BATCH = 64
-LARGE_SET, LARGE_STEPS = 60_000, 15_000  # Fashion-MNIST, and what it takes
-FEWEST_STEPS = 500  # after which a few dozen images are known
+LARGE_SET, LARGE_STEPS = 60_000, 15_000  # size of Fashion-MNIST, and the steps that it needs
+FEWEST_STEPS = 500  # enough for a few dozen images
 MAX_STUDENT_STEPS = 4
-FIRST_LOOK = 50  # step of the first sheet; the next ones come at twice, four times as many, until they are regular
+FIRST_LOOK = 50  # step of the first sheet; the other early sheets follow at 2, 4, 8, … times this step
 
 NOT_NEGATIVE = Bound("0 or more", lambda value: 0 <= value < math.inf)
 Share = Annotated[float, Bound("in 0..1", lambda share: 0 <= share <= 1)]
@@ -25,7 +25,7 @@ DecayFraction = Annotated[Share, "Share of the run, at its end, over which the l
 
 @dataclass(frozen=True, slots=True)
 class RunConfig(Checked):
-    """The settings of any run. A resumed run may change only run.FREE_TO_CHANGE."""
+    """The settings of every run. A resumed run may change only the fields in run.FREE_TO_CHANGE."""
 
     steps: Annotated[Count, "Optimiser steps in all"] = 10_000
     batch_size: BatchSize = USUAL_BATCH
@@ -46,12 +46,12 @@ class RunConfig(Checked):
         self.require_among("precision", "auto", "fp32", "bf16")
 
     def looks_at(self, step: int) -> bool:
-        """Say whether a sheet is drawn after this step: each `sheet_every`, and some early ones."""
+        """Return whether a sheet is drawn after this step: every `sheet_every` steps, and after some early ones."""
         early, rest = divmod(step, FIRST_LOOK)
         return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero."""
+        """Return the learning rate: linear warm-up, constant, then linear decay to zero."""
         warm = (step + 1) / max(1, self.warmup_steps)
         left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
         return self.learning_rate * min(warm, left, 1.0)
@@ -59,7 +59,7 @@ class RunConfig(Checked):
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig(RunConfig):
-    """The settings of a run of `train`."""
+    """The settings of `train`."""
 
     steps: Annotated[
         Count,
@@ -98,7 +98,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderTrainConfig(RunConfig):
-    """The settings of a run of `train-autoencoder`."""
+    """The settings of `train-autoencoder`."""
 
     batch_size: BatchSize = 32
     warmup_steps: WarmupSteps = 200
@@ -110,7 +110,7 @@ class AutoencoderTrainConfig(RunConfig):
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig(RunConfig):
-    """The settings of a run of `distill`."""
+    """The settings of `distill`."""
 
     learning_rate: LearningRate = 3e-4
     decay_fraction: DecayFraction = 0.5
@@ -138,7 +138,7 @@ class DistillConfig(RunConfig):
 
     @property
     def num_first(self) -> int:
-        """How many of a batch are pure noise; all of them, where the student has one step alone."""
+        """Rows of a batch that start from pure noise: all rows if the student has only one step."""
         return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
 
     @property
@@ -148,11 +148,11 @@ class DistillConfig(RunConfig):
 
 
 def usual_batch(num_images: int) -> int:
-    """Return the usual batch size, or half the images if fewer: a larger batch teaches little more."""
+    """Return USUAL_BATCH, or half the images if that is less: a larger batch teaches little more."""
     return max(1, min(USUAL_BATCH, num_images // 2))
 
 
 def usual_steps(num_images: int) -> int:
-    """Choose a number of steps: LARGE_STEPS for LARGE_SET images, less by the square root for fewer."""
+    """Return LARGE_STEPS for LARGE_SET images, and fewer steps for fewer images, by the square root of their number."""
     steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
     return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))

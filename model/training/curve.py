@@ -1,4 +1,4 @@
-"""The losses of a run: means over strides of steps, kept in its state and drawn as an SVG."""
+"""The loss curve of a run: means over strides of steps, stored in the run's state and drawn as an SVG."""
 
 import html
 import math
@@ -7,26 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-FIRST_STRIDE = 10  # steps of a point, until there are MOST_POINTS; then twice as many, and so on
+FIRST_STRIDE = 10  # steps per point; doubled whenever there are MOST_POINTS
 MOST_POINTS = 1000
-SHOWN_STEPS = 100  # over which the loss in the progress is averaged
-SMOOTHED = 50  # a part of so many of all points makes one of the smooth line
+SHOWN_STEPS = 100  # steps over which the displayed loss is averaged
+SMOOTHED = 50  # The smooth line averages 1/50 of all points at a time.
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40  # margins
 Point = tuple[int, float]
 
 
 class LossCurve:
-    """Means of the loss over strides of steps. The last, unfinished stride is kept too, so that resuming is exact."""
+    """Means of the loss over strides of steps. The state includes the unfinished last stride, so resuming is exact."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []  # the last step of a stride, and the mean over it
+        self.points: list[Point] = []  # last step of a stride, and the mean over the stride
         self._stride = FIRST_STRIDE
-        self._sum: Tensor | float = 0.0  # of the steps since the last point; on the device, so that no step waits
+        self._sum: Tensor | float = 0.0  # sum since the last point, on the device so that steps need not synchronise
         self._count = 0
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Note the loss of step `step`, counted from 1. Makes the host wait for the device where a stride ends."""
+        """Add the loss of step `step`, counted from 1. At the end of a stride the host waits for the device."""
         self._sum, self._count = self._sum + loss.detach(), self._count + 1
         if step % self._stride:
             return
@@ -38,7 +38,7 @@ class LossCurve:
             self.points = [(step, (one + other) / 2) for (_, one), (step, other) in pairs]
 
     def recent(self) -> float:
-        """Return the mean loss of the last SHOWN_STEPS or so; NaN if there are none. Waits for the device."""
+        """Return the mean loss of about the last SHOWN_STEPS steps, or NaN without any. Waits for the device."""
         total, count = float(self._sum), self._count
         for _, mean in reversed(self.points):
             if count >= SHOWN_STEPS:
@@ -47,7 +47,6 @@ class LossCurve:
         return total / count if count else math.nan
 
     def state(self) -> dict[str, Any]:
-        """Return the state, for JSON."""
         rest = {"stride": self._stride, "sum": float(self._sum), "count": self._count}
         return {"points": [list(point) for point in self.points], **rest}
 
@@ -59,7 +58,7 @@ class LossCurve:
 
 
 def loss_svg(points: Sequence[Point], name: str) -> str:
-    """Plot the points over the steps, on a logarithmic scale, and a smooth line through them. Needs a point."""
+    """Plot the points over the steps on a logarithmic scale, with a smooth line. `points` must not be empty."""
     last = points[-1][0]
     logs = [_log(mean) for _, mean in points]
     low, high = min(logs), max(logs)
@@ -101,7 +100,7 @@ def _log(value: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose powers of ten between two logarithms; where there are few, 1, 2 and 5 times those; then more."""
+    """Choose ticks between two logarithms: powers of ten, or finer steps if there are fewer than three."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for digits in ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100)):
         values = [digit * 10.0 ** (power - 1) for power in powers for digit in digits]
@@ -112,7 +111,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(last: int) -> list[int]:
-    """Choose round numbers up to the last step, some eight at most."""
+    """Choose round step numbers from 0 to the last step, nine at most."""
     size = 10 ** max(0, len(str(last)) - 1)
     stride = next(each for each in (size // 10, size // 5, size // 2, size, 2 * size) if each and last // each <= 8)
     return list(range(0, last + 1, stride))

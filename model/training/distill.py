@@ -1,8 +1,8 @@
-"""Distillation: a student of few passes learns where the trajectories of its teacher end, guidance folded in.
+"""Distillation: a student with few passes learns where its teacher's trajectories end, with guidance folded in.
 
-One loss is the distance from the end of each trajectory, the other that of the distribution of images from real ones,
-or the teacher's: the first alone leaves images soft, the second alone ignores x_T. As in `train`, random numbers of
-step k are seeded by (seed, k).
+The loss is a sum of two distances. The first is from the student's image to the end of its trajectory. The second is
+from the distribution of the student's images to that of real images, or of the teacher's images. The first alone leaves
+images soft; the second alone ignores x_T. As in `train`, random numbers of step k are seeded by (seed, k).
 """
 
 import logging
@@ -35,39 +35,42 @@ from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
-LEVELS = (0.3, 0.05, 0.7)  # of alpha_bar, where the second step of two begins, and what three and four add
-HUBER = 0.03  # c of the loss, in units of the model's range
+LEVELS = (0.3, 0.05, 0.7)  # alpha_bar of the points that a second, a third and a fourth step add
+HUBER = 0.03  # c of `pseudo_huber`, in units of the model's range
 
 
 def student_noise(noise: NoiseConfig) -> NoiseConfig:
-    """The noise of a teacher's student, which predicts v: an error of eps counts sigma_T times in x0, one of v once."""
+    """Return the noise config of a teacher's student, which predicts v.
+
+    In x0, an error of eps counts sigma_T times, and an error of v only once.
+    """
     return replace(noise, prediction_type="v_prediction", default_sampler="ddpm")
 
 
 def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """x0 = p x + q out of points k [B] of a plan: x, out [B, C, H, W]. Not clipped, as gradients go through it."""
+    """Return x0 = p x + q out at points k [B] of a plan: x, out [B, C, H, W]. Not clipped, to pass on gradients."""
     p, q = plan.lines[:, :2].to(x)[k].reshape(-1, 2, 1, 1, 1).unbind(1)
     return p * x + q * out.to(x.dtype)
 
 
 def pseudo_huber(x0: Tensor, target: Tensor) -> Tensor:
-    """The mean over rows of sqrt(d^2 + c^2) - c, for d the root mean square of x0 - target (Song & Dhariwal 2023).
+    """Return the mean over rows of sqrt(d^2 + c^2) - c, with d the RMS of x0 - target (Song & Dhariwal 2023).
 
-    Far errors count by their size, not their square: at high noise they are large and teach little.
+    Large errors count linearly and not squared: at high noise the errors are large and teach little.
     """
     squares = (x0 - target).square().flatten(1).mean(1)
     return ((squares + HUBER**2).sqrt() - HUBER).mean()
 
 
 def consistency_plan(noise: NoiseConfig, timesteps: Sequence[float]) -> Plan:
-    """The plan of consistency sampling at these timesteps."""
+    """Return the plan of consistency sampling at these timesteps."""
     return table_plan(noise, noise.schedule(), consistency_table(noise, timesteps), clip=None)
 
 
 def student_points(alpha_bar: Tensor, steps: int) -> list[int]:
-    """Which points of the teacher's plan, of alpha_bar [P], a student visits in so many steps, first to last.
+    """Return the points of the teacher's plan, alpha_bar [P], that a student visits in `steps` steps, in order.
 
-    Those of few steps are among those of more, so that a student of several numbers of steps has few to learn.
+    The points of fewer steps are a subset of the points of more steps, so a student has few points to learn.
     """
     chosen = [0]
     for level in LEVELS[: steps - 1]:
@@ -85,22 +88,22 @@ def distill(
     data: ImageSet | None = None,
     on_sheet: Callable[[Denoiser, Plan, int], None] | None = None,
 ) -> bool:
-    """Train a student in `folder`, resuming from its state if there is one. True when done, False if interrupted.
+    """Train a student in `folder`, or resume the run there. Returns whether all steps are done.
 
-    All trajectories begin in noise. The student's images are to be distributed as `data`, or, without it, as the
-    teacher's own. SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises
-    KeyboardInterrupt. Raises TrainError, CheckpointError, and ValueError for a sampler that is not possible.
+    All trajectories start from noise. The student learns to distribute its images like `data`, or like the teacher's
+    images without `data`. SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises
+    TrainError, CheckpointError, and ValueError for an impossible sampler.
     """
     teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
     of_teacher = teacher.checkpoint
     if folder.resolve() == teacher_folder.resolve():
         raise TrainError(f"{folder}: is the teacher's folder; choose another for the student")
-    check_place(folder, of_teacher.autoencoder)  # now, and not at the first save
+    check_place(folder, of_teacher.autoencoder)  # Fail now, and not at the first save.
     if data is not None:
         teacher.check(data)
     unet, noise, labels = of_teacher.net.config, student_noise(of_teacher.noise), of_teacher.labels
 
-    # The plan has a line for each point that the student visits: what it makes of its output there.
+    # The plan has a line for each point that the student visits: the coefficients that turn its output into x0.
     levels = teacher.plan.alpha_bar
     points = student_points(levels, max(config.student_steps))
     timesteps = teacher.plan.timesteps.tolist()
@@ -108,7 +111,7 @@ def distill(
     bound = float(plan.lines[0, 6])
 
     run = Run(folder, "distill", str(teacher_folder))
-    # The state begins with the teacher's weights, though v is to come out of them instead of eps.
+    # The student starts from the teacher's weights, although it predicts v.
     torch.manual_seed(step_seed(config.seed, -1))
     net = build(unet)
     net.load_state_dict(of_teacher.net.state_dict())
@@ -171,7 +174,7 @@ def distill(
                 return None
             frechet.set_reference(reference)
 
-        # The teacher solves trajectories from time to time.
+        # The teacher solves new trajectories every `round_steps` steps.
         nonlocal trajectories
         if trajectories is None or step % config.round_steps == 0:
             seed = step_seed(config.seed, REFERENCE - 1 - step // config.round_steps)
@@ -179,17 +182,17 @@ def distill(
             if trajectories is None:
                 return None
 
-        # Points k of some of them, the first of a batch at pure noise; all is a function of (seed, step).
+        # Pick rows of the trajectories and their points k. The first num_first rows are at pure noise.
         row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
         later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
         k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)
         classes = trajectories.labels[row] if trajectories.labels is not None else None
 
-        # The first loss: how far the student's images are from the ends of the trajectories.
+        # The first loss is the distance of the student's images from the ends of the trajectories.
         x0 = predict(k, trajectories.points[k, row], classes)
         loss = pseudo_huber(x0, trajectories.points[-1, row])
 
-        # The second: how far images of one step are from the reference, and such of two, made as the sampler does.
+        # The second loss compares images of one step, and of two steps as the sampler takes them, with the reference.
         if config.frechet_weight:
             images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
             of_images = classes[:num_first] if classes is not None else None

@@ -1,7 +1,7 @@
 """The loss on held-out images, beside the loss on as many training images.
 
-While both fall, the run still learns. If the held-out loss stays level, more steps are of no use; if it rises while the
-other falls, the network memorises its images.
+While both fall, the run still learns. If the held-out loss stays level, more steps are of no use. If the held-out loss
+rises while the training loss falls, the network memorises its images.
 """
 
 import csv
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
 HEAD = "step,training,held_out,held_out_images"
-MEASURED = 2000  # images of each kind, at most
-BATCH = 64  # at once, at most
+MEASURED = 2000  # largest number of images from each set
+BATCH = 64  # largest batch
 SEED = 0
 
 
 def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
-    """Say how the shape or classes of two sets differ; None if they are the same."""
+    """Describe how two sets differ in shape or classes; None if they agree."""
     for what, of_held_out, of_data in (
         ("images of", held_out.images.shape[1:], data.images.shape[1:]),
         ("the classes", held_out.class_names, data.class_names),
@@ -42,7 +42,7 @@ def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
 
 
 class HeldOutLoss:
-    """The loss of a run's average on training images, and on as many held-out ones."""
+    """The loss of a run's averaged network on training images, and on as many held-out images."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class HeldOutLoss:
         schedule: NoiseSchedule,
         weights: Tensor | None,
     ) -> None:
-        """examples: all that the run learns from, on the schedule's device; weights [T]: as of `mean_loss`."""
-        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # as many of both, at the same timesteps then
+        """`examples`: the run's training data, on the schedule's device. `weights` [T]: see `mean_loss`."""
+        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # same count, so same timesteps, for both sets
         others = Examples.some_of(held_out, self._count, autoencoder, schedule.betas.device)
         self._examples, self._name = (examples, others), f"{held_out.name} ({len(held_out)})"
         self._loss = noise, schedule, weights
 
     def note(self, folder: Path, step: int, average: Forward, batch_size: int) -> None:
-        """Measure, and add a line to the run's losses.csv. batch_size: of the run's steps, which fits the memory."""
+        """Measure both losses and add them to the run's losses.csv. `batch_size` is the run's, which fits in memory."""
         size = min(batch_size, BATCH)
         ours, theirs = (mean_loss(average, each, self._count, *self._loss, batch_size=size) for each in self._examples)
         note_losses(folder, step, ours, theirs, self._name)
@@ -78,10 +78,10 @@ def mean_loss(
     *,
     batch_size: int = BATCH,
 ) -> float:
-    """L_simple of `count` of the examples with their classes, each at one t, or the loss with weights [T] of t.
+    """Return the mean L_simple of `count` examples with their classes, each at one t; weights [T] weigh the t.
 
-    The timesteps are spread evenly over 0..T-1. They and eps are the same at each call with as many examples, so that
-    two such losses differ by network and images alone. The network is on the schedule's device.
+    The timesteps are spread evenly over 0..T-1. Timesteps and eps are the same in every call with the same `count`, so
+    two losses differ only by network and images. The network must be on the schedule's device.
     """
     device, net = schedule.betas.device, as_ours(net, noise, schedule)
     picked = evenly(len(examples.x_0), count)
@@ -106,7 +106,7 @@ def mean_loss(
 def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
     """Add a line to the run's losses.csv; `of` names the held-out images, which may change within a run.
 
-    Lines of this and later steps are removed: a killed run left them.
+    Lines of this step and later steps, which a killed run left, are removed.
     """
     file = folder / LOSSES_FILE
     known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): a step changes a weight matrix alike in all directions that its gradient has."""
+"""Muon (Jordan et al. 2024): an optimiser whose steps change a matrix equally in all directions of its gradient."""
 
 import math
 from itertools import groupby
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ADAM = 0.9, 0.999, 1e-8  # for all that is no matrix: beta_1, beta_2 and epsilon of Kingma & Ba 2015
+ADAM = 0.9, 0.999, 1e-8  # beta_1, beta_2 and epsilon (Kingma & Ba 2015) for parameters that are not matrices
 STEP = 0.2  # root mean square of a step at rate 1: about that of Adam, so one rate suits both (Liu et al. 2025)
-MIN_CHANNELS = 16  # layers with fewer, the first and last convolution of a U-Net, are left to Adam
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's: five rounds bring singular values from 0.01..1 to about 0.7..1.2
+MIN_CHANNELS = 16  # Adam takes layers with fewer: the first and last convolution of a U-Net.
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # from Jordan: five rounds bring singular values from 0.01..1 to about 0.7..1.2
 ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weights of linear layers and convolutions, Adam for all other parameters of a network."""
+    """Runs Muon on the weights of linear layers and convolutions, and Adam on all other parameters of a network."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
         layers = [each for each in net.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
         matrices = [each.weight for each in layers if min(each.weight.shape[:2]) >= MIN_CHANNELS]
-        # Those of one shape are multiplied together.
+        # Sort by shape: matrices of one shape are multiplied together.
         matrices.sort(key=lambda weight: weight.flatten(1).shape)
         known = set(matrices)
         others = [each for each in net.parameters() if each not in known]
@@ -29,7 +29,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 (torch has one)
-        """Take one step with the gradients that the parameters have; those without one stay."""
         for group in self.param_groups:
             group["step"] += 1
             weights = [each for each in group["params"] if each.grad is not None]
@@ -43,7 +42,7 @@ class Muon(torch.optim.Optimizer):
             alike = list(same)
             gradients, momenta = _gradients(alike), self._kept("momentum", alike)
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov momentum
             steps = orthogonal(torch.stack([each.flatten(1) for each in ahead]))
             size = lr * STEP * math.sqrt(max(steps.shape[1:]))
             for weight, step in zip(alike, steps, strict=True):
@@ -62,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, means, scales, -lr / (1 - beta_1**step))
 
     def _kept(self, name: str, weights: list[Tensor]) -> list[Tensor]:
-        """What is kept from step to step for each of the weights, zero at first."""
+        """Return the state `name` of each weight, initially zero."""
         for each in weights:
             if name not in self.state[each]:
                 self.state[each][name] = torch.zeros_like(each)
@@ -74,7 +73,7 @@ def _gradients(weights: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Bring the singular values of each matrix near to 1 and leave its singular vectors: [N, rows, columns]."""
+    """Bring the singular values of each matrix close to 1 and keep its singular vectors: [N, rows, columns]."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices

@@ -1,6 +1,6 @@
-"""A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
+"""A run: a folder with a checkpoint of the EMA weights, and the state from which training resumes bit by bit.
 
-All commands that train share this: the settings of the loop, its state on the disk, its signals and its progress.
+All training commands share this module: the training loop, its state on disk, its signals and its progress.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training-state.safetensors"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
-FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
-TIMED_PASSES = 3  # of each precision; the fastest counts
+FIRST_LINE, LINE_EVERY = 10, 100  # step of the first log line, steps between lines; used if there is no terminal
+TIMED_PASSES = 3  # passes in each precision; the fastest counts
 Config = TypeVar("Config", bound=RunConfig)
 Net = TypeVar("Net", bound=nn.Module)
 FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
@@ -53,7 +53,7 @@ class Ema:
         torch._foreach_lerp_(list(self.shadow.values()), [state[k] for k in self.shadow], 1 - decay)
 
     def load(self, shadow: dict[str, Tensor]) -> None:
-        """Load a saved average. Raises ValueError unless its keys are the same."""
+        """Load a saved average. Raises ValueError if its keys differ."""
         if shadow.keys() != self.shadow.keys():
             raise ValueError("the saved average belongs to another network")
         for key, value in shadow.items():
@@ -61,7 +61,7 @@ class Ema:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state, whole or not at all: PARTS and `optimizer` are state dicts, the rest is written as JSON."""
+    """Write a state atomically: PARTS and `optimizer` are state dicts, the rest is written as JSON."""
     moments = state["optimizer"]["state"]
     tensors: dict[str, Tensor] = {
         **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
@@ -69,7 +69,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     }
     rest = {key: value for key, value in state.items() if key not in (*PARTS, "optimizer")}
     rest["param_groups"] = state["optimizer"]["param_groups"]
-    # The optimiser's kernel goes through weights and moments in the order of memory, which must be the same again.
+    # The optimiser's kernel processes weights and moments in memory order, so their memory layout must be kept.
     rest["channels_last"] = [key for key, value in tensors.items() if not value.is_contiguous()]
     tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
     head = {"format": "pt", "state": json.dumps(rest)}
@@ -77,12 +77,12 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote, on the CPU. A damaged file raises errors of many kinds."""
+    """Read the state that `write_state` wrote, on the CPU. A damaged file raises errors of many kinds."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
     with safe_open(folder / STATE_FILE, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])
         channels_last = set(state.pop("channels_last"))
-        for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
             part, _, key = name.partition(".")
             value = opened.get_tensor(name)
             parts[part][key] = value.to(memory_format=torch.channels_last) if name in channels_last else value
@@ -95,30 +95,30 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that is saved in this folder; empty where none is, or its file is damaged."""
+    """Return the settings of the run saved in this folder; empty if there is none or its file is damaged."""
     try:
-        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # without its tensors
+        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # reads no tensors
             return dict(json.loads(opened.metadata()["state"])["config"])
-    except Exception:  # of many kinds; the run that resumes it says what is wrong
+    except Exception:  # Resuming the run reports the error.
         return {}
 
 
 class TrainError(ValueError):
-    """A run cannot start or continue; the message says why."""
+    """Raised if a run cannot start or continue. The message gives the reason."""
 
 
 class Run:
-    """The state of a run: weights, their average, the optimiser's moments, the step; and its folder."""
+    """The folder and the state of a run: weights, their average, the optimiser's moments, and the step."""
 
     net: nn.Module
     ema: Ema
 
     def __init__(self, folder: Path, command: str, origin: str | None) -> None:
-        """command: begins the run, and alone goes on with it. origin: the checkpoint that a new run begins from."""
+        """`command`: the only command that may resume the run. `origin`: the checkpoint that a new run starts from."""
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
         self.curve = LossCurve()
-        self._received: list[int] = []  # signals
-        self.begun = (folder / STATE_FILE).is_file()  # was a run saved here?
+        self._received: list[int] = []  # received signals
+        self.begun = (folder / STATE_FILE).is_file()
 
     def begin(
         self,
@@ -130,11 +130,11 @@ class Run:
         forward: Callable[[], Tensor],
         remembered: nn.Module | None = None,
     ) -> Config:
-        """Begin with this network and optimiser, or load the saved state, and make the network ready to train.
+        """Start with this network and optimiser, or load the saved state, and prepare the network for training.
 
-        identity: values that must be the same when the run goes on, beside the config. forward: a pass of a batch, by
-        which the precisions are timed. remembered: a module that is saved with the state, as a teacher. Returns the
-        config with the threads and the precision that the run chose when it began. Raises TrainError.
+        `identity`: values that, like the config, must not change when the run resumes. `forward`: a forward pass of a
+        batch, used to time the precisions. `remembered`: a module that is saved with the state, such as a teacher.
+        Returns the config with the threads and the precision that the run chose at its start. Raises TrainError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
@@ -143,14 +143,14 @@ class Run:
             config = self._resume(config)
         net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         config = take_threads(config, device)
-        if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
+        if config.precision == "auto":  # chosen once: a resumed run must use the same precision
             config = dataclasses.replace(config, precision=faster_of(net, forward, device))
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         log.info("%s: step %d of %d, %s, %s", self.folder, self.step, config.steps, device, config.precision)
         return config
 
     def interrupted(self) -> bool:
-        """Whether SIGINT or SIGTERM has come."""
+        """Return whether SIGINT or SIGTERM was received."""
         return bool(self._received)
 
     def descend(
@@ -160,12 +160,12 @@ class Run:
         save: Callable[[], None],
         look: Callable[[], None],
     ) -> bool:
-        """Take the steps that are left; True when all are done, False when it was interrupted.
+        """Take the remaining steps, and return whether all steps are done.
 
-        What is random in a step is seeded by (seed, step). loss_of: the loss of a step, or None where it was
-        interrupted. save: writes the checkpoint of the average. look: shows and measures the average. The plot of the
-        losses is drawn anew with each. SIGTERM finishes the step and saves; so does SIGINT, which then raises
-        KeyboardInterrupt if steps are left, so that a script stops too.
+        All randomness of a step is seeded by (seed, step). `loss_of` returns the loss of a step, or None if it was
+        interrupted. `save` writes the checkpoint of the averaged weights. `look` shows and measures the averaged
+        network. Each save and each look redraws the loss curve. SIGTERM and SIGINT finish the step and save. If steps
+        are left, SIGINT then raises KeyboardInterrupt, so that a script stops too.
         """
 
         def note(signum: int, _frame: object) -> None:
@@ -195,7 +195,7 @@ class Run:
                         look()
                 save()
                 self.save(config)
-                if began_at < self.step == config.steps:  # after the save: what fails here costs no steps
+                if began_at < self.step == config.steps:  # After the save, so a failure here loses no steps.
                     look()
         finally:
             for signum, handler in previous.items():
@@ -206,7 +206,7 @@ class Run:
         return done
 
     def _step_down(self, loss: Tensor, config: RunConfig) -> Tensor:
-        """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
+        """Take one optimiser step, update the average, and return the gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,12 +218,11 @@ class Run:
         return grad_norm
 
     def provenance(self, config: RunConfig, **origins: str | None) -> dict[str, Any]:
-        """The provenance of the weights, for tminus.json."""
         seen = {"step": self.step, "images_seen": self.step * config.batch_size, "config": dataclasses.asdict(config)}
         return {"trained_by": f"tminus {self.command}", **origins, **seen}
 
     def save(self, config: RunConfig) -> None:
-        """Write the state file, whole or not at all."""
+        """Write the state file atomically, and draw the loss curve."""
         state = {
             "command": self.command,
             "step": self.step,
@@ -240,12 +239,11 @@ class Run:
         self.draw_losses()
 
     def draw_losses(self) -> None:
-        """Draw the losses up to now, where there are enough for a line."""
         if len(self.curve.points) > 1:
             write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
     def _resume(self, config: Config) -> Config:
-        """Load the saved state; returns the config with the precision that the run chose. Raises TrainError."""
+        """Load the saved state. Returns the config with the run's precision and threads. Raises TrainError."""
         folder = self.folder
         try:
             state = read_state(folder)
@@ -259,9 +257,9 @@ class Run:
                 config = dataclasses.replace(config, precision=was["precision"])
             if config.threads == 0 and was["threads"] <= torch.get_num_threads():  # not on a smaller machine
                 config = dataclasses.replace(config, threads=was["threads"])
-            # Tuples are lists in the file.
+            # JSON turns tuples into lists.
             now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
-            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that came later
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # defaults for older files
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
@@ -283,13 +281,13 @@ class Run:
 
 
 def _quoted(value: Any) -> str:
-    """Quote a setting in a message, with some of very many names."""
+    """Format a setting for a message, and shorten long lists of names."""
     names = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return f"[{listed(value)}]" if names else repr(value)
 
 
 class Progress:
-    """Show the progress of a run: a bar on a terminal, lines in the log elsewhere."""
+    """Shows the progress of a run: a bar on a terminal, otherwise lines in the log."""
 
     def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]", curve: LossCurve) -> None:
         self._config, self._bar, self._curve = config, bar, curve
@@ -299,7 +297,7 @@ class Progress:
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
         """Show step `step`, which took `seconds`. The loss is read every ten steps, at saves and at the end.
 
-        Reading it makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
+        Reading the loss makes the host wait for the device. Raises TrainError if loss or gradient are not finite.
         """
         config, bar = self._config, self._bar
         self._curve.add(step, loss)
@@ -319,7 +317,7 @@ class Progress:
 
 
 def take_threads(config: Config, device: torch.device) -> Config:
-    """Set torch's number of threads for a run on a CPU; returns the config with the number."""
+    """Set torch's number of threads for a run on a CPU, and return the config with this number."""
     if device.type != "cpu":
         return config
     threads = config.threads or threads_left(torch.get_num_threads())
@@ -328,7 +326,7 @@ def take_threads(config: Config, device: torch.device) -> Config:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Mix (seed, step) into 63 bits by splitmix64's finaliser, so that neighbouring steps share no randomness."""
+    """Mix (seed, step) into 63 bits with splitmix64's finaliser, so that neighbouring steps share no randomness."""
     z = (seed * 0x9E3779B97F4A7C15 + step) & 0xFFFFFFFFFFFFFFFF
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ (z >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
@@ -336,7 +334,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-    """A pass of a denoiser over x [B, C, H, W] of this shape, whose gradient goes to x too."""
+    """Return a function that runs a denoiser on x [B, C, H, W] of this shape. The gradient goes to x too."""
     x, t = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     classes = t if net.class_embedding is not None else None
@@ -344,10 +342,7 @@ def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) ->
 
 
 def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
-    """Time a forward pass and its backward in fp32 and in bf16 autocast, and name the faster.
-
-    Leaves the weights as they were.
-    """
+    """Return the faster of fp32 and bf16 autocast, by a forward and a backward pass. Does not change the weights."""
     seconds = {}
     for precision in ("fp32", "bf16"):
         timings = []
@@ -365,7 +360,7 @@ def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.devic
 
 
 def averaged(make: Callable[[], Net], ema: Ema) -> Net:
-    """The network with the averaged weights, which it shares, in eval mode."""
+    """Return a network in eval mode that shares the averaged weights."""
     with torch.device("meta"):
         net = make()
     net.load_state_dict(ema.shadow, assign=True)

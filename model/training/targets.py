@@ -1,4 +1,4 @@
-"""Targets of a network: the image and noise that x_t was made of, their mean, or a guided teacher's prediction."""
+"""Training targets: the image and noise that x_t was made of, a mean of images, or a guided teacher's prediction."""
 
 import copy
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from tminus.model.training.run import TrainError
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 
-GROUP = 256  # images at most: with more, a step reads more of the data, and the target varies hardly less
+GROUP = 256  # images at most: a larger group reads more data in each step, but the target hardly varies less
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step: x_0, eps and x_t [B, C, H, W], t [B] and class_labels [B] or None.
 
-    picked int64 [B], on the CPU: which image of the data each row is.
+    picked: int64 [B] on the CPU, the index of each row's image in the data.
     """
 
     x_0: Tensor
@@ -43,7 +43,7 @@ Target = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PlainTarget:
-    """Ho et al. 2020: eps, or the target that follows from eps and x_0."""
+    """The target of Ho et al. 2020: eps, or for other prediction types a function of eps and x_0."""
 
     noise: NoiseConfig
     schedule: NoiseSchedule
@@ -53,20 +53,20 @@ class PlainTarget:
 
 
 class StableTarget:
-    """The target with E[x_0 | x_t] over training images in place of x_0: it varies less (Xu et al. 2023, STF).
+    """The target with E[x_0 | x_t] over training images in place of x_0, which varies less (Xu et al. 2023, STF).
 
-    The images are cut into groups of one class. E[x_0 | x_t, group] has the same mean given x_t as x_0 has, whatever
-    the groups are, so the same network minimises the loss. Near t = T, where an x_t may come from any image, it hardly
-    varies; near t = 0 it is x_0 itself.
+    The images are divided into groups of one class. For any groups, E[x_0 | x_t, group] has the same mean given x_t as
+    x_0 has, so the same network minimises the loss. Near t = T, where x_t may come from any image, the target hardly
+    varies. Near t = 0 it is x_0 itself.
     """
 
     def __init__(self, examples: Examples, noise: NoiseConfig, schedule: NoiseSchedule) -> None:
-        """The examples lie on the schedule's device."""
+        """The examples must be on the schedule's device."""
         self._examples, self._noise, self._schedule = examples, noise, schedule
         labels, count = examples.class_labels, len(examples.x_0)
         of_class = torch.zeros(count, dtype=torch.int64) if labels is None else labels.cpu()
         self._groups: list[Tensor] = []
-        self._group_of = torch.empty_like(of_class)  # on the host, which knows the batch, so that no step waits for it
+        self._group_of = torch.empty_like(of_class)  # on the host, so steps need not wait for the device
         for label in sorted(set(of_class.tolist())):
             members = (of_class == label).nonzero()[:, 0]
             for part in members.tensor_split(-(-len(members) // GROUP)):
@@ -77,13 +77,13 @@ class StableTarget:
         return training_target(self._noise, self._schedule, *self.explain(batch))
 
     def explain(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """E[x_0 | x_t, group], t, and the eps by which the mean gives x_t: x_t = sqrt(alpha_bar) mean + ... eps."""
+        """Return E[x_0 | x_t, group], t, and the eps for which sqrt(alpha_bar) mean + sqrt(1 - alpha_bar) eps = x_t."""
         mean = self.mean(batch.x_t, batch.t, batch.picked)
         signal, noise = self._schedule.alpha_bar.sqrt(), (1 - self._schedule.alpha_bar).sqrt()
         return mean, batch.t, batch.eps + gather(signal / noise, batch.t, batch.x_0) * (batch.x_0 - mean)
 
     def mean(self, x_t: Tensor, t: Tensor, picked: Tensor) -> Tensor:
-        """E[x_0 | x_t, group of the image picked]: x_t [B, C, H, W], t [B], picked [B] -> [B, C, H, W], in float32."""
+        """Return E[x_0 | x_t, group of the picked image], float32 [B, C, H, W]: x_t [B, C, H, W], t [B], picked [B]."""
         mean = torch.empty_like(x_t, dtype=torch.float32)
         groups = self._group_of[picked]
         alpha_bar = self._schedule.alpha_bar[t].to(torch.float32)[:, None]
@@ -91,7 +91,7 @@ class StableTarget:
             rows = (groups == group).nonzero()[:, 0].to(x_t.device)
             images = self._examples.rows(self._groups[group]).to(torch.float32).flatten(1)
             a = alpha_bar[rows]
-            # -|x_t - alpha x_0|^2 / (2 sigma^2), without what is the same for all x_0
+            # -|x_t - alpha x_0|^2 / (2 sigma^2), without the terms that are the same for all x_0
             logits = (a.sqrt() * (x_t[rows].flatten(1) @ images.T) - a / 2 * images.square().sum(1)) / (1 - a)
             mean[rows] = (logits.softmax(1) @ images).view_as(mean[rows])
         return mean
@@ -99,9 +99,9 @@ class StableTarget:
 
 @dataclass(frozen=True, slots=True)
 class GuidedTarget:
-    """A frozen teacher's prediction with classifier-free guidance, which is so folded into the network.
+    """A frozen teacher's prediction with classifier-free guidance. Training folds the guidance into the network.
 
-    (Meng et al. 2023, On Distillation of Guided Diffusion Models, sec. 3.1.)
+    See Meng et al. 2023, On Distillation of Guided Diffusion Models, sec. 3.1.
     """
 
     teacher: Forward
@@ -116,12 +116,12 @@ class GuidedTarget:
 
 
 def product_of(guidance: float, teacher: Checkpoint) -> float:
-    """The guidance in a network that learns from a teacher with `guidance`, times that in the teacher's weights."""
+    """Return the total guidance in a network's weights: `guidance` times that in its teacher's weights."""
     return round(guidance * teacher.folded_guidance, 6)
 
 
 def teacher_of(net: UNet2D) -> UNet2D:
-    """A frozen copy of a network that is about to be trained."""
+    """Return a frozen copy of a network that is about to be trained."""
     teacher = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return cast(UNet2D, teacher).requires_grad_(False).eval()
 

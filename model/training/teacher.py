@@ -1,4 +1,4 @@
-"""The teacher of `distill`: its trajectories from noise to images, and the reference for its student's images."""
+"""The teacher of `distill`: its trajectories from noise to images, and the reference for the student's images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,23 +17,26 @@ from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.training.run import TrainError
 
-REFERENCE = -2  # the seed of what the reference is made with; the rounds' count down from -3
-REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # of the teacher's own, and of `data`, at most
+REFERENCE = -2  # the `step` of step_seed for the reference; the rounds of trajectories use -3, -4, …
+REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # images at most: of the teacher, of `data`
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """points [P + 1, N, C, H, W]: some points of each trajectory, the last one x_0; labels [N] or None."""
+    """points [P + 1, N, C, H, W]: P points of each trajectory, then x_0; labels [N] or None."""
 
     points: Tensor
     labels: Tensor | None
 
 
 class Teacher:
-    """A checkpoint, the solver of its trajectories and their guidance."""
+    """A checkpoint with its guidance and the solver of its trajectories."""
 
     def __init__(self, folder: Path, sampler: str, steps: int, guidance: float) -> None:
-        """Raises CheckpointError, TrainError for a checkpoint or solver that gives no student, and ValueError."""
+        """Load the checkpoint and compile the solver.
+
+        Raises CheckpointError, ValueError, and TrainError for a checkpoint or solver that cannot be distilled.
+        """
         self.checkpoint = load_checkpoint(folder)
         self.guidance = guidance
         self.plan = _solver(folder, self.checkpoint, sampler, steps, guidance)
@@ -43,7 +46,7 @@ class Teacher:
     def prepare(
         self, device: torch.device, autocast: AbstractContextManager[object], *, rows_at_once: int, compile_net: bool
     ) -> None:
-        """Set the device and the way in which the network runs."""
+        """Move the network to the device, and set how it runs."""
         self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward: Forward = torch.compile(self.net) if compile_net else self.net
         self._device, self._autocast, self._rows_at_once = device, autocast, rows_at_once
@@ -51,7 +54,7 @@ class Teacher:
         self._features = NetworkFeatures(self.net, schedule, self.net)
 
     def check(self, data: ImageSet) -> None:
-        """Raise TrainError unless the images have the shape and the classes of the teacher's."""
+        """Raise TrainError unless the images have the teacher's shape and number of classes."""
         shape = self.checkpoint.image_shape
         if tuple(data.images.shape[1:]) != shape:
             raise TrainError(
@@ -64,7 +67,7 @@ class Teacher:
     def solve(
         self, seed: int, rows: int, class_dropout: float, points: Sequence[int], stop: Callable[[], bool]
     ) -> Trajectories | None:
-        """Solve from noise, of all classes in turn; keep these points and the end. None where `stop` says so."""
+        """Solve trajectories from noise, with classes in rotation. Returns None if `stop()` is true."""
         generator = torch.Generator().manual_seed(seed)
         checkpoint = self.checkpoint
         x_T = torch.randn(rows, *checkpoint.row_shape, generator=generator).to(self._device)
@@ -85,7 +88,7 @@ class Teacher:
     def reference(
         self, data: ImageSet | None, seed: int, class_dropout: float, stop: Callable[[], bool]
     ) -> Gaussian | None:
-        """Fit the distribution of the numbers of images: `data`, or the teacher's own. None as in `solve`."""
+        """Fit a Gaussian to the `numbers` of `data`, or of the teacher's images. Returns None if `stop()` is true."""
         generator = torch.Generator().manual_seed(seed)
         if data is None:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
@@ -110,12 +113,11 @@ class Teacher:
         return fit_gaussian(torch.cat(numbers))
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """The numbers of images, see `NetworkFeatures.numbers`."""
         with self._autocast:
             return self._features.numbers(images, labels, eps)
 
     def num_numbers(self) -> int:
-        """The count of numbers of an image."""
+        """Return D, the length of one image's `numbers`."""
         x = torch.zeros(1, *self.checkpoint.row_shape, device=self._device)
         labels = torch.zeros(1, dtype=torch.long, device=self._device) if self.net.class_embedding is not None else None
         with torch.no_grad():
@@ -133,7 +135,7 @@ class Teacher:
 
 
 def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidance: float) -> Plan:
-    """The plan by which the teacher solves. Raises TrainError for a teacher that has no such student."""
+    """Return the plan by which the teacher solves. Raises TrainError for a teacher that cannot be distilled."""
     if teacher.student is not None:
         raise TrainError(f"{folder}: is a student itself; distill its teacher")
     if teacher.noise.variance_type == "learned_range":

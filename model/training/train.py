@@ -1,4 +1,4 @@
-"""Training of a U-Net (Ho et al. 2020, algorithm 1). A run is a folder: a checkpoint of the EMA weights, and its state.
+"""Trains a U-Net (Ho et al. 2020, algorithm 1). A run is a folder with a checkpoint of the EMA weights, and its state.
 
 All random numbers of step k are seeded by (seed, k), so a run that is stopped and resumed ends as if it never stopped.
 """
@@ -38,7 +38,7 @@ from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit
 
-GUIDANCE = 1.5  # to begin with, of a network that has learned a null class
+GUIDANCE = 1.5  # recommended at first for a network that has learned a null class
 
 
 def train(
@@ -54,20 +54,23 @@ def train(
     held_out: ImageSet | None = None,
     on_sheet: Callable[[Denoiser, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
+    """Train in `folder`, or resume the run there. Returns whether all steps are done.
 
-    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state; a run that is resumed
-    needs it no more, and takes no other. With a guidance, x_t is made of the data as ever, and the target is what those
-    weights predict of it with classifier-free guidance (Meng et al. 2023, sec. 3.1). `autoencoder` makes the run one of
-    a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at the end the
-    averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to `on_sheet`.
-    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
-    Raises TrainError, CheckpointError.
+    `init_from` starts a new run from another checkpoint's weights, with a fresh optimiser. A resumed run does not need
+    `init_from`, and accepts no other checkpoint. With config.guidance, x_t is made of the data as usual, but the target
+    is the prediction of those initial weights with classifier-free guidance (Meng et al. 2023, sec. 3.1). With
+    `autoencoder`, the run trains a latent model (Rombach et al. 2022): x_0 are the latents of the images.
+
+    Every `sheet_every` steps and at the end, the averaged network is measured on `held_out`, which must have the shape
+    and classes of the data. `on_sheet` gets the averaged network at these steps and at some early ones.
+
+    SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises TrainError,
+    CheckpointError.
     """
     run = Run(folder, "train", str(init_from) if init_from is not None else None)
     _check(run, data, unet, noise, config, autoencoder, held_out)
 
-    # The state: weights, their average, the optimiser's moments, the step.
+    # The state of the run: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)
     origin = None
@@ -76,12 +79,12 @@ def train(
         net.load_state_dict(origin.net.state_dict())
         if config.guidance != 1:
             check_teacher(init_from, origin, unet, noise, data.class_names, autoencoder)
-    teacher = teacher_of(net) if config.guidance != 1 else None  # a run that is resumed has it in its state
+    teacher = teacher_of(net) if config.guidance != 1 else None  # A resumed run loads the teacher's weights.
     rate = config.learning_rate
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    # Its classes too, as the folder of the images names them: people may rename those in tminus.json.
+    # Include the class names of the image folder, because users may edit the names in tminus.json.
     identity |= {"data": f"{data.name}, {len(data)} images", "class_names": data.class_names}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
@@ -94,13 +97,13 @@ def train(
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels, recommended, folded_guidance = _for_tminus_json(run, config, unet, noise, data.class_names, origin)
 
-    # The data, and how the network runs.
+    # The data and the network's forward pass.
     schedule = noise.schedule().to(device)
     examples = Examples.of(data, autoencoder, device)
-    # Not dynamic, or what is compiled second would be made for batches of any size, as the first has another.
+    # Compile for fixed shapes: otherwise the second network would be compiled for batches of any size.
     forward = as_ours(torch.compile(net, dynamic=False) if config.compile else net, noise, schedule)
 
-    # The modes: which t are drawn, how the errors at each count, what is to be predicted, what is measured beside.
+    # The options: sampling of t, weights of the errors at t, the target, and the measurement on held-out images.
     share = lognormal_timesteps(noise.schedule()).to(device) if config.timestep_sampling == "lognormal" else None
     weights = None
     if config.weighting == "velocity":
@@ -116,7 +119,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
-        """Draw a batch: images in turn, t uniform or by its share, eps normal, all a function of (seed, step)."""
+        """Draw the batch of a step from (seed, step): permuted images, t uniform or by `share`, eps normal."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -134,7 +137,7 @@ def train(
         return Batch(x_0, t, eps, schedule.q_sample(x_0, t, eps), class_labels, of_batch)
 
     def loss_of(step: int) -> Tensor:
-        """Compute the loss in algorithm 1 of Ho et al. 2020; `Run.descend` takes the step."""
+        """Compute the loss of algorithm 1 in Ho et al. 2020; `Run.descend` takes the step."""
         batch = draw(step)
         target = target_of(batch)
         with run.autocast:
@@ -174,7 +177,7 @@ def _check(
     autoencoder: Autoencoder | None,
     held_out: ImageSet | None,
 ) -> None:
-    """Raise TrainError or CheckpointError for an untrainable part or combination of parts."""
+    """Raise TrainError or CheckpointError for a part or a combination of parts that cannot be trained."""
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:
@@ -192,11 +195,11 @@ def _check(
             raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
-    check_place(run.folder, autoencoder)  # now, and not at the first save
+    check_place(run.folder, autoencoder)  # Fail now, and not at the first save.
 
 
 def _origin(folder: Path, net: UNet2D) -> Checkpoint:
-    """The checkpoint whose weights a network begins from. Raises TrainError for one that does not fit."""
+    """Load the checkpoint whose weights a network starts from. Raises TrainError if it does not fit."""
     origin = load_checkpoint(folder)
     if origin.student is not None:
         raise TrainError(f"{folder}: is a student, made for few steps; begin from its teacher")
@@ -215,11 +218,11 @@ def _for_tminus_json(
     class_names: tuple[str, ...],
     origin: Checkpoint | None,
 ) -> tuple[Labels, Recommended, float | None]:
-    """Return members of tminus.json: the classes, the recommended settings, and the guidance in the weights.
+    """Return values for tminus.json: the classes, the recommended settings, and the guidance in the weights.
 
-    A resumed run keeps its tminus.json. A new run takes class_names, and the settings of `origin`.
-    If none fit (a table fits only its own weights), the usual settings apply. They include guidance if the
-    network learns the null class and the weights contain no guidance.
+    A resumed run keeps its tminus.json. A new run takes `class_names`, and the settings of `origin`. If no settings fit
+    (a table fits only its own weights), the usual settings apply. They include guidance if the network learns the null
+    class and the weights contain no guidance.
     """
     labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
@@ -245,7 +248,7 @@ def _for_tminus_json(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The images of step `step` [batch_size], taken in turn from a fresh permutation per epoch, across epochs."""
+    """Return the images of step `step` [batch_size]: epochs, each freshly permuted, follow without a gap."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []
@@ -255,6 +258,6 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Ten
     return torch.cat(picked)
 
 
-@lru_cache(maxsize=2)  # every step of an epoch asks for its permutation
+@lru_cache(maxsize=2)  # All steps of an epoch use one permutation.
 def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(step_seed(seed, -2 - epoch)))

@@ -1,1 +1,1 @@
-"""Tables fitted to a checkpoint: `tminus tune`."""
+"""Fits sampler tables to a checkpoint, for `tminus tune`."""

@@ -1,13 +1,13 @@
-"""Fit the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
+"""Fits the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
 
-The teacher is the checkpoint itself, sampled in more steps. From the same x_T, and through the same network, a table of
-few steps is to end in the same image. The coefficients of each step are a linear least-squares problem:
+The teacher is the same checkpoint, sampled in more steps. From the same x_T, a table of few steps should end in the
+same image. The coefficients of each step solve a linear least-squares problem:
 
     minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
 
-where x* is the teacher's x at the next timestep, and the inputs are the table's own, so that each step corrects errors
-of the steps before it. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et al. 2025, S4S.) Held-out
-rows judge a table.
+where x* is the teacher's x at the next timestep. The inputs come from the table's own steps, so each step corrects the
+errors of the steps before it. Held-out rows judge a table. For other linear solvers fitted to a network, see Shaul et
+al. 2024 (BNS) and Frankel et al. 2025 (S4S).
 """
 
 import math
@@ -25,10 +25,10 @@ from tminus.model.samplers import Plan, solve
 from tminus.model.solvers import Levels
 from tminus.model.timesteps import log_sigma_at, timestep_at
 
-RIDGE = 1e-6  # of the mean square of each input: holds coefficients back that the rows hardly tell
-LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # of a timestep: shares of the way to its neighbour, in log rho
-LONGEST_WAY = 2.0  # in log rho: that between the first timesteps may be longer
-WORTHWHILE = 0.01  # a round that betters the error by less than this share makes the moves smaller
+RIDGE = 1e-6  # share of each input's mean square; restrains coefficients that the rows barely determine
+LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # shares of a timestep's distance to its neighbour, in log rho
+LONGEST_WAY = 2.0  # limit of that distance in log rho; the first timesteps may be further apart
+WORTHWHILE = 0.01  # share of the error; a round that improves less halves the moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +41,18 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The teacher's way: alpha_bar [G], rising to 1, float64, and x there [G, N, C, H, W], in float16."""
+    """The teacher's trajectory: alpha_bar [G] in float64, rising to 1, and its points x [G, N, C, H, W] in float16."""
 
     alpha_bar: Tensor
     points: Tensor
 
     @property
     def images(self) -> Tensor:
-        """x_0 [N, C, H, W]."""
+        """x_0 [N, C, H, W] in float32."""
         return self.points[-1].float()
 
     def at(self, alpha_bar: Tensor) -> Tensor:
-        """x [N, C, H, W] at a noise level. Between two of the teacher's, x / alpha moves along a line in rho."""
+        """Return x [N, C, H, W] at a noise level. Between two of the teacher's levels, x / alpha is linear in rho."""
         known, rho = _rho(self.alpha_bar), _rho(alpha_bar)
         high = int((known > rho).sum().clamp(1, len(known) - 1))
         share = min(1.0, max(0.0, float((known[high - 1] - rho) / (known[high - 1] - known[high]))))
@@ -61,23 +61,23 @@ class Solution:
 
 
 def _rho(alpha_bar: Tensor) -> Tensor:
-    """sigma / alpha."""
+    """Return sigma / alpha."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A table, and the mean square error of its images on rows that it was fitted to, and on others."""
+    """A table, and the mean square error of its images on the rows that it was fitted to, and on held-out rows."""
 
     timesteps: tuple[float, ...]
     lines: tuple[tuple[float, ...], ...]
     fitted: float
     held_out: float
-    passes: "tuple[_Pass, ...]" = field(default=(), repr=False, compare=False)  # for a fit that begins as this one does
+    passes: "tuple[_Pass, ...]" = field(default=(), repr=False, compare=False)  # reused by fits with the same start
 
 
 class Fitter:
-    """Fits tables of one checkpoint at one guidance to its own solution. Not thread-safe."""
+    """Fits tables of one checkpoint at one guidance to the teacher's solution. Not thread-safe."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Fitter:
         held_out: int,
         batch_size: int = 64,
     ) -> None:
-        """Validate on the last `held_out` rows."""
+        """Use the last `held_out` rows only for judging."""
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
         self._forward, self.rows, self._guidance, self._batch = forward, rows, guidance, batch_size
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
@@ -98,18 +98,17 @@ class Fitter:
 
     @property
     def images(self) -> Tensor:
-        """The teacher's x_0 [N, C, H, W]."""
+        """A copy of the teacher's x_0 [N, C, H, W]."""
         assert self._solution is not None
         return self._solution.images.clone()
 
     def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The network, a batch at a time."""
         parts = [slice(start, start + self._batch) for start in range(0, len(x), self._batch)]
         labels = [class_labels[part] if class_labels is not None else None for part in parts]
         return torch.cat([self._forward(x[part], t[part], mine) for part, mine in zip(parts, labels, strict=True)])
 
     def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
-        """x_0 as the network predicts it, guided and clipped: x [N, C, H, W] of the rows -> the same."""
+        """Return the network's prediction of x_0, guided and clipped: x [N, C, H, W] of all rows -> [N, C, H, W]."""
         at = parametrize(self.noise, alpha_bar, torch.tensor(t))
         p, q, scale, time = (float(each) for each in (at.p, at.q, at.scale, at.time))
         ts = torch.full((len(x),), time, device=x.device)
@@ -118,31 +117,31 @@ class Fitter:
 
     @torch.inference_mode()
     def solve(self, plan: Plan) -> None:
-        """Follow the teacher."""
+        """Sample the rows with the teacher's plan, and keep the trajectory as the solution."""
         self._solution = Solution(torch.cat([plan.alpha_bar, plan.alpha_bar.new_ones(1)]), self._walk(plan).half())
 
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
-        """The mean square error of another sampler's images on the held-out rows."""
+        """Return the mean square error of another sampler's images on the held-out rows."""
         return self._errors(self._walk(plan)[-1])[1]
 
     def _walk(self, plan: Plan) -> Tensor:
-        """Where the rows are before the first pass of a plan, and after each."""
+        """Return x of the rows before the first pass of a plan, and after each pass."""
         rows = self.rows
         return solve(self._run, plan, rows.noise, rows.class_labels, self._null_class, self._guidance)
 
     @torch.inference_mode()
     def fit(self, timesteps: Sequence[float], like: Fit | None = None) -> Fit:
-        """Fit the coefficients of these timesteps to the teacher's way.
+        """Fit the coefficients for these timesteps to the teacher's trajectory.
 
-        like: of as many timesteps. Its passes, as long as they are at these timesteps, are not run again.
+        `like` is a fit of as many timesteps. Its passes are reused up to the first timestep that differs.
         """
         assert self._solution is not None
         levels, passes = self._levels(timesteps), list[_Pass]()
         if like is not None:
             same = (mine == its for mine, its in zip(timesteps, like.timesteps, strict=True))
             passes = [each for each, _ in zip(like.passes, takewhile(bool, same), strict=False)]
-        # A step's coefficients depend on its own timestep and the next, and on where the table stands.
+        # A step's coefficients depend on its own timestep, the next timestep, and the state before the step.
         known = len(passes)
         state = passes[-1].state if passes else _Standing(self.rows.noise, (), ())
         for k in range(max(0, known - 1), len(timesteps)):
@@ -171,7 +170,7 @@ class Fitter:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """Between two steps: x, the last one or two x0, newest first, and the lines that led here."""
+    """The state between two steps: x, the last one or two x0 (newest first), and the lines so far."""
 
     x: Tensor
     history: tuple[Tensor, ...]
@@ -180,14 +179,14 @@ class _Standing:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One pass of the network over all rows: where they stood before it, and the x0 that it gave."""
+    """One pass of the network over all rows: the state before the pass, and the predicted x0."""
 
     state: _Standing
     x0: Tensor
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
-    """The coefficients float64 [K] of inputs [K, N, C, H, W] that make their sum nearest to the target."""
+    """Return the coefficients, float64 [K], that bring the sum of inputs [K, N, C, H, W] nearest to the target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
     gram += torch.diag(RIDGE * gram.diagonal())
@@ -201,10 +200,11 @@ def search_timesteps(
     settle: Callable[[Sequence[float]], tuple[float, ...]],
     on_round: Callable[[int, Fit], None],
 ) -> tuple[Fit, int]:
-    """Move the timesteps one by one, each way, while the error of the fitted table falls on held-out rows.
+    """Move the timesteps one by one, up and down, while the error of the fitted table falls.
 
-    Returns the best fit and the number of fits that were tried. `settle` makes timesteps what the network takes.
-    `on_round` gets the number of each round and the best fit so far. The search ends when the moves are small.
+    The error must fall both on the fitted and on the held-out rows. Returns the best fit and the number of fits tried.
+    `settle` turns timesteps into those that the network accepts. `on_round` gets the number of each round and the best
+    fit so far. The search ends when the moves are small.
     """
     move, rounds, tried = LARGEST_MOVE, 0, 0
     while move >= SMALLEST_MOVE:
@@ -226,7 +226,7 @@ def search_timesteps(
 
 
 def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:
-    """Move timestep k by a share of the way to its neighbour in log rho: up to the noisier, down to the cleaner."""
+    """Move timestep k by a share of the distance to its neighbour in log rho: to the noisier one if share > 0."""
     levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
     cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
     noisiest = log_sigmas[-1] if k == 0 else levels[k - 1]

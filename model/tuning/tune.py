@@ -1,11 +1,11 @@
-"""`tminus tune`: fit tables of few steps to a checkpoint, and choose the one that it recommends.
+"""`tminus tune`: fits tables of few steps to a checkpoint, and chooses the table that it recommends.
 
-Each table is written as soon as it is fitted. A run that is stopped goes on with the first table that is missing.
+Each table is written as soon as it is fitted. A run that was stopped resumes with the first missing table.
 
 The table to recommend is the smallest one that is as exact as the plain sampler. The distance to the teacher's images
-cannot judge a table, since it is fitted to them. The judge is the exact solution: the teacher in twice as many steps,
-from noise that no table was fitted to. A table is good enough if its images are no further from it than those of the
-plain sampler that it would replace.
+cannot judge a table, because the table is fitted to them. Tables are judged by the exact solution instead: the teacher
+in twice as many steps, from noise that no table was fitted to. A table is good enough if its images are no further from
+this solution than those of the plain sampler that it would replace.
 """
 
 import dataclasses
@@ -31,26 +31,26 @@ from tminus.model.tuning.fit import Fit, Fitter, Rows, search_timesteps
 from tminus.model.tuning.refine import Refiner
 
 TUNED = "tuned"
-FEW = 4  # images, by which the precisions of gradients are timed
-TEACHER_STEPS = 50  # at least, so that a table can be more exact than what it takes the place of
-STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
+FEW = 4  # images for timing the precisions of gradients
+TEACHER_STEPS = 50  # least steps, so that a table can be more exact than the sampler that it replaces
+STARTS = ("linspace", "trailing", "karras")  # spacings that the search may start from
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
 
 class TuneError(ValueError):
-    """Nothing can be fitted; the message names the option, its bound and its value."""
+    """Raised if nothing can be fitted. The message names the option, its bound and its value."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuneConfig:
-    """The settings that tables are fitted by."""
+    """The settings for fitting tables."""
 
-    rows: int = 192  # images, of all classes alike
-    held_out: int = 64  # further ones, that only judge
+    rows: int = 192  # images to fit, in rotation of classes
+    held_out: int = 64  # further images, used only for judging
     teacher: str = f"dpmpp_2m:{TEACHER_STEPS}"  # sampler:steps
-    seed: int = 1_000_000  # of their noise: other than what people sample and evaluate with
+    seed: int = 1_000_000  # seed of the noise, unlike the seeds that people sample and evaluate with
     batch_size: int = 64
-    iterations: int = 200  # of refining the coefficients, at most
+    iterations: int = 200  # iterations of refining the coefficients at most
 
     def __post_init__(self) -> None:
         for name in ("rows", "held_out", "batch_size"):
@@ -61,7 +61,7 @@ class TuneConfig:
 
 
 def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[float], config: TuneConfig) -> None:
-    """Raise TuneError for steps, guidances and settings that this checkpoint cannot be tuned for."""
+    """Raise TuneError if this checkpoint cannot be tuned for these steps, guidances and settings."""
     T, labels = checkpoint.noise.num_train_timesteps, checkpoint.labels
     if checkpoint.student is not None:
         raise TuneError(f"{checkpoint.name}: a student has its own tables, and no many-step solution to be tuned to")
@@ -84,7 +84,7 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
 
 
 def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) -> Plan:
-    """The plan of the teacher. Raises TuneError for one that cannot be."""
+    """Return the teacher's plan. Raises TuneError for an impossible one."""
     sampler, _, steps = config.teacher.partition(":")
     bound = f"SAMPLER:STEPS, the sampler one of {', '.join(TEACHERS)}"
     if sampler not in TEACHERS or not steps.isdecimal():
@@ -96,9 +96,11 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """Name the recommended sampler, where that can teach, or else the usual one, in 50 steps or more, but at most T.
+    """Return the default teacher, as SAMPLER:STEPS.
 
-    Where a table is recommended it is the teacher of that table, so that the same command finds it tuned already.
+    The sampler is the recommended one if it can teach, otherwise the usual one. It takes TEACHER_STEPS steps or more,
+    but at most T. If a table is recommended, its own teacher is the default, so that the same command finds the table
+    tuned already.
     """
     own, T = checkpoint.settings, checkpoint.noise.num_train_timesteps
     for table in checkpoint.tables:
@@ -121,18 +123,18 @@ def tune(
     say: Callable[[str], None],
     threads: int | None = None,
 ) -> list[Path]:
-    """Fit a table for each number of steps at each guidance, and write it; returns the files. Raises TuneError.
+    """Fit and write a table for each number of steps at each guidance, and return the files. Raises TuneError.
 
-    A table of these weights and settings that exists is left as it is. The smallest table that is good enough is then
-    recommended in tminus.json, unless all tables existed and were judged before. `forward` runs the checkpoint's
-    network. threads: of torch while gradients are computed; None leaves them as they are.
+    Existing tables of these weights and settings are kept. The smallest table that is good enough is then recommended
+    in tminus.json, unless all tables existed and were judged before. `forward` runs the checkpoint's network.
+    `threads`: torch's threads while computing gradients; None keeps the current number.
     """
     check(checkpoint, steps, guidances, config)
     settings = dataclasses.asdict(config)
     tables = [table for table in checkpoint.tables if table.sampler == TUNED]
     done = {(table.steps, table.guidance): table for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
-    precision = None if config.iterations else "fp32"  # of the gradients
+    precision = None if config.iterations else "fp32"  # None until timed below
     for guidance in guidances:
         for count in sorted(count for count in set(steps) if (count, guidance) in done):
             say(f"{count} steps at guidance {guidance:g}: tuned already")
@@ -145,7 +147,7 @@ def tune(
         say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {config.rows + held_out} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
         if precision is None:
-            with torch_threads(threads):  # in bf16 a CPU without it takes twenty times as long
+            with torch_threads(threads):  # A CPU without bf16 takes twenty times as long in bf16.
                 few = example_pass(checkpoint.net, (FEW, *checkpoint.row_shape), device)
                 precision = faster_of(checkpoint.net, few, device)
             say(f"gradients in {precision}, which is faster here")
@@ -159,17 +161,17 @@ def tune(
 
 
 class Verdict(NamedTuple):
-    """The table to recommend, or None to keep the recommendation, and a phrase that says why."""
+    """The table to recommend, or None to keep the recommendation, and a phrase with the reason."""
 
     recommended: Recommended | None
     why: str
 
 
 class Trial:
-    """Compares the tables of one guidance with the plain sampler whose place they would take."""
+    """Compares the tables of one guidance with the plain sampler that they would replace."""
 
     def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
-        """Keep the tables that have the recommended guidance, and take fewer passes than the plain sampler."""
+        """Keep the tables with the recommended guidance and fewer passes than the plain sampler."""
         own = checkpoint.settings
         usual = dataclasses.replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
         self.plain = usual if own.sampler == TUNED else own
@@ -181,7 +183,7 @@ class Trial:
 
     @property
     def hindrance(self) -> str | None:
-        """Say why nothing can be compared; None where something can."""
+        """The reason why nothing can be compared, or None."""
         if SAMPLER_FACTS[self.plain.sampler].noise == "always":
             return f"{self.plain} adds fresh noise, so its images are no solution's"
         if not self.tables:
@@ -189,9 +191,9 @@ class Trial:
         return None
 
     def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
-        """Judge the tables, from the fewest steps on, until one is good enough.
+        """Judge the tables, in order of steps, until one is good enough.
 
-        teacher: SAMPLER:STEPS, a plain solver. `forward` runs the checkpoint's network.
+        `teacher`: SAMPLER:STEPS, a plain solver. `forward` runs the checkpoint's network.
         """
         if self.hindrance is not None:
             return Verdict(None, self.hindrance)
@@ -201,7 +203,7 @@ class Trial:
 
         judge = Fitter(
             checkpoint, forward, rows, plain.guidance, held_out=len(rows.noise), batch_size=batch_size
-        )  # it fits nothing here
+        )  # used only to measure errors
         judge.solve(checkpoint.plan(sampler, finer, guidance=plain.guidance))
 
         def error(plan: Plan) -> float:
@@ -225,10 +227,10 @@ def _recommend(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Compare the tables that are in the folder now, and note in tminus.json which is recommended.
+    """Compare the folder's tables, and store the recommendation in tminus.json.
 
-    At last each table notes that it was judged. The same command does not judge it again: the sampler that it was
-    compared with may be recommended no more, and another could lead to another table.
+    Then mark the tables of these settings as judged, so that the same command does not judge them again: after a new
+    recommendation, tables would be compared with another sampler, and the result could change.
     """
     tables, _ = read_tables(
         folder,
@@ -238,7 +240,7 @@ def _recommend(
         null_class=checkpoint.labels.null_class is not None,
         fractional=checkpoint.fractional,
     )
-    trial, first = Trial(checkpoint, tables), config.rows + config.held_out  # of the noise that no table was fitted to
+    trial, first = Trial(checkpoint, tables), config.rows + config.held_out  # first row that no table was fitted to
     rows = make_rows(checkpoint, config.seed, range(first, first + config.held_out), trial.plain.guidance, device)
     recommended, why = trial.run(config.teacher, forward, rows, config.batch_size)
     if recommended is None:
@@ -253,7 +255,7 @@ def _recommend(
 
 
 def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
-    """Make the rows to sample: classes in turn, without guidance the null class too, and noise of its own for each."""
+    """Make the rows to sample: noise, and classes in rotation. Without guidance the null class is one of them."""
     labels, null_class = None, checkpoint.labels.null_class
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)
@@ -263,14 +265,14 @@ def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float
 
 @dataclass(frozen=True, slots=True)
 class _Tuning:
-    """Tables of one guidance, which are fitted to one solution of the teacher."""
+    """Fits tables of one guidance to one solution of the teacher."""
 
     folder: Path
     checkpoint: Checkpoint
     fitter: Fitter
     guidance: float
     config: TuneConfig
-    precision: str  # of the gradients
+    precision: str  # precision of the gradients
     say: Callable[[str], None]
     threads: int | None
 
@@ -285,7 +287,7 @@ class _Tuning:
             self.say(f"{name}: coefficients, iteration {iteration}, distance {distance:.6f}")
 
         fit, tried = search_timesteps(self.fitter, self._best_start(steps), self._settle, on_round)
-        fit = dataclasses.replace(fit, passes=())  # leaves their memory to the gradients
+        fit = dataclasses.replace(fit, passes=())  # frees their memory for the gradients
         with torch_threads(self.threads):
             refiner = Refiner(
                 self.checkpoint, fit.timesteps, self.guidance, self.fitter.rows, self.fitter.images,
@@ -315,7 +317,7 @@ class _Tuning:
         return written
 
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Round timesteps where the network takes only whole ones. They still fall, with room for those to come."""
+        """Round timesteps if the network accepts only whole ones. Rounded timesteps still decrease, to 0 at least."""
         if self.checkpoint.fractional:
             return tuple(timesteps)
         whole: list[float] = []
@@ -340,4 +342,4 @@ class _Tuning:
             )
             return self.fitter.fit(self._settle(t))
 
-        return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes
+        return min(map(fit, STARTS), key=lambda each: each.held_out)  # not a list: each fit holds its passes
