@@ -38,7 +38,7 @@ ALONE = 3  # sequential requests of each size; their median is the time alone
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Size of a request."""
+    """Number of images and steps of a request."""
 
     n: int
     steps: int
@@ -51,7 +51,7 @@ class Size:
         return f"{self.n}x{self.steps}"
 
 
-Mix = Mapping[Size, int]  # size -> relative number of requests
+Mix = Mapping[Size, int]  # relative number of requests, keyed by size
 
 
 def read_mix(text: str) -> dict[Size, int]:
@@ -72,9 +72,9 @@ def mean_row_steps(mix: Mix) -> float:
 
 
 def poisson(count: int, seconds: float, chance: random.Random) -> list[float]:
-    """Draw the arrival times of a Poisson process. Their number is fixed, so the load does not depend on the seed.
+    """Draw the arrival times of a Poisson process. The number is fixed, so the load does not depend on the seed.
 
-    Given their number, the arrival times are independent and uniform.
+    For a fixed number, the arrival times of a Poisson process are independent and uniform.
     """
     return sorted(chance.uniform(0, seconds) for _ in range(count))
 
@@ -98,7 +98,7 @@ def share_within(times_alone: Sequence[float], factor: float) -> float:
 
 
 def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
-    """Find the highest rate at which 95 % of the requests are in time. attained: rate -> share of requests in time.
+    """Find the highest rate at which 95 % of the requests are in time. attained: their share, keyed by rate.
 
     The value is interpolated between the highest rate with 95 % in time and the next rate. `at_least`: the goodput is
     above the highest rate measured. `at_most`: the goodput is below the lowest rate measured.
@@ -120,10 +120,10 @@ class Outcome:
 
     requests: int = 0
     latencies_s: list[float] = field(default_factory=list)  # requests answered with images
-    late_s: float = 0.0  # total lateness of these requests when sent
+    late_s: float = 0.0  # sum of the delays before these requests were sent
     refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status
     unsent: int = 0  # not sent because MOST_OUTSTANDING requests waited
-    last_s: float = 0.0  # time of the last response, after the start
+    last_s: float = 0.0  # seconds from the start to the last response
     answer: Any = None  # the last response
 
     @property
@@ -156,7 +156,7 @@ def kept_up(unsent: int, late_share: float) -> bool:
 
 def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
     """Return the figures of requests of n images. A percentile is None if it falls on a request that was given up."""
-    # A request that was given up counts as infinite. Without it, the percentiles would omit the longest waits.
+    # Count the latency of a request that was given up as infinite: the percentiles must not omit the longest waits.
     ordered = sorted([*outcome.latencies_s, *[math.inf] * outcome.unanswered])
     figures = figures_of([outcome])
     return figures | {
@@ -174,7 +174,7 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A mix of requests, and the multiples of the time alone within which a request is in time."""
+    """A mix of requests, the time alone of each size, and the multiples of this time that are still in time."""
 
     mix: Mix
     alone_s: Mapping[Size, float]
@@ -317,14 +317,14 @@ def bench(
       unsent      [unsent] requests not sent, because 500 others waited
       p50 ... p99 [latency_s] percentiles of the latency in seconds; none
                   (null) if the percentile falls on a request given up
-      images/s    [images_per_s] images of all answers, until the last one
+      images/s    [images_per_s] images a second until the last response
       sent late   [late_share] lateness of this client, as a share of all
                   latency; above 5 % [kept_up] is false, and a warning says
                   that the client was too slow to measure the server
 
     With --slo, the requests are those of --mix, and the command first sends one request at a time to measure the time
-    alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 of the most row-steps a second of a request alone. A request
-    that is refused or given up is not in time.
+    alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the most row-steps a second of a request alone. A
+    request that is refused or given up is not in time.
 
     \b
       mix         [mix, sampler, seconds, seed] weights by size, IMAGESxSTEPS
@@ -469,8 +469,8 @@ async def drive(
 ) -> dict[Kind, Outcome]:
     """Send each request at its time, and count the outcomes by kind.
 
-    arrivals: the time in seconds after the start, in rising order, and the kind of each request. ask: sends a request
-    and returns the response; may raise ClientError. give_up_s: seconds to wait after the last arrival.
+    arrivals: seconds after the start, and the kind, of each request in order. ask: sends a request and returns the
+    response; may raise ClientError. give_up_s: seconds to wait after the last arrival.
     """
     from tminus.service.client import ClientError, Problem
 

@@ -158,7 +158,7 @@ def evaluate(
             for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
-        if reference is not None:  # last, because it writes into the checkpoint and may fail
+        if reference is not None:  # last, because writing to the checkpoint may fail
             judge_precision(checkpoint, reference, report)
 
 

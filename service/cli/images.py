@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from tminus.service.spec import Inputs, Pixels, SampleSpec
 
 KEY = "TMINUS_KEY"  # variable with the API key that commands send
-MAX_LOCAL_N = 4096  # images per command without a server
-MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # pixels of a PNG to read or write
+MAX_LOCAL_N = 4096  # maximum number of images without a server
+MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # maximum pixels of a PNG to read or write
 MAX_SCALE = 64
 SCALE = "scale"  # member of a recipe: the factor by which the PNG was enlarged
 # Options that select a model: on a server, or a checkpoint to load in this process.
@@ -57,7 +57,7 @@ def check_model(url: str | None, model: str | None) -> None:
 
 
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
-    """Return the files of image and mask as base64 parameters. An error prints one line and exits with 1."""
+    """Return the files of image and mask as base64 parameters. On an error, prints one line and exits with 1."""
     parameters = {}
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
@@ -76,9 +76,9 @@ class LocalJob:
 
     @classmethod
     def of(cls, options: LoadOptions, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
-        """Load a model, and check a job's parameters against the model. An error prints one line and exits with 1.
+        """Load a model, and check a job's parameters against the model. On an error, prints one line and exits with 1.
 
-        The model is loaded like in a server with default settings. A small job skips the measurements: see
+        The model is loaded as in a server with default settings. A small job skips the measurements: see
         `load_engine`. fingerprint: the fingerprint of the engine that made the images, if the job makes them again.
         """
         from tminus.service.api.request.schemas import SampleRequest, bounds_of
@@ -111,7 +111,7 @@ class LocalJob:
             return cls(loaded, with_inputs(spec_of(request, info, limits), request, inputs), inputs)
 
     def run(self, record: "Record | None" = None) -> "Pixels":
-        """Sample with a progress bar. An error prints one line and exits with 1. record: see sample_locally."""
+        """Sample with a progress bar. On an error, prints one line and exits with 1. record: see sample_locally."""
         from tqdm import tqdm
 
         from tminus.service.engine.protocol import sample_locally
@@ -138,7 +138,7 @@ def read_png_header(png: bytes) -> "ImageHeader":
 
 
 def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
-    """Decode a PNG. Returns the pixels [H, W, C] and the recipe's text, None if missing. Raises ValueError."""
+    """Decode a PNG. Returns the pixels [H, W, C], and the recipe's text or None. Raises ValueError."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
@@ -190,7 +190,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
 
 
 def opaque_png(png: bytes) -> bytes:
-    """Compose a PNG with alpha over white, as /v1/images does. Raises ValueError for any other file."""
+    """Composite a PNG with alpha over white, as /v1/images does. Raises ValueError for any other file."""
     from tminus.service.client import checks
     from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
 
@@ -222,7 +222,7 @@ def make_images(
 
 @contextmanager
 def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
-    """Return a client of --url and --model, with the key in TMINUS_KEY. An error prints one line and exits with 1."""
+    """Return a client of --url and --model, with the key in TMINUS_KEY. On an error, prints a line and exits with 1."""
     from tminus.service.client import Client
 
     with one_line_of_server(url), Client(url, model=model, key=key_of_server()) as client:
@@ -254,7 +254,7 @@ def one_line_of_server(url: str) -> Iterator[None]:
 
 
 def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
-    """Sample on a server. An error, or a wrong number of images, prints one line and exits with 1."""
+    """Sample on a server. On an error or a wrong number of images, prints one line and exits with 1."""
     from tminus.service.client import ClientError
 
     with server_at(url, model) as tminus:

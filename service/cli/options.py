@@ -42,7 +42,7 @@ class CheckpointType(click.Path):
     name = "checkpoint"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the checkpoint's folder. An error prints one line and exits with 1."""
+        """Return the checkpoint's folder. On an error, prints one line and exits with 1."""
         with failing_in_one_line():
             folder = checkpoint_folder(value)
         return super().convert(folder, parameter, context)

@@ -25,7 +25,7 @@ LEAST_BYTES_PER_S = 8192
 
 
 class NotFetched(Exception):
-    """The server did not send the file. The message is the reason."""
+    """The server did not send the file. The message gives the reason."""
 
 
 @click.command(short_help="Fetch another checkpoint of this project.")
@@ -47,7 +47,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
       tminus pull pixel-art-32
       tminus serve --checkpoint pixel-art-32
 
-    The command checks the size and the sha256 of the file, which are part of this version of tminus.
+    The file must have the size and the sha256 that are recorded in this version of tminus.
     """
     known = release()
     if name is None:
@@ -73,7 +73,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
 
 
 def fetch(url: str, archive: Archive, file: Path) -> None:
-    """Download an archive to a file. An error prints one line and exits with 1."""
+    """Download an archive to a file. On an error, prints one line and exits with 1."""
     import httpx
 
     shown = url

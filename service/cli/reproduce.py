@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 256 * 2**20
 # Arrays that must be bit-identical, with the step number of the first element.
 BY_STEP = {"x_t": 0, "x_0": 1}
-# Relative and absolute tolerances of other arrays. These are computed from x_t and x_0, and NumPy versions round
-# differently.
+# Relative and absolute tolerances of arrays that are computed from x_t and x_0: NumPy versions round differently.
 CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p can be near 0
 PLAN_CLOSE = (1e-12, 0.0)
 
@@ -50,7 +49,7 @@ class Recipe:
     weights: str
     fingerprint: str
     scale: int = 1  # factor by which the PNG was enlarged
-    opaque: bool = False  # the PNG was composed over white
+    opaque: bool = False  # the PNG was composited over white
 
 
 @click.command(
@@ -88,7 +87,7 @@ def reproduce(
         original = read_bounded(png)
         recipe = read_recipe(original)
     check_recipe_pictures(png, recipe, image, mask)
-    parameters = recipe.parameters | read_pictures(image, mask)  # the sampler's side compares their hashes
+    parameters = recipe.parameters | read_pictures(image, mask)  # LocalJob or the server checks the hashes
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
     else:
@@ -108,7 +107,7 @@ def reproduce(
 
 
 def read_bounded(file: Path) -> bytes:
-    """Read a file of at most MAX_FILE_BYTES. Raises ValueError for a larger one."""
+    """Read a file of at most MAX_FILE_BYTES. Raises ValueError for a larger file."""
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
     return file.read_bytes()
@@ -145,7 +144,7 @@ def _reading_recipe(source: str) -> Iterator[None]:
 
 
 def recipe_of(document: Any) -> Recipe:
-    """Parse a recipe. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
+    """Parse a recipe. Raises ValueError, TypeError, KeyError or AttributeError for a malformed recipe."""
     from tminus.service.api.request.classes import NUMBER
     from tminus.service.api.request.specs import parameters_of
     from tminus.service.images.encoder import BACKGROUND

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tminus.service.client.results import Message, Sampled
     from tminus.service.spec import SampleSpec
 
-MOST_FRAMES = 100  # approximate limit without --every
+MOST_FRAMES = 100  # approximate maximum without --every
 FORMATS = (".webp", ".gif")
 MAX_FRAME_BYTES = 2**28  # total size of a job's frames before decoding
 MAX_PIXELS = 2**26  # total pixels of a job's frames
@@ -189,13 +189,13 @@ def sample(
         with failing_in_one_line(f"--out {out}"):
             try:
                 shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
-            except TooLarge as error:  # only now is the size of a server's images known
+            except TooLarge as error:  # the size of a server's images is known only now
                 too_large = error
         write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
         written = "a PNG" if n == 1 else f"a PNG, a sheet of {n} images"
-    if made.sampler is not None and made.steps is not None:  # older servers do not send them
+    if made.sampler is not None and made.steps is not None:  # older servers send neither
         written += f", {Recommended(made.sampler, made.steps, 1.0 if made.guidance is None else made.guidance)}"
     say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
@@ -254,7 +254,7 @@ def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Im
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
-    """Write the frames to a file. An error prints one line and exits with 1."""
+    """Write the frames to a file. On an error, prints one line and exits with 1."""
     from tminus.service.images.encoder import encode_animation
 
     with failing_in_one_line(f"--watch {file}"):
@@ -265,7 +265,7 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
 
 
 def _number(text: Any) -> int:
-    """Parse an option as an integer. Return 0 for other text, because the server refuses it with a reason."""
+    """Parse an option as an integer. Return 0 for other text, which the server refuses with a reason."""
     try:
         return int(float(text))
     except (ValueError, OverflowError):

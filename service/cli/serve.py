@@ -114,7 +114,7 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
 
 
 def _check(settings: RaySettings) -> str:
-    """Check the settings, and return the numeric address to listen on. An error prints one line and exits with 1."""
+    """Check the settings, and return the numeric address to bind. On an error, prints one line and exits with 1."""
     host, _ = _free_port(settings.host, 0)
     try:
         settings.access(host)
@@ -125,7 +125,7 @@ def _check(settings: RaySettings) -> str:
 
 
 def _free_port(host: str, port: int) -> tuple[str, int]:
-    """Return the numeric address and a free port. An error prints one line and exits with 1."""
+    """Return the numeric address and a free port. On an error, prints one line and exits with 1."""
     from tminus.service.startup.server import listen
 
     try:
@@ -192,7 +192,7 @@ def _end(name: str, within_s: float) -> bool:
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # ask at least once, so that Serve has received the deletion
+    while name in ray_serve.status().applications:  # at least one call: Serve has received the deletion before it
         if time.monotonic() >= until_s:
             return False
         time.sleep(ENDING_INTERVAL_S)

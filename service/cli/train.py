@@ -46,7 +46,7 @@ KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # keyed by number of channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
-# Predictions whose noise levels are a formula of t. Their scheduler_config.json has no clip.
+# Predictions whose noise levels are a formula of t. scheduler_config.json has no clip for them.
 CONTINUOUS = ("flow", "edm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
@@ -120,8 +120,8 @@ def train(**flags: Any) -> None:
       tminus serve --checkpoint runs/digits
 
     Put the images into digits/, or into a subfolder for each class. The defaults of the other options suit the number
-    of images. During the training, look at samples.png and loss.svg in runs/digits. Ctrl-C saves the run, and the same
-    command resumes it with the same result as without the stop.
+    of images. During training, samples.png and loss.svg in runs/digits show the progress. Ctrl-C saves the run, and the
+    same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -244,7 +244,7 @@ def train_autoencoder(**flags: Any) -> None:
       tminus train-autoencoder --data photos/ --size 64 --out runs/coder
       tminus train --data photos/ --size 64 --latent runs/coder --out runs/photos
 
-    Ctrl-C saves the run, and the same command resumes it with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -299,7 +299,7 @@ def distill(**flags: Any) -> None:
       tminus distill --checkpoint runs/digits --out runs/digits-student
       tminus serve --checkpoint runs/digits-student
 
-    Ctrl-C saves the run, and the same command resumes it with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -334,7 +334,7 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 
 
 def kind_of(data: "ImageSet") -> str:
-    """Describe the number, size and kind of the images."""
+    """Describe the name, number, size and colours of the images."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
@@ -344,9 +344,9 @@ def load_training_data(
 ) -> "ImageSet":
     """Load a split (train, test) of Fashion-MNIST, or all images of the folder `data`.
 
-    idx_folder: the folder of Fashion-MNIST's files; None: Debian's. Only for a folder of images: size_px; channels
-    (None: as in the images); background, the colour behind transparent pixels. Raises DataError, and ValueError for an
-    invalid colour or a missing folder.
+    idx_folder: the folder of Fashion-MNIST's files; None: that of Debian's package. Only for a folder of images:
+    size_px; channels (None: as in the images); background, the colour behind transparent pixels. Raises DataError, and
+    ValueError for an invalid colour or a missing folder.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
@@ -374,7 +374,7 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    assert unet.size_px is not None  # true of every network that is trained or loaded
+    assert unet.size_px is not None  # every network that is trained or loaded has a size
     shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:

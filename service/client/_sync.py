@@ -211,7 +211,7 @@ def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
 
 
 class Watching:
-    """A watched job. Iterate over it only once. Use a `with` block if the loop can end in another way than `break`."""
+    """A watched job. Iterate over the object only once. Use a `with` block if anything but `break` may end the loop."""
 
     def __init__(self, connection: Connection, parameters: Mapping[str, Any]) -> None:
         self._connection, self._parameters = connection, parameters

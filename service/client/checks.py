@@ -56,7 +56,7 @@ yes_or_no = _of(bool, "neither true nor false")
 
 
 def token(value: object) -> str:
-    """Return 1 to MAX_TOKEN characters of printable ASCII, which are safe in an address, a header or a line."""
+    """Return a string of 1 to MAX_TOKEN printable ASCII characters, which fits into a URL, a header or a line."""
     found = text(value)
     if not (found.isascii() and found.isprintable() and 0 < len(found) <= MAX_TOKEN):
         raise ValueError(f"no token: {found!r:.40}")
@@ -64,7 +64,7 @@ def token(value: object) -> str:
 
 
 def model_name(value: object) -> str:
-    """Return a valid model name, which is safe in an address."""
+    """Return a valid model name, which is safe in a URL."""
     found = text(value)
     if not MODEL_NAME.fullmatch(found):
         raise ValueError(f"model must be 1..64 of A-Z a-z 0-9 . _ -, a letter or digit first, got {found!r:.100}")

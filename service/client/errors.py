@@ -92,5 +92,5 @@ def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Probl
 
 
 def retry_after_s(text: str | None) -> float | None:
-    """Return the seconds of a Retry-After header. Return None for a date, because no tminus server sends one."""
+    """Return the seconds of a Retry-After header, or None for a date: no tminus server sends a date."""
     return float(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 else None

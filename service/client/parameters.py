@@ -45,7 +45,7 @@ class Parameters(TypedDict, total=False):
 class Preview(TypedDict, total=False):
     """Parameters of a job's frames.
 
-    every: steps between frames. fps: frames per second (10 if neither is given). show: `x_t` (the latent), `x_0` (the
+    every: steps between frames. fps: frames per second (10 without every and fps). show: `x_t` (the latent), `x_0` (the
     network's prediction), or a list of both. By default `watch` shows `x_t`, and `events` shows nothing. frame_format:
     `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or `images` (one picture per image).
     """

@@ -38,7 +38,7 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Start counting again, after progress."""
+        """Reset the start time and the pause, after progress."""
         self._began: float | None = None
         self._next_s = self.first_s
 
@@ -62,13 +62,13 @@ class Patience:
 
 
 class Polling:
-    """Decides when to poll a running job: at its expected end, and at most timeout_s after the start."""
+    """Decides when to poll a running job: at its expected end, but not later than timeout_s after the start."""
 
     def __init__(self, job_id: str, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._job_id, self._timeout_s, self._clock, self._began = job_id, timeout_s, clock, clock()
 
     def look_s(self, longest_s: float) -> float:
-        """Return the timeout of the next request in seconds. A last request after the end gets LAST_LOOK_S."""
+        """Return the timeout of the next request in seconds. After timeout_s, a last request gets LAST_LOOK_S."""
         return longest_s if self._timeout_s is None else min(longest_s, max(self._left_s(), LAST_LOOK_S))
 
     def pause_s(self, job: JobState) -> float:

@@ -138,8 +138,8 @@ class ServerSentEvent:
 class EventDecoder:
     """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of any size.
 
-    Raises ValueError for an event of more than EVENT_BYTES. httpx-sse (0.4.3) does not fit: it reads from httpx itself,
-    and keeps a byte order mark and events without data.
+    Raises ValueError for an event of more than EVENT_BYTES. httpx-sse (0.4.3) is unsuitable: it reads from httpx
+    itself, and keeps a byte order mark and events without data.
     """
 
     def __init__(self) -> None:
@@ -319,6 +319,6 @@ class Following:
                 self._frames.check(event)
             elif isinstance(event, Waiting | Progress):
                 # A server sends these events before its first frame. If another server takes over the job on the same
-                # connection, it continues from a snapshot, so steps come again.
+                # connection, the new server continues from a snapshot and repeats steps.
                 self._frames = FrameOrder(self._expected)
         return event

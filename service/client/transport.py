@@ -20,7 +20,7 @@ HEADERS = {
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # timeout of a WebSocket's closing handshake; the client reads no more messages
 # Timeout of a WebSocket ping. While the caller is busy with earlier messages, the client does not read the pong.
-# The server's own timeout is shorter, so that the server decides.
+# The server's own timeout is shorter, so the server decides when to close.
 PONG_S = 90.0
 QUIET_S = 60.0
 # By default httpx allows 100 connections, and long requests would delay others.
