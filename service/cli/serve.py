@@ -192,7 +192,7 @@ def _end(name: str, within_s: float) -> bool:
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # at least one call: Serve has received the deletion before it
+    while name in ray_serve.status().applications:  # at least one call, which Serve handles after the deletion
         if time.monotonic() >= until_s:
             return False
         time.sleep(ENDING_INTERVAL_S)
