@@ -1,8 +1,7 @@
 """`tminus bench`: sends a small open-loop load to a server, and measures the latency of the requests.
 
-With --slo, it measures the share of requests that are in time at each rate. A request is in time if its latency is at
-most a given multiple of the time that a request of the same size takes alone. `python -m bench` uses the same
-functions.
+With --slo, it measures the share of requests in time at each rate. A request is in time if its latency is at most a
+given multiple of the time that a request of the same size takes alone. `python -m bench` uses the same functions.
 
 Each request is sent at its planned time, even if earlier requests have no response yet, and its latency counts from
 that time. A client that waits for each response would hide the queueing time (coordinated omission).
@@ -195,7 +194,6 @@ class Goal:
         }
 
     def report(self, at_rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the figures of all rates, for --json."""
         late_share = max(each["late_share"] for each in at_rates)
         unsent = sum(each["unsent"] for each in at_rates)
         names = [f"{factor:g}" for factor in self.factors]

@@ -120,9 +120,7 @@ def completion_of(field: "FieldInfo") -> Complete | None:
 
 
 def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
-    """Build the settings, and return the source of each.
-
-    A bad value ends the command with one line that names the setting.
+    """Build the settings, and return the source of each. A bad value ends the command with one line.
 
     config: the file of settings. flags: the values of all flags; None or () for an absent flag.
     """

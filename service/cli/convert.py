@@ -139,7 +139,6 @@ def _costs(found: "Description") -> dict[str, Any]:
 
 
 def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the costs of an image as labelled lines."""
     if not costs or (own := found.settings) is None:
         return []
     weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB

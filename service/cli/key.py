@@ -43,12 +43,10 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
       tminus key ops --role admin --file keys
       tminus serve --keys-file keys
 
-    The file has one line for each key, with a hash instead of the secret. The command prints the secret only once: give
-    it to the client. Without --file, the command prints the line below the secret. A running server reads the file
-    again when it changes.
+    The file has one line for each key, with a hash instead of the secret. The secret is printed only once: give it to
+    the client. Without --file, the line is printed below the secret. A running server reads a changed file by itself.
 
-    Each server counts the limits separately: with several servers behind a proxy, a key has its full limits on each
-    server.
+    Each server counts the limits separately: with several servers behind a proxy, each allows a key its full limits.
 
     To replace a key, run the command again for the same NAME and --file, without other options: the new key gets the
     role and the limits of the earlier key. Both keys are valid until you delete the earlier line.

@@ -51,7 +51,6 @@ class Commands(click.Group):
         return list(self.commands)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands by section, with aligned texts, and then the options."""
         widest = max(map(len, self.commands))
         for heading, commands in SECTIONS.items():
             lines = [(f"{each.name:<{widest}}", each.get_short_help_str(WIDEST_HELP)) for each in commands]

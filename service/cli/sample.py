@@ -321,7 +321,6 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
 
 
 def _sheet(pictures: Sequence["Image"]) -> "Image":
-    """Combine pictures of one size into a contact sheet. A single picture gets no sheet."""
     import numpy as np
     from PIL import Image
 

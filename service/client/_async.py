@@ -67,8 +67,7 @@ KEEP_ALIVE = {
 async def _keep_alive(event: str, info: Mapping[str, Any]) -> None:
     """Turn on TCP keep-alive for each new connection. This is a callback of httpx's `trace` extension.
 
-    An httpx transport accepts socket options too, but a client with a custom transport ignores HTTP_PROXY and similar
-    environment variables.
+    httpx transports accept socket options too, but a client with a custom transport ignores HTTP_PROXY and the like.
     """
     opened = info["return_value"].get_extra_info("socket") if event.endswith(".connect_tcp.complete") else None
     if opened is None:
@@ -160,8 +159,7 @@ class AsyncConnection:
     async def websocket(self, path: str, max_bytes: int) -> AsyncIterator["ClientConnection"]:
         """Open a WebSocket that accepts messages of at most max_bytes.
 
-        Raises ClientError, also if the connection closes inside the `with` block. Raises ImportError without
-        websockets.
+        Raises ClientError, also if the connection closes in the `with` block. Raises ImportError without websockets.
         """
         try:
             from websockets.asyncio.client import connect
@@ -193,10 +191,7 @@ class AsyncConnection:
 
 
 async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
-    """Read the whole response.
-
-    Raises ClientError if the response is not 2xx, is compressed or is too long. Raises httpx.HTTPError.
-    """
+    """Read a whole response. Raises httpx.HTTPError, and ClientError if not 2xx, compressed or too long."""
     check_coding(response)
     limit = max_bytes if response.is_success else DOCUMENT_BYTES
     content = bytearray()
@@ -275,8 +270,7 @@ class AsyncJob:
     async def wait(self, timeout_s: float | None = None) -> JobState:
         """Wait until the job is done, failed or cancelled. Tolerates a server restart of up to a minute.
 
-        Raises TimeoutError after timeout_s, or one or two seconds later if the server is silent. The job then
-        continues.
+        Raises TimeoutError after timeout_s, or one or two seconds later if the server is silent; the job continues.
         """
         patience, polling = self._patience(), Polling(self.id, timeout_s)
         while True:
@@ -416,9 +410,8 @@ class AsyncClient:
     ) -> AsyncJob:
         """Submit a durable job. The job runs to its end even if the client disconnects or the server restarts.
 
-        A broken connection is retried for a minute. The Idempotency-Key header makes retries safe: requests with the
-        same key and parameters create one job. By default the client generates the key. Pass your own if your process
-        may restart.
+        A broken connection is retried for a minute. The Idempotency-Key makes retries safe: requests with the same key
+        and parameters create one job. The default is a random key. Pass your own key if your process may restart.
 
         webhook: a URL that receives the job at its start (start), when its images are ready (output), and at its end
         (completed). webhook_events: the events to send; None: all.
@@ -474,9 +467,8 @@ class AsyncClient:
     async def load_model(self, name: str, admin_key: str | None = None) -> ModelState:
         """Load a model. Returns when the server serves the model, which can take minutes.
 
-        admin_key: a key with the role admin, sent instead of the client's own key. Raises Problem: unauthorized,
-        forbidden, admin_off, model_not_found, model_busy, checkpoint_refused. Raises ValueError for an invalid name or
-        key.
+        admin_key: a key with the role admin, sent instead of the client's own. Raises Problem: unauthorized, forbidden,
+        admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for an invalid name or key.
         """
         return ModelState.of(object_of(await self._change(name, "load", admin_key)))
 

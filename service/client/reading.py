@@ -73,11 +73,9 @@ class Expected:
 
     @property
     def picture_bytes(self) -> int:
-        """Return the maximum size of a picture."""
         return min(self.images * IMAGE_BYTES, ANSWER_BYTES) if self.in_sheets else IMAGE_BYTES
 
     def answer_bytes(self, media_type: str) -> int:
-        """Return the maximum size of a response with this media type."""
         if media_type == "image/webp":
             return ANIMATION_BYTES
         if media_type == "application/vnd.tminus.trajectory":

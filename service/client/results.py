@@ -145,10 +145,7 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """The state of a job, as GET /jobs/{id} returns it. The API reference explains the members.
-
-    `problem` is the error of a failed job.
-    """
+    """A job, as in GET /jobs/{id}. The API reference explains the members. `problem` is the error of a failed job."""
 
     id: str
     model: str = field(metadata=NAME)
@@ -228,10 +225,9 @@ def _timings_s(header: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """The state of a model, as GET /models returns it.
+    """A model, as in GET /models. `info` is the document of GET /model; None if the model is not served.
 
-    `info` is the document of GET /model; None if the model is not served. A server may serve an
-    `unloaded` model: the first request loads it.
+    A server may serve an `unloaded` model: the first request loads it.
     """
 
     name: str = field(metadata=NAME)
@@ -318,10 +314,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A durable job is waiting. position: the number of jobs ahead. eta_s: expected seconds until the job is done.
-
-    None: unknown.
-    """
+    """A durable job is waiting. position: number of jobs ahead. eta_s: expected seconds until done. None: unknown."""
 
     position: int | None
     eta_s: float | None
