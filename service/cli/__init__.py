@@ -1,1 +1,1 @@
-"""The `tminus` command. Each subcommand is a file; no other part of the service prints or exits."""
+"""The `tminus` command and its subcommands. No other part of the service prints or exits."""

@@ -27,14 +27,14 @@ from tminus.service.startup.logs import set_up_log
 @click.option("--cache-dir", type=FOLDER_TYPE, help="Folder where measurements are kept  [default: ~/.cache/tminus]")
 @DEVICE
 def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path | None, device: str) -> None:
-    """Let `tminus serve` run CHECKPOINT in bfloat16, if that does not harm its images.
+    """Allow `tminus serve` to run CHECKPOINT in bfloat16, if bfloat16 does not harm the images.
 
     \b
       tminus approve runs/digits
 
     The command makes the same images in float32 and in bfloat16, and compares them. The difference may be at most half
-    of the error that the sampler makes anyway by its few steps. The approval is noted in the checkpoint, or in the
-    cache folder if the checkpoint is read-only. The page on checkpoints describes the criterion.
+    of the sampler's own error, which comes from its small number of steps. The command saves the approval in the
+    checkpoint, or in the cache folder if the checkpoint is read-only. The page on checkpoints describes the criterion.
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.evaluation.precision import check_comparable
@@ -47,7 +47,7 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     with failing_in_one_line():
         options = LoadOptions(checkpoint, device, executor)
         torch_device, cache = choose_device(device), cache_dir or default_cache()
-        loaded = replace(read_checkpoint(options), approved={})  # so that the executor runs in float32
+        loaded = replace(read_checkpoint(options), approved={})  # ignore earlier approvals, to run in float32
         check_comparable(loaded)
         wish = wish_of(options, torch_device)
         if executor != "auto":

@@ -1,10 +1,10 @@
-"""`tminus bench`: a small open-loop load on a running server, and the latency of its requests.
+"""`tminus bench`: sends a small open-loop load to a server, and measures the latency of the requests.
 
-With --slo it measures, by rate, the share of requests that are answered within some multiple of the time that a request
-of that size takes alone. `python -m bench` uses the same functions.
+With --slo, it measures the share of requests in time at each rate. A request is in time if its latency is at most a
+given multiple of the time that a request of the same size takes alone. `python -m bench` uses the same functions.
 
-A request is sent at its planned time, whether or not earlier ones are answered, and its latency counts from that time.
-A client that waits for an answer before the next request would hide the waiting (coordinated omission).
+Each request is sent at its planned time, even if earlier requests have no response yet, and its latency counts from
+that time. A client that waits for each response would hide the queueing time (coordinated omission).
 """
 
 import asyncio
@@ -25,37 +25,36 @@ from tminus.service.cli.output import aligned, fail, say, say_json
 
 Kind = TypeVar("Kind")  # requests of one kind have the same parameters
 MOST_REQUESTS = 20_000
-SETTINGS = ("sampler", "steps", "guidance")  # that an answer names
-MOST_OUTSTANDING = 500  # connections at once: half of the 1024 open files that a process usually has
-MOST_LATE = 0.05  # the client's own lateness as a share of all latency; above it a line warns
+SETTINGS = ("sampler", "steps", "guidance")  # settings that a response names
+MOST_OUTSTANDING = 500  # maximum number of connections; half of the usual limit of 1024 open files
+MOST_LATE = 0.05  # maximum lateness of the client, as a share of all latency; above it, the command prints a warning
 PERCENTILES = (50, 95, 99)
 MIX = "8:1x20,3:4x50,1:8x250"
-LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates, as shares of the estimated capacity
-IN_TIME = 0.95  # share of the requests, at goodput
-ALONE = 3  # requests of each size, one after the other; their median is the time alone
+LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates as shares of the estimated capacity
+IN_TIME = 0.95  # share of requests in time that defines the goodput
+ALONE = 3  # sequential requests of each size; their median is the time alone
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The size of a request in a mix."""
+    """Number of images and steps of a request."""
 
     n: int
     steps: int
 
     @property
     def row_steps(self) -> int:
-        """The work of the request."""
         return self.n * self.steps
 
     def __str__(self) -> str:
         return f"{self.n}x{self.steps}"
 
 
-Mix = Mapping[Size, int]  # the weight of each, by number of requests
+Mix = Mapping[Size, int]  # relative number of requests, keyed by size
 
 
 def read_mix(text: str) -> dict[Size, int]:
-    """Read WEIGHT:IMAGESxSTEPS, joined by commas. Raises click.BadParameter."""
+    """Parse WEIGHT:IMAGESxSTEPS, separated by commas. Raises click.BadParameter."""
     found: dict[Size, int] = {}
     for part in map(str.strip, text.split(",")):
         match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})x([1-9]\d{0,5})", part, re.ASCII)
@@ -67,22 +66,22 @@ def read_mix(text: str) -> dict[Size, int]:
 
 
 def mean_row_steps(mix: Mix) -> float:
-    """Return the mean work of a request of the mix."""
+    """Return the mean number of row-steps per request."""
     return sum(size.row_steps * weight for size, weight in mix.items()) / sum(mix.values())
 
 
 def poisson(count: int, seconds: float, chance: random.Random) -> list[float]:
-    """Draw a Poisson process with a fixed number of arrivals, so that the load does not depend on the seed.
+    """Draw the arrival times of a Poisson process. The number is fixed, so the load does not depend on the seed.
 
-    Given their number, the arrivals are independent and uniform.
+    For a fixed number, the arrival times of a Poisson process are independent and uniform.
     """
     return sorted(chance.uniform(0, seconds) for _ in range(count))
 
 
 def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[tuple[float, Size]]:
-    """Draw a Poisson process of requests of a mix, for about so many seconds.
+    """Draw a Poisson process of requests of a mix, for about this many seconds.
 
-    The number of each size, at least one, and the rate are fixed.
+    The rate and the number of requests of each size (at least one) do not depend on the seed.
     """
     chance = random.Random(seed)  # noqa: S311 (no secret)
     blocks = row_steps_per_s * seconds / mean_row_steps(mix) / sum(mix.values())
@@ -98,10 +97,10 @@ def share_within(times_alone: Sequence[float], factor: float) -> float:
 
 
 def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
-    """Find the highest rate at which 95 % are in time. attained: the share in time at each rate.
+    """Find the highest rate at which 95 % of the requests are in time. attained: their share, keyed by rate.
 
-    The value is interpolated between the last such rate and the next one. `at_least` marks the highest rate measured,
-    `at_most` the lowest one: the goodput lies beyond it.
+    The value is interpolated between the highest rate with 95 % in time and the next rate. `at_least`: the goodput is
+    above the highest rate measured. `at_most`: the goodput is below the lowest rate measured.
     """
     rates = sorted(attained)
     good = [rate for rate in rates if attained[rate] >= IN_TIME]
@@ -116,29 +115,29 @@ def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Counts how the requests of a kind end."""
+    """Counts the outcomes of requests of one kind."""
 
     requests: int = 0
-    latencies_s: list[float] = field(default_factory=list)  # of requests that were answered with images
-    late_s: float = 0.0  # how late these requests were sent, in all
-    refused: Counter[str] = field(default_factory=Counter)  # by code
-    unsent: int = 0  # because MOST_OUTSTANDING others waited
-    last_s: float = 0.0  # when the last answer came, after the start
-    answer: Any = None  # the last one
+    latencies_s: list[float] = field(default_factory=list)  # requests answered with images
+    late_s: float = 0.0  # sum of the delays before these requests were sent
+    refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status
+    unsent: int = 0  # not sent because MOST_OUTSTANDING requests waited
+    last_s: float = 0.0  # seconds from the start to the last response
+    answer: Any = None  # the last response
 
     @property
     def missed(self) -> int:
-        """The number of requests without images."""
+        """Return the number of requests without images."""
         return self.requests - len(self.latencies_s)
 
     @property
     def unanswered(self) -> int:
-        """The number of requests that were given up at the end."""
+        """Return the number of requests that were given up at the end."""
         return self.missed - self.refused.total() - self.unsent
 
 
 def figures_of(outcomes: Collection[Outcome]) -> dict[str, Any]:
-    """Return the figures of --json that every load has."""
+    """Return the figures that --json prints for every kind of load."""
     latency_s = sum(sum(each.latencies_s) for each in outcomes)
     return {
         "answered": sum(len(each.latencies_s) for each in outcomes),
@@ -150,13 +149,13 @@ def figures_of(outcomes: Collection[Outcome]) -> dict[str, Any]:
 
 
 def kept_up(unsent: int, late_share: float) -> bool:
-    """Return whether the client was fast enough to measure the server."""
+    """Return True if the client was fast enough to measure the server."""
     return unsent == 0 and late_share <= MOST_LATE
 
 
 def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
-    """Return the figures of requests of n images. A percentile is None if the request at that place was given up."""
-    # Without the given up ones, the percentiles would leave out the longest waits.
+    """Return the figures of requests of n images. A percentile is None if it falls on a request that was given up."""
+    # Count the latency of a request that was given up as infinite: the percentiles must not omit the longest waits.
     ordered = sorted([*outcome.latencies_s, *[math.inf] * outcome.unanswered])
     figures = figures_of([outcome])
     return figures | {
@@ -168,20 +167,20 @@ def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
 
 
 def percentile(ordered: Sequence[float], q: int) -> float:
-    """Return the least of the values, in rising order, that q percent of them do not exceed."""
+    """Return the smallest value that at least q percent of the values do not exceed. ordered: in rising order."""
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """The requests at each rate, and the multiples of the time alone within which they should be answered."""
+    """A mix of requests, the time alone of each size, and the multiples of this time that are still in time."""
 
     mix: Mix
     alone_s: Mapping[Size, float]
     factors: tuple[float, ...]
 
     def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
-        """Return the figures of a rate. A request without an answer is not in time."""
+        """Return the figures at one rate. A request without images is not in time."""
         times = {
             str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
             for size, outcome in outcomes.items()
@@ -195,7 +194,6 @@ class Goal:
         }
 
     def report(self, at_rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the figures of all rates for --json."""
         late_share = max(each["late_share"] for each in at_rates)
         unsent = sum(each["unsent"] for each in at_rates)
         names = [f"{factor:g}" for factor in self.factors]
@@ -223,7 +221,7 @@ class Goal:
 
 
 def finite(value: float) -> float | None:
-    """Round a value for --json; None for infinity, which JSON cannot hold."""
+    """Round a value for --json. Return None for infinity, which JSON cannot represent."""
     return round(value, 4) if value < math.inf else None
 
 
@@ -300,41 +298,41 @@ def bench(
       tminus bench --rate 4 -n 4 --sampler dpmpp_2m --steps 20 --json
       tminus bench --slo 3 --mix 8:1x20,3:4x50,1:8x250
 
-    The load is an open loop: requests arrive as a Poisson process, whether or not earlier ones are answered. A latency
-    counts from the planned arrival. So a rate above what the server can do shows as latencies that grow with --seconds,
-    and then as refusals. The requests have no seed, so that none is answered from a cache. A server that has keys gets
-    the key in the variable TMINUS_KEY.
+    The load is an open loop: requests arrive as a Poisson process, even if earlier requests have no response yet. The
+    latency of a request counts from its planned arrival. So if the rate is above the server's capacity, the latencies
+    grow with --seconds, and then the server refuses requests. The requests have no seed, so no response comes from a
+    cache. The command sends the API key in the variable TMINUS_KEY, if there is one.
 
     The command prints these lines. --json has the same values under the names in brackets, and also url, model and
     class_label.
 
     \b
       load        [requests, n, sampler, steps, guidance, rate, seconds, seed]
-                  what was sent, with the settings that the server used
+                  the requests, with the settings that the server used
       answered    [answered] requests answered with images
       refused     [refused] other requests, by error code and status
       unanswered  [unanswered] requests given up
       unsent      [unsent] requests not sent, because 500 others waited
       p50 ... p99 [latency_s] percentiles of the latency in seconds; none
-                  (null) if the request at that place was given up
-      images/s    [images_per_s] images of all answers, until the last one
+                  (null) if the percentile falls on a request given up
+      images/s    [images_per_s] images a second until the last response
       sent late   [late_share] lateness of this client, as a share of all
                   latency; above 5 % [kept_up] is false, and a warning says
                   that the client was too slow to measure the server
 
-    With --slo, the requests are those of --mix, and the server is first measured with one request at a time. Rates that
-    are not given are 0.4, 0.6, 0.8, 0.9 and 1 of the most row-steps a second that one request makes alone. A request
-    that is refused or given up is not in time.
+    With --slo, the requests are those of --mix, and the command first sends one request at a time to measure the time
+    alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the most row-steps a second of a request alone. A
+    request that is refused or given up is not in time.
 
     \b
       mix         [mix, sampler, seconds, seed] weights by size, IMAGESxSTEPS
       alone       [alone_s] median time of a request alone, in seconds
-      the table   [rates] for each rate, of all requests and of each size: the
-                  share within so many times the time alone, and the p50 and
-                  p95 of that multiple; none (null) as above
+      the table   [rates] for each rate, for all requests and for each size:
+                  the share within each multiple of the time alone, and the
+                  p50 and p95 of latency / time alone; none (null) as above
       goodput     [goodput] highest rate in row-steps a second with 95 % within
-                  so many times, interpolated; > [at_least] and < [at_most]
-                  mark a bound: the highest and the lowest of the rates
+                  the multiple, interpolated; > [at_least] and < [at_most]:
+                  above the highest or below the lowest rate measured
     """
     parameters = {name: value for name, value in flags.items() if value is not None}
     report: dict[str, Any] = {"url": url, "model": model, "seconds": seconds, "seed": seed}
@@ -387,12 +385,12 @@ def check_number(rate: float, seconds: float) -> None:
 
 
 def used_settings(example: Any) -> dict[str, Any]:
-    """Return the settings that a server used, by one of its answers."""
+    """Return the settings that a server used, from one of its responses."""
     return {name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None}
 
 
 def text_of(report: Mapping[str, Any]) -> str:
-    """Lay the figures out as lines."""
+    """Return the figures as lines of text."""
     images = f"{report['n']} image{'s' * (report['n'] > 1)}"
     how = "".join(f", {name} {report[name]}" for name in SETTINGS if report.get(name) is not None)
     lines = {
@@ -409,7 +407,7 @@ def text_of(report: Mapping[str, Any]) -> str:
 
 
 def text_of_slo(report: Mapping[str, Any]) -> str:
-    """Lay the figures of --slo out as lines and a table."""
+    """Return the figures of --slo as lines of text with a table."""
     sampler = f"; sampler {report['sampler']}" if report["sampler"] is not None else ""
     factors = list(report["goodput"])
     rows = [["requests/s", "row-steps/s", "size", "requests", *(f"within {each}" for each in factors), "p50", "p95"]]
@@ -433,7 +431,7 @@ def text_of_slo(report: Mapping[str, Any]) -> str:
 async def _send_alone(
     url: str, model: str | None, kinds: Mapping[Kind, Mapping[str, Any]], times: int
 ) -> tuple[dict[Kind, list[float]], Any]:
-    """Send one request at a time, so many of each kind. Returns the seconds that each took, and the last answer.
+    """Send requests one at a time, `times` of each kind. Returns the seconds of each request, and the last response.
 
     Raises ClientError.
     """
@@ -458,7 +456,6 @@ async def _send(
     arrivals: Sequence[tuple[float, Kind]],
     give_up_s: float,
 ) -> dict[Kind, Outcome]:
-    """Send requests to a server at their times."""
     from tminus.service.client import AsyncClient
 
     async with AsyncClient(url, model=model, key=key_of_server()) as client:
@@ -468,9 +465,10 @@ async def _send(
 async def drive(
     arrivals: Sequence[tuple[float, Kind]], ask: Callable[[Kind], Awaitable[object]], give_up_s: float
 ) -> dict[Kind, Outcome]:
-    """Send each request at its time, seconds after the start and rising, and count by kind how they end.
+    """Send each request at its time, and count the outcomes by kind.
 
-    ask: sends one and returns its answer; may raise ClientError. give_up_s: after the last request.
+    arrivals: seconds after the start, and the kind, of each request in order. ask: sends a request and returns the
+    response; may raise ClientError. give_up_s: seconds to wait after the last arrival.
     """
     from tminus.service.client import ClientError, Problem
 

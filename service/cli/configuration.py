@@ -1,4 +1,4 @@
-"""Where settings come from: a flag wins over a variable, over a file, over the default. `tminus config` prints them."""
+"""Settings from flags, variables (TMINUS_...), a file and defaults, in this order of priority. Also `tminus config`."""
 
 import json
 import os
@@ -22,25 +22,24 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
-FILE = "TMINUS_CONFIG"  # the variable that names the file
+FILE = "TMINUS_CONFIG"  # variable with the path of the file
 MAX_FILE_BYTES = 2**20
-LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")  # of Markdown
+LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")  # Markdown link
 Kind = TypeVar("Kind", bound=Settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the value of a setting comes from."""
+    """The source of a setting's value."""
 
     kind: Literal["flag", "variable", "file", "default"]
-    name: str  # the flag, the variable, the file's path; empty for a default
+    name: str  # flag, variable or path of the file; empty for a default
 
 
 class SettingsCommand(click.Command):
-    """A command whose help lists the settings by their groups, after its other options."""
+    """A command whose help lists the settings by group, after the other options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         of_setting, heading = dict[str, str](), ""
         for name in RaySettings.model_fields:
@@ -55,7 +54,7 @@ class SettingsCommand(click.Command):
 
 
 def settings_options(kind: type[Settings]) -> Option:
-    """Return the options of a command with settings: a file of them, and one for each setting that has a flag."""
+    """Return the options of a command with settings: --config, and one option for each setting that has a flag."""
     text = f"File of settings in TOML; flags and variables win over it  [env: {FILE}]"
     file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=text)
     return options(
@@ -64,7 +63,7 @@ def settings_options(kind: type[Settings]) -> Option:
 
 
 def setting_option(name: str, field: "FieldInfo") -> Option:
-    """Return the option of a setting. Settings checks its value."""
+    """Return the option of a setting. The option accepts any text: Settings checks the value."""
     is_switch = field.annotation in (bool, bool | None)
     default = f" [default: {text}]" if (text := default_of(field).replace("`", "")) else ""
     return click.option(
@@ -80,21 +79,21 @@ def setting_option(name: str, field: "FieldInfo") -> Option:
 
 
 def summary_of(field: "FieldInfo") -> str:
-    """The first sentence of a setting's description, without links and code marks."""
+    """Return the first sentence of a setting's description, without links and backticks."""
     text = (field.description or "").partition(" Default: ")[0]
     first = re.split(r"(?<=\.)\s", LINK.sub(r"\1", text), maxsplit=1)[0]
     return first.replace("`", "").removesuffix(".")
 
 
 def default_of(field: "FieldInfo") -> str:
-    """The default of a setting: its value, or its description's last sentence. Empty if there is none."""
+    """Return the default of a setting: its value, or the end of its description. Empty if there is no default."""
     if field.default not in (None, (), ""):
         return {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return (field.description or "").partition(" Default: ")[2].removesuffix(".")
 
 
 def values_of(field: "FieldInfo") -> str | None:
-    """The values of a flag as --help shows them: the choices, or the type and its bounds."""
+    """Return the values of a flag for --help: the choices, or the type and its bounds. None for a switch."""
     if get_origin(field.annotation) is tuple:
         return "[NAME=]PATH"
     if get_origin(field.annotation) is Literal:
@@ -112,18 +111,18 @@ def values_of(field: "FieldInfo") -> str | None:
 
 
 def completion_of(field: "FieldInfo") -> Complete | None:
-    """How a shell completes a flag's value: by its choices, or by files and folders."""
+    """Return the shell completion of a flag's value: choices, files or folders. None for other values."""
     if get_origin(field.annotation) is Literal:
         return completing(*map(str, get_args(field.annotation)))
-    if get_origin(field.annotation) is tuple:  # checkpoints
+    if get_origin(field.annotation) is tuple:  # the setting `checkpoint`
         return completing(files="dir")
     return completing(files="file") if Path in (field.annotation, *get_args(field.annotation)) else None
 
 
 def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
-    """Build the settings, and return where each comes from. A bad value ends the command with one line that names it.
+    """Build the settings, and return the source of each. A bad value ends the command with one line.
 
-    config: the file of settings. flags: the values of all flags; None or () where a flag is absent.
+    config: the file of settings. flags: the values of all flags; None or () for an absent flag.
     """
     in_file = read_file(config, kind) if config is not None else {}
     values: dict[str, Any] = {}
@@ -131,7 +130,7 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
     for name in kind.model_fields:
         if flags.get(name) not in (None, ()):
             values[name], sources[name] = flags[name], Source("flag", flag_of(name))
-        elif variable_of(name) in os.environ:  # pydantic-settings reads it
+        elif variable_of(name) in os.environ:  # pydantic-settings reads the variable
             sources[name] = Source("variable", variable_of(name))
         elif name in in_file:
             values[name], sources[name] = in_file[name], Source("file", str(config))
@@ -145,12 +144,12 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
         is_secret = SecretStr in get_args(kind.model_fields[name].annotation)
         got = "" if is_secret else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
-        what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's words
+        what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's wording
         fail(f"{named(name)}{where}: {what}{got}")
 
 
 def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
-    """Read settings from a TOML file, whose keys may have - or _. A mistake ends the command with one line."""
+    """Read settings from a TOML file. Keys may contain - or _. A mistake ends the command with one line."""
     try:
         with file.open("rb") as opened:
             data = opened.read(MAX_FILE_BYTES + 1)
@@ -159,7 +158,7 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
         document = tomllib.loads(data.decode())
     except OSError as error:
         fail(f"--config ({FILE}): {file}: {error.strerror}")
-    except ValueError as error:  # no UTF-8, or no TOML
+    except ValueError as error:  # invalid UTF-8 or TOML
         fail(f"--config ({FILE}): {file} is not TOML: {error}")
     values: dict[str, Any] = {}
     for key, value in document.items():
@@ -177,7 +176,7 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
 @click.option("--changed", is_flag=True, help="Print only the settings that are not the default")
 @JSON
 def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> None:
-    """Print the settings that `tminus serve` would have with the same flags, variables and file, and their sources.
+    """Print the settings of `tminus serve` with the same flags, variables and file, and the source of each setting.
 
     \b
       tminus config --changed
@@ -185,8 +184,8 @@ def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> N
 
     The output is TOML that --config can read. Settings without a value and secret settings are comments.
 
-    --json prints an object `settings`. It has an object for each setting: value (null if there is none, or if it is
-    secret), secret, source (flag, variable, file or default) and given_by (the name of the flag, variable or file).
+    --json prints an object `settings`, with an object for each setting: value (null if the setting is secret or has
+    no value), secret, source (flag, variable, file or default) and given_by (the name of the flag, variable or file).
     """
     settings, sources = read_settings(Settings, config, flags)
     values = settings.model_dump(mode="json")

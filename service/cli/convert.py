@@ -1,4 +1,4 @@
-"""`tminus convert` writes files of other projects as checkpoints; `tminus inspect` describes them."""
+"""`tminus convert` converts files of other projects to checkpoints; `tminus inspect` describes both."""
 
 import time
 from pathlib import Path
@@ -26,7 +26,7 @@ fact_options = options(*(click.option(flag(name), type=fact.type, help=fact.text
 
 
 def given_facts(flags: dict[str, Any]) -> "GivenFacts":
-    """Take the facts out of the flags of a command. Raises FactsError for a value out of bounds."""
+    """Remove the facts from the flags of a command, and return them. Raises FactsError for a value out of bounds."""
     from tminus.model.formats.conversion import GivenFacts
 
     return GivenFacts(**{name: flags.pop(name) for name in FACTS})
@@ -37,7 +37,7 @@ def given_facts(flags: dict[str, Any]) -> "GivenFacts":
 @click.argument("folder", type=FOLDER_TYPE)
 @fact_options
 def convert(source: Path, folder: Path, **facts: Any) -> None:
-    """Write SOURCE, a file of another project or a U-Net without a scheduler, as the checkpoint FOLDER.
+    """Convert SOURCE, a file of another project or a U-Net without a scheduler, to the checkpoint FOLDER.
 
     \b
       tminus inspect ema_0.9999_500000.pt
@@ -47,8 +47,8 @@ def convert(source: Path, folder: Path, **facts: Any) -> None:
           --rescale-timesteps yes
       tminus serve --checkpoint cifar10/
 
-    Give by options what the file does not say; `tminus inspect` lists what is missing. The page on formats names the
-    projects whose files can be converted.
+    Use options for facts that are not in the file; `tminus inspect` lists the missing options. The page on formats
+    lists the projects whose files can be converted.
     """
     from tminus.model.formats.read import convert as run
     from tminus.model.unet_config import CLASS_NAME
@@ -68,18 +68,18 @@ def convert(source: Path, folder: Path, **facts: Any) -> None:
 @fact_options
 @JSON
 def inspect(path: Path, as_json: bool, **facts: Any) -> None:
-    """Say what PATH is: a checkpoint (a folder or a hub id), or a file of another project, for `tminus convert`.
+    """Describe PATH: a checkpoint (a folder or a hub id), or a file of another project for `tminus convert`.
 
     \b
       tminus inspect runs/digits
       tminus inspect ema_0.9999_500000.pt --json
 
-    The command also measures what an image costs on this CPU.
+    The command also shows the memory and time that an image needs on this CPU.
 
-    --json prints an object with format; model, as GET /model has it (null if something is missing) without what a
-    server decides; missing: the options of `tminus convert` that are needed; taken: what the format implies; and costs:
-    weights_bytes, row_bytes (of one row in a forward pass), free_bytes, passes (for an image with the recommended
-    settings) and pass_s (null if the memory is too small).
+    --json prints an object with these members: format; model, as in GET /model but without the members that depend on
+    the server (null if facts are missing); missing, the options that `tminus convert` needs; taken, the facts that the
+    format implies; and costs: weights_bytes, row_bytes (of one row in a forward pass), free_bytes, passes (of an image
+    with the recommended settings) and pass_s (null if the memory is too small).
     """
     from tminus.model.formats.describe import describe
 
@@ -95,7 +95,7 @@ def inspect(path: Path, as_json: bool, **facts: Any) -> None:
 
 
 def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
-    """Return a description as --json prints it. The model is that of GET /model without SERVER_FACTS."""
+    """Return the description for --json. `model` is the document of GET /model without SERVER_FACTS."""
     import torch
 
     from tminus.service.api.answers.documents import ModelAnswer
@@ -112,7 +112,7 @@ def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _costs(found: "Description") -> dict[str, Any]:
-    """Measure the memory and time of one image, on the CPU in float32. Empty if the network is not known."""
+    """Return the memory and the measured time of one image, on the CPU in float32. Empty if the network is unknown."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS
@@ -139,7 +139,6 @@ def _costs(found: "Description") -> dict[str, Any]:
 
 
 def _lines(found: "Description", costs: dict[str, Any]) -> list[tuple[str, str]]:
-    """Describe the costs of an image in lines."""
     if not costs or (own := found.settings) is None:
         return []
     weights, row = costs["weights_bytes"] / MIB, costs["row_bytes"] / MIB

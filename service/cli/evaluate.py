@@ -1,4 +1,4 @@
-"""`tminus evaluate`: its options, the folder of its report, and the approval of a precision."""
+"""`tminus evaluate`: its options, the report folder, and the approval of a precision."""
 
 import json
 import shlex
@@ -129,8 +129,8 @@ def evaluate(
       tminus evaluate --checkpoint runs/digits --data digits/ --steps 50
       tminus evaluate --sampler all --steps 10,20,50 --report report/
 
-    The command prints tables in Markdown, for a model card. With several samplers, steps or scales of guidance it
-    measures every combination, with every seed.
+    The command prints Markdown tables for a model card. With several samplers, numbers of steps or guidance scales, it
+    measures every combination with every seed.
     """
     set_up_log("INFO", "%(message)s")
     from tminus.model.checkpoint import load_checkpoint
@@ -158,7 +158,7 @@ def evaluate(
             for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
-        if reference is not None:  # last: it writes into the checkpoint, and that may fail
+        if reference is not None:  # last, because writing to the checkpoint may fail
             judge_precision(checkpoint, reference, report)
 
 
@@ -178,9 +178,9 @@ def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple
 def load_compared(
     checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]
 ) -> "tuple[ImageSet, ImageSet, Classifier | None]":
-    """Load the training images, the held-out images, and the classifier.
+    """Load the training images, the held-out images and the classifier.
 
-    A missing classifier is trained. It is None if there are fewer than two classes.
+    Trains a missing classifier. The classifier is None if there are fewer than two classes.
     """
     from tminus.model.checkpoint import TminusJson
     from tminus.model.evaluation.classifier import load_or_train_classifier
@@ -213,7 +213,7 @@ def measure(
     references: "tuple[Point, ...]",
     options: dict[str, Any],
 ) -> "Report":
-    """Evaluate a checkpoint, with samples in options["precision"] from the executor that `serve` would choose."""
+    """Evaluate a checkpoint. Samples use options["precision"], and the executor that `serve` would choose."""
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
@@ -226,13 +226,13 @@ def measure(
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
-    # Loaded a second time, since an executor may keep its network.
+    # Load the checkpoint a second time, because an executor may keep the network.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-    # OpenVINO has its own threads; with torch's beside them a pass takes twice as long on a busy machine. The
-    # classifier needs torch's.
+    # choose_executor leaves one thread to torch if OpenVINO runs the network with its own threads. More torch threads
+    # would double the time of a pass on a busy machine. The classifier needs all torch threads.
     draw_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
-    if device.type == "cuda":  # the classifier runs in float32; an executor sets this for each pass
+    if device.type == "cuda":  # the classifier runs in float32; an executor sets these flags in each pass
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
@@ -256,7 +256,7 @@ def measure(
 
 
 def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> None:
-    """Compare a report with that of float32, print the verdict, and note an approval in tminus.json."""
+    """Compare a report with the float32 report, print the verdict, and save an approval in tminus.json."""
     from tminus.model.checkpoint import approve
     from tminus.model.evaluation.report import compare_reports
 

@@ -1,4 +1,4 @@
-"""`tminus key`: make an API key. Its secret is shown once; a server keeps its hash."""
+"""`tminus key`: make an API key. The secret is printed once; the keys file has only a hash."""
 
 import fcntl
 import os
@@ -43,13 +43,13 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
       tminus key ops --role admin --file keys
       tminus serve --keys-file keys
 
-    The file has one line for each key, with a hash in place of the secret. The secret is printed once: give it to the
-    client. Without --file the line is printed below the secret. A running server reads a changed file by itself.
+    The file has one line for each key, with a hash instead of the secret. The secret is printed only once: give it to
+    the client. Without --file, the line is printed below the secret. A running server reads a changed file by itself.
 
-    Each server counts the limits for itself: of several behind a proxy, each lets the key have as much.
+    Each server counts the limits separately: with several servers behind a proxy, each allows a key its full limits.
 
-    To replace a key, run the command again for the same NAME without options: the new key gets the role and the limits
-    of the earlier line. Both keys are valid until you delete that line.
+    To replace a key, run the command again for the same NAME and --file, without other options: the new key gets the
+    role and the limits of the earlier key. Both keys are valid until you delete the earlier line.
     """
     if not NAME.fullmatch(name):
         fail(f"NAME must be 1 to 64 letters, digits, dots, dashes and underscores, got {name!r}")
@@ -69,10 +69,10 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
 
 
 def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
-    """Add a key to a file in one step, so that a server never reads half of it. A lock makes other commands wait.
+    """Add a key to a file atomically, so that a server never reads half of the file. A lock makes other commands wait.
 
-    like_the_earlier: take role and limits from an earlier line of the name. Raises OSError, and ValueError for a file
-    that would be invalid.
+    like_the_earlier: copy the role and limits of an earlier key with the same name. Raises OSError, and ValueError if
+    the file would be invalid.
     """
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -90,7 +90,7 @@ def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Replace a file, and keep its owner and permissions. A new file is for its owner alone."""
+    """Replace a file atomically, and keep its owner and permissions. Only the owner can read and write a new file."""
     before = file.stat() if file.exists() else None
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -99,7 +99,7 @@ def _replace(file: Path, text: str) -> None:
             opened.flush()
             if before is not None:
                 os.fchmod(opened.fileno(), before.st_mode & 0o777)
-                with suppress(PermissionError):  # only root may give files away
+                with suppress(PermissionError):  # only root may change the owner
                     os.fchown(opened.fileno(), before.st_uid, before.st_gid)
             os.fsync(opened.fileno())
         beside.replace(file)

@@ -1,6 +1,6 @@
-"""The `tminus` command group, with every subcommand, and how Ctrl-C ends them.
+"""The `tminus` command group with all subcommands, and the handling of Ctrl-C.
 
-Subcommand files import torch and its dependents inside functions, so that `--help` is quick.
+Subcommand modules import torch, and modules that need torch, inside functions, so that `--help` is fast.
 """
 
 import signal
@@ -23,7 +23,7 @@ from tminus.service.cli.serve import ray, serve
 from tminus.service.cli.train import distill, train, train_autoencoder
 from tminus.service.cli.tune import tune
 
-# What a newcomer needs comes first, here and in the help. A new command goes into one of these.
+# Sections of the help, in order: first what a new user needs. Each new command must be in a section.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (serve, sample, train),
     "Models": (pull, inspect, tune, distill, evaluate, approve, convert, train_autoencoder),
@@ -33,26 +33,24 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, and one line on stderr says why; 2 wrong command line; 130 stopped by Ctrl-C."
 )
-WIDEST_HELP = 200  # characters of a command in the list, which is wrapped and not cut
+WIDEST_HELP = 200  # characters of a command's text in the help; longer texts are cut, shorter texts are wrapped
 
 
 class Commands(click.Group):
-    """A group whose help lists SECTIONS, and whose commands end with 130 on Ctrl-C, as a shell has it."""
+    """A group whose help lists SECTIONS. On Ctrl-C, a command exits with 130, the convention of shells."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was named."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             click.echo(f"tminus: {str(stop) or 'interrupted'}", err=True)
             sys.exit(128 + signal.SIGINT)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click hands it)
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click passes it)
         """Return the names of the commands in the order in which they were added."""
         return list(self.commands)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands by section, with their texts below each other, and then the options."""
         widest = max(map(len, self.commands))
         for heading, commands in SECTIONS.items():
             lines = [(f"{each.name:<{widest}}", each.get_short_help_str(WIDEST_HELP)) for each in commands]

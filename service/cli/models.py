@@ -1,4 +1,4 @@
-"""`tminus models`: the models of a server as a table; load, reload and unload one of them."""
+"""`tminus models`: list the models of a server; load, reload or unload a model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tminus.service.client import ModelState
 
 HEAD = ("NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT")
-COLOURS = {1: "grey", 3: "colour"}  # by channels
+COLOURS = {1: "grey", 3: "colour"}  # keyed by number of channels
 
 
 @click.command(short_help="List a server's models; load, reload or unload one.")
@@ -31,10 +31,10 @@ def models(change: str | None, name: str | None, url: str, as_json: bool) -> Non
       tminus models reload colour     # reads its folder again
       tminus models --json
 
-    To load, reload or unload, put a key of the role admin in the variable TMINUS_KEY. Loading may take a minute.
+    To load, reload or unload, put a key with the role admin in the variable TMINUS_KEY. Loading may take a minute.
 
-    --json prints what GET /models answers: an object `models`, with name, default, state, url and model of each. With
-    load, reload or unload it has that model only, as it then is.
+    --json prints the response of GET /models: an object with a list `models`, with name, default, state, url and model
+    of each model. With load, reload or unload, the list has only the changed model.
     """
     if change is not None and name is None:
         raise click.UsageError(f"{change} needs the NAME of a model")
@@ -49,12 +49,12 @@ def models(change: str | None, name: str | None, url: str, as_json: bool) -> Non
 
 
 def model_document(model: "ModelState") -> dict[str, Any]:
-    """Describe a model as GET /models does."""
+    """Return the document of a model, as in GET /models."""
     return {"name": model.name, "default": model.default, "state": model.state, "url": model.url, "model": model.info}
 
 
 def table(models: "Sequence[ModelState]") -> str:
-    """Lay models out as the lines of a table. Raises ClientError."""
+    """Return models as the lines of a table. Raises ClientError for a malformed description."""
     return aligned([HEAD, *map(_cells, models)])
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the types of options."""
+"""Options that several commands share, and types of options."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def completing(*words: str, files: str | None = None) -> Complete:
-    """Return a function that completes an option's value in a shell: by words, or by files (`file`, or `dir`)."""
+    """Return a shell completion for an option: the words, or otherwise files ("file") or folders ("dir")."""
 
     def complete(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
@@ -26,7 +26,7 @@ def completing(*words: str, files: str | None = None) -> Complete:
     return complete
 
 
-# Names that are completed only: the code that checks requests and files checks them too.
+# Names for completion only. The code that reads requests and files checks them.
 DEVICE_NAMES = completing("auto", "cpu", "cuda")
 EXECUTOR_NAMES = completing("auto", "eager", "compile", "openvino")
 PRECISION_NAMES = completing("auto", "float32", "tf32", "bfloat16")
@@ -37,12 +37,12 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
 class CheckpointType(click.Path):
-    """A checkpoint: its folder, or its id on the hub, from which it is fetched once."""
+    """A checkpoint: a folder, or an id on the hub, from which the checkpoint is downloaded once."""
 
     name = "checkpoint"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the folder. A failure is one line and exit code 1."""
+        """Return the checkpoint's folder. On an error, prints one line and exits with 1."""
         with failing_in_one_line():
             folder = checkpoint_folder(value)
         return super().convert(folder, parameter, context)
@@ -84,7 +84,7 @@ Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...
 
 
 def options(*several: Option) -> Option:
-    """Make one decorator of several options, which --help lists in this order."""
+    """Combine several options into one decorator. --help lists the options in this order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(several):
@@ -95,7 +95,7 @@ def options(*several: Option) -> Option:
 
 
 def config_options(config: type[Any]) -> Option:
-    """Make an option of each field of a dataclass whose annotation has a text, which --help shows."""
+    """Make an option for each field of a dataclass that has a help text in its annotation."""
     hints = get_type_hints(config, include_extras=True)
     made = []
     for field in dataclasses.fields(config):
@@ -111,7 +111,7 @@ def config_options(config: type[Any]) -> Option:
 
 
 def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Read integers joined by commas. Raises ValueError, which names the flag."""
+    """Parse integers separated by commas. Raises ValueError, which names the flag."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
@@ -119,9 +119,9 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def comma_separated(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
-    """Return a callback that reads a list without repetitions; None stays None.
+    """Return a callback that parses a list separated by commas, and removes duplicates. None stays None.
 
-    bound: what each value must be, in words. allows: whether it is.
+    read: parses one value. allows: returns True for a valid value. bound: describes valid values in the error message.
     """
 
     def convert(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:

@@ -1,6 +1,6 @@
-"""How commands print and end: a failure is one line on stderr and exit code 1, never a traceback.
+"""Output of commands. An error prints one line to stderr and exits with 1, without a traceback.
 
-Control characters are escaped, so that text from a server or a file cannot drive the terminal.
+Control characters are escaped: text from a server or a file must not control the terminal.
 """
 
 import json
@@ -20,12 +20,12 @@ NO_PICTURES = frozenset(
 
 
 def say(text: str) -> None:
-    """Print lines to stdout."""
+    """Print lines to stdout, with other control characters escaped."""
     click.echo("\n".join(map(printable, text.split("\n"))))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out as the lines of a table."""
+    """Return rows as the lines of a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
 
@@ -45,7 +45,7 @@ def fail(message: str) -> NoReturn:
 def failing_in_one_line(where: str = "") -> Iterator[None]:
     """End the command with one line for errors that a user can cause: a bad file or value, a full disk or GPU.
 
-    where: the flag or the file of the error, which stands before the message.
+    where: the flag or the file, printed before the message.
     """
     try:
         yield
@@ -62,18 +62,18 @@ def failing_in_one_line(where: str = "") -> Iterator[None]:
 
 
 def check_png(option: str, file: Path, otherwise: str = "") -> None:
-    """Fail if the name of a new file has the suffix of another format than PNG."""
+    """Fail if the name of a new file has the suffix of a format other than PNG."""
     if file.suffix.lower() in NO_PICTURES:
         fail(f"{option}: the file is a PNG, so give a name that ends in .png{otherwise}")
 
 
 def make_folder(option: str, folder: Path) -> None:
-    """Make a folder and its parents. option: the flag, for the line of a failure."""
+    """Make a folder and its parents. option: the flag, for the error message."""
     with failing_in_one_line(option):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(option: str, file: Path, data: bytes) -> None:
-    """Write a file. option: the flag, for the line of a failure."""
+    """Write a file. option: the flag, for the error message."""
     with failing_in_one_line(option):
         file.write_bytes(data)

@@ -1,4 +1,4 @@
-"""`tminus pull`: fetch a checkpoint from the project's release files into a folder, by its hash."""
+"""`tminus pull`: download a checkpoint from the project's release, and check its hash."""
 
 import hashlib
 import shlex
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 FROM = "TMINUS_PULL_FROM"
 MOST_REDIRECTS = 5
-PATIENCE_S = 30.0  # without a byte; the speed is checked over the same time
+PATIENCE_S = 30.0  # timeout without data, and interval of the speed check
 LEAST_BYTES_PER_S = 8192
 
 
 class NotFetched(Exception):
-    """A server did not send the file; the message says why."""
+    """The server did not send the file. The message gives the reason."""
 
 
 @click.command(short_help="Fetch another checkpoint of this project.")
@@ -40,14 +40,14 @@ class NotFetched(Exception):
     f"[default: the release of this version] [env: {FROM}]",
 )
 def pull(name: str | None, out: Path | None, address: str | None) -> None:
-    """Fetch the checkpoint NAME of this project's release. Without NAME, list the checkpoints.
+    """Download the checkpoint NAME from this project's release. Without NAME, list the checkpoints.
 
     \b
       tminus pull
       tminus pull pixel-art-32
       tminus serve --checkpoint pixel-art-32
 
-    The file must have the size and the sha256 that this version of tminus knows.
+    The file must have the size and the sha256 that are recorded in this version of tminus.
     """
     known = release()
     if name is None:
@@ -73,7 +73,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
 
 
 def fetch(url: str, archive: Archive, file: Path) -> None:
-    """Download an archive to a file. A failure is one line and exit code 1."""
+    """Download an archive to a file. On an error, prints one line and exits with 1."""
     import httpx
 
     shown = url
@@ -93,7 +93,7 @@ def fetch(url: str, archive: Archive, file: Path) -> None:
 
 @contextmanager
 def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
-    """Request an address, and follow redirects to https. httpx itself would read the body of each redirect."""
+    """Send a request, and follow redirects to https. httpx itself would read the body of each redirect."""
     request = client.build_request("GET", url)
     for _ in range(MOST_REDIRECTS + 1):
         answer = client.send(request, stream=True)
@@ -110,7 +110,7 @@ def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
 
 
 def check_head(answer: "httpx.Response", archive: Archive) -> None:
-    """Raise NotFetched if an answer cannot be the archive, before its body is read."""
+    """Raise NotFetched if the status or headers show that a response is not the archive."""
     if answer.status_code != 200:
         raise NotFetched(f"the answer is {answer.status_code} {answer.reason_phrase}".rstrip())
     if answer.headers.get("Content-Type", "").startswith("text/html"):
@@ -120,7 +120,7 @@ def check_head(answer: "httpx.Response", archive: Archive) -> None:
 
 
 def write_body(answer: "httpx.Response", archive: Archive, file: Path) -> None:
-    """Write the body of an answer, with a progress bar. Raises NotFetched if it is not the archive, or too slow."""
+    """Write a response's body, with a progress bar. Raises NotFetched if the body is not the archive, or too slow."""
     from tqdm import tqdm
 
     size_bytes, came_bytes, digest = archive.size_bytes, 0, hashlib.sha256()

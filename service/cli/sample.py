@@ -1,4 +1,4 @@
-"""`tminus sample`: sample images to PNG files, here or on a server. `--watch` writes the frames as an animation."""
+"""`tminus sample`: sample images to PNG files, locally or on a server. `--watch` writes the frames as an animation."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from tminus.service.client.results import Message, Sampled
     from tminus.service.spec import SampleSpec
 
-MOST_FRAMES = 100  # without --every
+MOST_FRAMES = 100  # approximate maximum without --every
 FORMATS = (".webp", ".gif")
-MAX_FRAME_BYTES = 2**28  # in all frames of a job, before they are decoded
-MAX_PIXELS = 2**26  # in all frames of a job
-ANIMATION_PX = 512  # the longer side of an animation, at most
+MAX_FRAME_BYTES = 2**28  # total size of a job's frames before decoding
+MAX_PIXELS = 2**26  # total pixels of a job's frames
+ANIMATION_PX = 512  # maximum length of an animation's longer side
 
 
 @click.command(short_help="Sample images to PNG files, offline or from a server.")
@@ -148,19 +148,19 @@ def sample(
       tminus sample -n 4 --url http://localhost:8000 --model colour
       tminus sample -n 4 --steps 100 --url http://localhost:8000 --watch way.webp
 
-    An --out that ends in .png is one file: an image, or a sheet of several. Any other name is a folder with a PNG for
-    each image. The options are the parameters of the API, with the same defaults.
+    An --out that ends in .png is one file: an image, or a sheet of several images. Any other name is a folder with a
+    PNG for each image. The options are the parameters of the API, with the same defaults.
 
-    A sheet is enlarged so that you can see it: by the largest whole number that keeps each image within 256 pixels a
-    side and the sheet within 1024. With --scale 1 the file has the bytes that a server answers. The recipe in the PNG
-    has the scale, so `tminus reproduce` makes the same file again.
+    A sheet is enlarged for viewing, by the largest whole number that keeps each image within 256 pixels a side and the
+    sheet within 1024. With --scale 1, the file has the same bytes as a server's response. The recipe in the PNG
+    contains the scale, so `tminus reproduce` makes the same file again.
 
-    Without --url, a small job runs at once: with the executor that an earlier start chose on this machine, or else with
-    PyTorch in one thread. Before a larger job, the executors are measured as a server measures them at its start, and
-    the choice is kept.
+    Without --url, a small job starts at once, with the executor that an earlier start chose on this machine, or
+    otherwise with PyTorch in one thread. Before a larger job, the command measures the executors like a server at its
+    start, and saves the choice.
 
-    With --url, a server that has keys gets the key in the variable TMINUS_KEY. --watch keeps the frames in memory, up
-    to 256 MiB and 64 megapixels; raise --every for fewer frames.
+    With --url, the command sends the API key in the variable TMINUS_KEY, if there is one. --watch keeps the frames in
+    memory, up to 256 MiB and 64 megapixels; raise --every for fewer frames.
     """
     check_model(url, model)
     parameters = request_parameters(flags) | read_pictures(image, mask)
@@ -189,13 +189,13 @@ def sample(
         with failing_in_one_line(f"--out {out}"):
             try:
                 shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
-            except TooLarge as error:  # the size of a server's images is not known before
+            except TooLarge as error:  # the size of a server's images is known only now
                 too_large = error
         write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
         written = "a PNG" if n == 1 else f"a PNG, a sheet of {n} images"
-    if made.sampler is not None and made.steps is not None:  # a server of an earlier version does not say
+    if made.sampler is not None and made.steps is not None:  # older servers send neither
         written += f", {Recommended(made.sampler, made.steps, 1.0 if made.guidance is None else made.guidance)}"
     say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
@@ -205,7 +205,7 @@ def sample(
 
 
 def request_parameters(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the flags of the command line into the parameters of a JSON body."""
+    """Convert the flags of the command line to the parameters of a JSON body."""
     parameters = {name: value for name, value in flags.items() if value not in (None, ())}
     if interval := parameters.pop("guidance_interval", None):
         parameters["guidance_interval"] = list(interval)
@@ -223,7 +223,7 @@ def follow(
     every: int | None,
     show: str,
 ) -> tuple[dict[str, bytes], "Accepted", list["Image"]]:
-    """Run a job on a server with a progress bar. Returns the PNG files by name, the accepted job, and its frames."""
+    """Run a job on a server with a progress bar. Returns the PNG files by name, the Accepted message and the frames."""
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
     every = every or max(1, _number(parameters.get("steps", 0)) // MOST_FRAMES)
@@ -240,9 +240,9 @@ def follow(
 
 
 def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Image"]:
-    """Enlarge the frames of an animation of n images, but not beyond MAX_PIXELS in all.
+    """Enlarge the frames of an animation of n images, up to MAX_PIXELS in total.
 
-    scale: None for a size that is easy to see.
+    scale: the factor; None chooses a factor for viewing.
     """
     from tminus.service.images.encoder import viewing_scale
 
@@ -250,11 +250,11 @@ def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Im
     scale = scale or viewing_scale(n, height, width, ANIMATION_PX)
     while scale > 1 and len(frames) * width * height * scale**2 > MAX_PIXELS:
         scale -= 1
-    return [frame.resize((width * scale, height * scale), 0) for frame in frames]  # 0: the nearest pixel
+    return [frame.resize((width * scale, height * scale), 0) for frame in frames]  # 0: nearest neighbour
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
-    """Write the frames to a file. A failure is one line and exit code 1."""
+    """Write the frames to a file. On an error, prints one line and exits with 1."""
     from tminus.service.images.encoder import encode_animation
 
     with failing_in_one_line(f"--watch {file}"):
@@ -265,7 +265,7 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
 
 
 def _number(text: Any) -> int:
-    """Read an option as a number; 0 for other text, which the server refuses with a reason."""
+    """Parse an option as an integer. Return 0 for other text, which the server refuses with a reason."""
     try:
         return int(float(text))
     except (ValueError, OverflowError):
@@ -273,7 +273,7 @@ def _number(text: Any) -> int:
 
 
 def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]], Sequence[bytes]]:
-    """Read a job's messages to its end. Returns the accepted job, the pictures of each step, and the final PNGs."""
+    """Read a job's messages to the end. Returns the Accepted message, the pictures of each step, and the final PNGs."""
     from tqdm import tqdm
 
     from tminus.service.client import Accepted, ClientError, Done, Frame
@@ -301,7 +301,7 @@ def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]],
 
 
 def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
-    """Decode the pictures of each step into one. Raises ClientError if one is no PNG, or their sizes differ."""
+    """Decode the pictures of each step into one image. Raises ClientError for invalid PNGs or unequal sizes."""
     from PIL import Image
 
     from tminus.service.client import ClientError
@@ -312,7 +312,7 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
         sizes = {(header.width_px, header.height_px) for header in headers if header is not None}
         if len(sizes) > 1:
             raise ClientError(f"frames of several sizes came: {sorted(sizes)!s:.80}")
-        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # before Pillow sees any
+        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # checked before decoding
             raise ClientError(f"the frames have more than {MAX_PIXELS} pixels; give a larger --every")
         opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
         return [_sheet(frame) for frame in opened]
@@ -321,7 +321,6 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
 
 
 def _sheet(pictures: Sequence["Image"]) -> "Image":
-    """Lay pictures of one size out as a contact sheet; one picture stays as it is."""
     import numpy as np
     from PIL import Image
 

@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
 MOST_ON_SHEET = 64  # samples
-ROWS_PER_CLASS = 2  # on a sheet of samples
+ROWS_PER_CLASS = 2  # samples per class on a sheet
 IMAGES_WITHOUT_CLASSES = 16
-RECONSTRUCTIONS = 8  # in a row of the sheet
-KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # by channels
+RECONSTRUCTIONS = 8  # images per row of the sheet
+KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # keyed by number of channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
-# Their noise levels are a formula of t, and their scheduler_config.json has no clip.
+# Predictions whose noise levels are a formula of t. scheduler_config.json has no clip for them.
 CONTINUOUS = ("flow", "edm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
@@ -60,7 +60,7 @@ GROUPS = click.option("--groups", default=8, help="Groups of the group norms")
 
 
 def size(default: int) -> Option:
-    """Return the option for the size of images."""
+    """Return the option --size."""
     what = "Side in pixels of the square images, which are cut from the centre of a folder's images"
     return click.option("--size", "size_px", default=default, help=what)
 
@@ -119,9 +119,9 @@ def train(**flags: Any) -> None:
       tminus train --data digits/ --out runs/digits
       tminus serve --checkpoint runs/digits
 
-    Put the images into digits/, or into a subfolder for each class. The other options have defaults that suit the
-    number of images. While it trains, look at samples.png and loss.svg in runs/digits. Ctrl-C saves the run, and the
-    same command continues it as if it had not stopped.
+    Put the images into digits/, or into a subfolder for each class. The defaults of the other options suit the number
+    of images. During training, samples.png and loss.svg in runs/digits show the progress. Ctrl-C saves the run, and the
+    same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -244,7 +244,7 @@ def train_autoencoder(**flags: Any) -> None:
       tminus train-autoencoder --data photos/ --size 64 --out runs/coder
       tminus train --data photos/ --size 64 --latent runs/coder --out runs/photos
 
-    Ctrl-C saves the run, and the same command continues it as if it had not stopped.
+    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -299,7 +299,7 @@ def distill(**flags: Any) -> None:
       tminus distill --checkpoint runs/digits --out runs/digits-student
       tminus serve --checkpoint runs/digits-student
 
-    Ctrl-C saves the run, and the same command continues it as if it had not stopped.
+    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -324,7 +324,7 @@ def distill(**flags: Any) -> None:
 
 
 def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = "") -> None:
-    """Print whether a run is done, or was interrupted and can be resumed."""
+    """Print that a run is done, or that it was interrupted and can be resumed."""
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
     if done and served:
         say(f"{more}Try: tminus serve --checkpoint {out}")
@@ -334,7 +334,7 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 
 
 def kind_of(data: "ImageSet") -> str:
-    """Describe the number, size and kind of the images."""
+    """Describe the name, number, size and colours of the images."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
@@ -344,9 +344,9 @@ def load_training_data(
 ) -> "ImageSet":
     """Load a split (train, test) of Fashion-MNIST, or all images of the folder `data`.
 
-    idx_folder: of Fashion-MNIST's files; None: Debian's. size_px, channels (None: those of the images) and background,
-    the colour behind transparent pixels, are for a folder's images. Raises DataError, and ValueError for an invalid
-    colour.
+    idx_folder: the folder of Fashion-MNIST's files; None: that of Debian's package. Only for a folder of images:
+    size_px; channels (None: as in the images); background, the colour behind transparent pixels. Raises DataError, and
+    ValueError for an invalid colour or a missing folder.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
@@ -361,9 +361,9 @@ def load_training_data(
 def sheet_writer(
     folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
 ) -> Callable[["Denoiser", "Plan", int], None]:
-    """Return a function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
+    """Return a function that draws a sheet of samples. The noise is always the same, so that sheets can be compared.
 
-    autoencoder: of a latent model; decodes the samples.
+    autoencoder: decodes the samples of a latent model.
     """
     import torch
 
@@ -374,7 +374,7 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    assert unet.size_px is not None  # every network that is trained or loaded has it
+    assert unet.size_px is not None  # every network that is trained or loaded has a size
     shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
@@ -404,7 +404,7 @@ def reconstruction_writer(
 
 
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
-    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and as the run's newest sheet."""
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and also as samples.png."""
     from tminus.model.files import write_bytes
     from tminus.model.pixels import RGBA, shown_channels, to_uint8
     from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale

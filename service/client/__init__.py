@@ -1,13 +1,15 @@
-"""A client of a tminus server, sync and async. Needs httpx, and `watch` websockets; nothing else of this project.
+"""Sync and async clients of a tminus server.
 
     with Client("http://localhost:8000") as tminus:
         Path("out.png").write_bytes(tminus.sample(n=4, steps=50, class_label="sneaker").data)
 
-All I/O is in _async.py, which is written by hand, and in _sync.py, which `make client` generates from it. The modules
-beside them are shared by both and do no I/O. docs/clients.md shows the usual tasks.
+The client requires httpx. `watch` also requires websockets. Nothing else of tminus is imported.
 
-It is imported as `tminus_client`, from the distribution tminus-client (the folder client/ of the repository), and as
-`tminus.service.client` within tminus. Imports inside it are relative, so that neither name needs the other.
+_async.py does all network I/O; `make client` generates _sync.py from _async.py. Both clients share the other modules,
+which do no network I/O. docs/clients.md shows the usual tasks.
+
+The distribution tminus-client (the folder client/ of the repository) installs this package as `tminus_client`. Within
+tminus, the package is `tminus.service.client`. Imports inside the package are relative and work under both names.
 """
 
 from ._async import AsyncClient, AsyncJob, AsyncWatching

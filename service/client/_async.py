@@ -1,4 +1,4 @@
-"""All I/O of the client, written for asyncio; `make client` generates _sync.py from it."""
+"""All network I/O of the client, for asyncio; `make client` generates _sync.py from it."""
 
 import asyncio
 import socket
@@ -55,23 +55,24 @@ from .transport import (
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
-MESSAGES_AHEAD = 2  # messages of a WebSocket that are buffered; each may be as large as is allowed
-# A request without a time limit finds by these, after a minute and a half, that the server is silently gone. Systems
-# differ: macOS calls the first TCP_KEEPALIVE, and only Linux has the last, for a request that is not confirmed.
+MESSAGES_AHEAD = 2  # WebSocket messages to buffer; each may have the maximum size
+# Keep-alive options of TCP. They end a request without a timeout if the server has been gone for 90 seconds.
+# Times are in seconds, except TCP_USER_TIMEOUT (milliseconds), which limits the age of unacknowledged data.
+# macOS has TCP_KEEPALIVE instead of TCP_KEEPIDLE. Only Linux has TCP_USER_TIMEOUT.
 KEEP_ALIVE = {
     "TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000
 }  # fmt: skip
 
 
 async def _keep_alive(event: str, info: Mapping[str, Any]) -> None:
-    """Turn on TCP's keep-alive for each new connection, through httpx's `trace`.
+    """Turn on TCP keep-alive for each new connection. This is a callback of httpx's `trace` extension.
 
-    httpx's transports take socket options too, but a client with its own transport ignores the environment's proxies.
+    httpx transports accept socket options too, but a client with a custom transport ignores HTTP_PROXY and the like.
     """
     opened = info["return_value"].get_extra_info("socket") if event.endswith(".connect_tcp.complete") else None
     if opened is None:
         return
-    with suppress(OSError):  # a system may refuse one
+    with suppress(OSError):  # an operating system may reject an option
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEP_ALIVE.items():
             if hasattr(socket, name):
@@ -82,10 +83,10 @@ TRACED = {"trace": _keep_alive}
 
 
 class AsyncConnection:
-    """Connects to one server, and turns the errors of httpx and websockets into ClientErrors.
+    """Connects to one server, and converts errors of httpx and websockets to ClientErrors.
 
-    Paths are relative to the address of `model`, or of the server if it is None. patience_s: of the client. Raises
-    ValueError for an invalid url or model.
+    Paths are relative to the URL of `model`, or to the server's URL if `model` is None. patience_s: see the client.
+    Raises ValueError for an invalid url or model.
     """
 
     def __init__(
@@ -109,7 +110,6 @@ class AsyncConnection:
         )
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._http.aclose()
 
     async def request(
@@ -120,9 +120,10 @@ class AsyncConnection:
         max_bytes: int = DOCUMENT_BYTES,
         **options: Any,
     ) -> httpx.Response:
-        """Send a request until the response is 2xx; `options` are those of httpx. Raises ClientError.
+        """Send a request, retry while `patience` allows, and return the 2xx response. Raises ClientError.
 
-        path: or a whole URL. max_bytes: of the content; a longer answer is not read.
+        path: a relative path or a whole URL. max_bytes: the maximum size of the content; a longer response raises
+        UnexpectedAnswer. options: keyword arguments of httpx's `stream`.
         """
         patience = patience or Patience(self.patience_s)
         while True:
@@ -143,7 +144,7 @@ class AsyncConnection:
     async def stream(
         self, path: str, params: Mapping[str, Any], headers: Mapping[str, str], quiet_s: float
     ) -> AsyncIterator[httpx.Response]:
-        """Open a 2xx response that is read while it arrives. Raises ClientError, also if it breaks off later."""
+        """Open a streaming 2xx response. Raises ClientError, also if the connection breaks inside the `with` block."""
         options: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": timeouts(quiet_s)}
         try:
             async with self._http.stream("GET", path, extensions=TRACED, **options) as response:
@@ -156,9 +157,9 @@ class AsyncConnection:
 
     @asynccontextmanager
     async def websocket(self, path: str, max_bytes: int) -> AsyncIterator["ClientConnection"]:
-        """Open a WebSocket, with messages of at most max_bytes.
+        """Open a WebSocket that accepts messages of at most max_bytes.
 
-        Raises ClientError, also if the server closes it while it is in use; ImportError without websockets.
+        Raises ClientError, also if the connection closes in the `with` block. Raises ImportError without websockets.
         """
         try:
             from websockets.asyncio.client import connect
@@ -180,7 +181,7 @@ class AsyncConnection:
                 try:
                     yield ws
                 finally:
-                    await ws.close()  # with 1000; after an exception `with` would send 1011
+                    await ws.close()  # send code 1000; after an exception, `connect` would send 1011
         except ConnectionClosed as error:
             raise closed(error, max_bytes) from None
         except InvalidStatus as error:
@@ -190,7 +191,7 @@ class AsyncConnection:
 
 
 async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
-    """Read a response to its end. Raises ClientError if it is not 2xx or too long, and httpx.HTTPError."""
+    """Read a whole response. Raises httpx.HTTPError, and ClientError if not 2xx, compressed or too long."""
     check_coding(response)
     limit = max_bytes if response.is_success else DOCUMENT_BYTES
     content = bytearray()
@@ -204,7 +205,7 @@ async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
 
 
 class AsyncWatching:
-    """A watched job. Iterate over it, once; use `with` where the loop may be left by another way than `break`."""
+    """A watched job. Iterate over the object only once. Use a `with` block if anything but `break` may end the loop."""
 
     def __init__(self, connection: AsyncConnection, parameters: Mapping[str, Any]) -> None:
         self._connection, self._parameters = connection, parameters
@@ -212,7 +213,7 @@ class AsyncWatching:
         self._begun = False
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        if self._begun:  # a second loop would make a second job
+        if self._begun:  # a second loop would start a second job
             return
         self._begun = True
         accepted, text, expected = False, text_of(self._parameters), Expected.of(self._parameters)
@@ -230,7 +231,7 @@ class AsyncWatching:
                         if isinstance(message, Done | Cancelled):
                             return
             except ClientError as error:
-                if accepted:  # trying again would make another job
+                if accepted:  # a retry would start another job
                     raise
                 await asyncio.sleep(patience.pause_s(error))
 
@@ -242,16 +243,19 @@ class AsyncWatching:
             await self._ws.close()
 
     async def cancel(self) -> None:
-        """Cancel the job once there is one, from any task; the loop ends with Cancelled, or Done if it was done."""
+        """Cancel the job, from any task. The loop then ends with Cancelled, or with Done if the job is already done.
+
+        Does nothing before the job is sent to the server.
+        """
         if self._ws is not None:
             from websockets.exceptions import ConnectionClosed
 
-            with suppress(ConnectionClosed):  # then it is not wanted any more
+            with suppress(ConnectionClosed):  # the server cancels the job of a closed connection
                 await self._ws.send(CANCEL)
 
 
 class AsyncJob:
-    """A durable job. `latest` is the state that was read last; None before that."""
+    """A durable job. `latest` is the newest state from `submit`, `state` or `wait`; None before the first."""
 
     def __init__(self, connection: AsyncConnection, job_id: str, latest: JobState | None = None) -> None:
         assert job_id, "a job has an id"
@@ -259,18 +263,18 @@ class AsyncJob:
         self._connection, self._path = connection, f"/jobs/{quote(job_id, safe='')}"
 
     async def state(self) -> JobState:
-        """Read its state."""
+        """Read the job's state from the server."""
         self.latest = JobState.of(object_of(await self._connection.request("GET", self._path)))
         return self.latest
 
     async def wait(self, timeout_s: float | None = None) -> JobState:
-        """Wait until it is done, failed or cancelled. A restart of the server may take up to a minute.
+        """Wait until the job is done, failed or cancelled. Tolerates a server restart of up to a minute.
 
-        Raises TimeoutError after timeout_s, or a second or two later if the server is silent; the job goes on.
+        Raises TimeoutError after timeout_s, or one or two seconds later if the server is silent; the job continues.
         """
         patience, polling = self._patience(), Polling(self.id, timeout_s)
         while True:
-            # One attempt at a time, since timeout_s may be over before the patience.
+            # Make one attempt without retries: timeout_s may end before the patience.
             once, limits = Patience(0), timeouts(polling.look_s(QUIET_S))
             try:
                 job = JobState.of(object_of(await self._connection.request("GET", self._path, once, timeout=limits)))
@@ -284,10 +288,10 @@ class AsyncJob:
             await asyncio.sleep(polling.pause_s(job))
 
     async def events(self, *, last_id: str = "", **preview: Unpack[Preview]) -> AsyncIterator[Event]:
-        """Iterate over the job's events: Waiting, Progress or, with `show`, Frames, and at last Ended.
+        """Iterate over the job's events: Waiting, Progress (or Frame with `show`), and finally Ended.
 
-        A broken connection is opened again, and a restart of the server may take up to a minute; with layout `images`
-        some frames may come twice then.
+        Reopens a broken connection, and tolerates a server restart of up to a minute. With layout `images`, some frames
+        may then arrive twice.
         """
         patience, path = self._patience(), f"{self._path}/events"
         following = Following(last_id, patience, Expected.of(preview | self._known(), show=None))
@@ -295,7 +299,7 @@ class AsyncJob:
             headers = following.begin_connection()
             try:
                 async with self._connection.stream(path, preview, headers, EVENTS_QUIET_S) as response:
-                    if response.status_code == NO_CONTENT:  # the end was known already
+                    if response.status_code == NO_CONTENT:  # last_id is the id of the last event
                         return
                     async for chunk in response.aiter_bytes():
                         for event in following.read(chunk):
@@ -307,9 +311,9 @@ class AsyncJob:
                 await asyncio.sleep(patience.pause_s(error))
 
     async def image(self, accept: MediaType = "image/png", *, clip_output: bool = True) -> Sampled:
-        """Read the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found.
+        """Return the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found.
 
-        clip_output: whether the floats of a job with bit_depth=32 are clipped to the model's range.
+        clip_output: clip the floats of a job with bit_depth=32 to the model's range.
         """
         limit = Expected.of(self._known()).answer_bytes(accept)
         options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
@@ -317,11 +321,11 @@ class AsyncJob:
         return Sampled.of(await self._connection.request("GET", path, **options), accept)
 
     async def cancel(self) -> JobState:
-        """Cancel it if it has not ended, and return its last state."""
+        """Cancel the job if it has not ended, and return the job's state."""
         return JobState.of(object_of(await self._connection.request("POST", f"{self._path}/cancel")))
 
     async def delete(self) -> None:
-        """Delete it, and cancel it if it has not ended. A missing job is no error."""
+        """Delete the job; the server first cancels a job that has not ended. A missing job is no error."""
         try:
             await self._connection.request("DELETE", self._path, Patience(self._connection.patience_s))
         except Problem as problem:
@@ -329,26 +333,27 @@ class AsyncJob:
                 raise
 
     def _known(self) -> dict[str, Any]:
-        """The parameters that bound its images and frames, as far as they are known."""
+        """Return the parameters that bound the images and frames: n, or its maximum if unknown, and steps, if known."""
         return {"n": MAX_IMAGES} if self.latest is None else {"n": self.latest.n, "steps": self.latest.steps}
 
     def _patience(self) -> Patience:
         return Patience(self._connection.patience_s, durable=True, known=True)
 
 
-PAGE = 200  # jobs a request, the most that the server lists at once
+PAGE = 200  # jobs per request; the server's maximum
 
 
 class AsyncClient:
-    """A client of one tminus server. Tasks may share it.
+    """A client of one tminus server. Tasks may share one client.
 
-    url: `http://host:port`, and a path if a proxy serves it under one. model: the name of the model to use; None: the
-    server's default. patience_s: seconds in all that a call may wait if the server answers 429, 503 or 507 with a
-    Retry-After, or cannot be reached; 0 raises such an error at once. key: sent with every request and WebSocket; no
-    error shows it. headers: sent with them too, for a proxy that needs them. transport: replaces httpx's own.
+    url: `http://host:port`, plus a path if a proxy serves the server under a path. model: the name of the model; None:
+    the server's default. patience_s: total seconds that a call may wait while the server is unreachable or responds
+    429, 503 or 507 with a Retry-After; 0 raises such an error at once. key: the API key to send with every request and
+    WebSocket; no error shows the key. headers: further headers of every request and WebSocket, such as a proxy needs.
+    transport: replaces httpx's own.
 
-    Calls raise Problem if the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for an
-    invalid url, model or key.
+    Calls raise Problem if the server refuses or fails, Unreachable, and UnexpectedAnswer. The constructor raises
+    ValueError for an invalid url, model or key.
     """
 
     def __init__(
@@ -374,8 +379,11 @@ class AsyncClient:
         await self._connection.close()
 
     async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
-        """Sample and wait: the images as a PNG sheet, a zip or JSON of PNGs, or floats; an animation; a trajectory."""
-        # The server drops a job whose connection breaks, so a second attempt does no harm.
+        """Sample, and wait for the result.
+
+        accept: the format: a PNG sheet, a zip or JSON of PNGs, floats (npy), an animation (WebP) or a trajectory.
+        """
+        # Retries are safe: the server drops the job when the connection breaks.
         options: dict[str, Any] = {
             "content": text_of(parameters),
             "headers": JSON_BODY | {"Accept": accept},
@@ -385,9 +393,9 @@ class AsyncClient:
         return Sampled.of(await self._connection.request("POST", "/sample", **options), accept)
 
     def watch(self, **parameters: Unpack[Shown]) -> AsyncWatching:
-        """Sample and watch: iterate over the result for Accepted, Frames, and Done or Cancelled.
+        """Sample, and watch: iterate over the return value for Accepted, Frames, and Done or Cancelled.
 
-        A slow reader gets the newest frame; the server ends the job of one that reads nothing for a minute. Leaving
+        A slow reader gets only the newest frame. The server ends a job whose client reads nothing for a minute. Leaving
         the loop cancels the job.
         """
         return AsyncWatching(self._connection, parameters)
@@ -400,13 +408,13 @@ class AsyncClient:
         webhook_events: Sequence[str] | None = None,
         **parameters: Unpack[Parameters],
     ) -> AsyncJob:
-        """Submit a durable job, which is finished whatever happens to client and server.
+        """Submit a durable job. The job runs to its end even if the client disconnects or the server restarts.
 
-        A broken connection is retried for a minute. An Idempotency-Key makes that safe; without one the client draws
-        it. Give your own if your process may be restarted: the same key and parameters are the same job.
+        A broken connection is retried for a minute. The Idempotency-Key makes retries safe: requests with the same key
+        and parameters create one job. The default is a random key. Pass your own key if your process may restart.
 
-        webhook: a URL that gets the job when it starts (start), when its images are ready (output), and when it has
-        ended (completed). webhook_events: only these events.
+        webhook: a URL that receives the job at its start (start), when its images are ready (output), and at its end
+        (completed). webhook_events: the events to send; None: all.
         """
         key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         headers = JSON_BODY | {"Idempotency-Key": key}
@@ -417,11 +425,11 @@ class AsyncClient:
         return AsyncJob(self._connection, state.id, state)
 
     def job(self, job_id: str) -> AsyncJob:
-        """Return the handle of a job of any model, by its id. Sends nothing."""
+        """Return the job with this id, of any model. Sends no request."""
         return AsyncJob(self._connection, job_id)
 
     async def jobs(self, *, state: str | Sequence[str] | None = None) -> AsyncIterator[JobState]:
-        """Iterate over the jobs, the newest first: those of the client's model, if it has one.
+        """Iterate over the jobs, newest first. A client with a model lists only the jobs of that model.
 
         state: one state or several; None: all.
         """
@@ -437,7 +445,7 @@ class AsyncClient:
             params["before"] = before
 
     async def noise(self, image: bytes | Path, t: int, seed: int | None = None) -> Noised:
-        """Run the forward process: an image, its bytes or Path, at timestep t."""
+        """Run the forward process on an image up to timestep t. image: the content of a file, or its Path."""
         options: dict[str, Any] = {
             "params": {"t": t} if seed is None else {"t": t, "seed": seed},
             "headers": {"Content-Type": "application/octet-stream", "Accept": PNG},
@@ -447,34 +455,34 @@ class AsyncClient:
         return Noised.of(await self._connection.request("POST", "/noise", **options))
 
     async def model(self) -> dict[str, Any]:
-        """Read the description of the model and its limits, as GET /model has it."""
+        """Return the document of GET /model: the model's description and limits."""
         return object_of(await self._connection.request("GET", "/model"))
 
     # --- all models of the server ---
 
     async def models(self) -> list[ModelState]:
-        """List the models that are served, and those that can be loaded."""
+        """List the models that the server serves or can load."""
         return models_of(await self._connection.request("GET", f"{self._connection.server}/models"))
 
     async def load_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Load a model. Returns when it is served, which may take minutes.
+        """Load a model. Returns when the server serves the model, which can take minutes.
 
-        admin_key: a key of the role admin for this request, in place of the client's own. Raises Problem: unauthorized,
-        forbidden, admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for an invalid name or key.
+        admin_key: a key with the role admin, sent instead of the client's own. Raises Problem: unauthorized, forbidden,
+        admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for an invalid name or key.
         """
         return ModelState.of(object_of(await self._change(name, "load", admin_key)))
 
     async def reload_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Read a loaded model's folder again. Returns when its new content is served. Otherwise like load_model."""
+        """Read a loaded model's folder again, and return when the new content is served. Raises like load_model."""
         return ModelState.of(object_of(await self._change(name, "reload", admin_key)))
 
     async def unload_model(self, name: str, admin_key: str | None = None) -> None:
-        """Unload a model. Its accepted jobs still finish. Raises like load_model."""
+        """Unload a model. The model's accepted jobs still finish. Raises like load_model."""
         await self._change(name, "unload", admin_key)
 
     async def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:
         url = f"{self._connection.server}/models/{checks.model_name(name)}/{change}"
-        # A second load would be refused, though the first may have done it.
+        # If the first request loaded the model, the server would refuse a second one.
         patience = Patience(self._connection.patience_s, once=True)
         auth: dict[str, Any] = {} if admin_key is None else {"auth": KeyAuth(admin_key)}
         return await self._connection.request("POST", url, patience, timeout=timeouts(None), **auth)

@@ -1,4 +1,4 @@
-"""The errors that calls of the client raise."""
+"""Errors of the client."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,19 +8,19 @@ from . import checks
 
 PROBLEM_JSON = "application/problem+json"
 SWITCHING_PROTOCOLS = 101
-GONE = (502, 503)  # from a proxy that cannot reach the server
+GONE = (502, 503)  # sent by a proxy that cannot reach the server
 
 
 class ClientError(Exception):
-    """The base of all errors of the client."""
+    """Base class of all errors of the client."""
 
 
 class Problem(ClientError):
     """The server refused the call or failed. The errors page of the docs lists the codes.
 
-    `field`, `value` and `bound` name one thing to change. `errors` lists all mistakes in the parameters, each with
-    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is when to try again. `document` is the whole
-    answer. Some codes add members to it, as `no_images` adds `cause`.
+    `field`, `value` and `bound` describe one thing to change. `errors` lists all mistakes in the parameters, each with
+    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is the time to wait before a retry, in seconds.
+    `document` is the whole response. Some codes add members to the document: no_images adds `cause`.
     """
 
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
@@ -38,7 +38,7 @@ class Problem(ClientError):
 
 
 class Unreachable(ClientError):
-    """The connection could not be opened, or broke. `reached`: the server may have got the request."""
+    """The connection did not open, or it broke. `reached`: the server may have received the request."""
 
     def __init__(self, detail: str, *, reached: bool) -> None:
         super().__init__(detail)
@@ -46,9 +46,9 @@ class Unreachable(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is not that of a tminus server; perhaps it comes from a proxy. `status` is that of the answer.
+    """The response is not from a tminus server; a proxy may have sent it. `status` is the status of the response.
 
-    Members have other types than a tminus server sends, or there is more of something than the call asked for.
+    Also raised if members have wrong types, or if the response has more data than the call asked for.
     """
 
     def __init__(self, status: int, reason: object = "") -> None:
@@ -59,7 +59,7 @@ class UnexpectedAnswer(ClientError):
 
 @contextmanager
 def expecting(status: int) -> Iterator[None]:
-    """Raise UnexpectedAnswer for the ValueError and KeyError of an answer's checks."""
+    """Convert ValueError and KeyError, which the checks of a response raise, to UnexpectedAnswer."""
     try:
         yield
     except (KeyError, ValueError) as error:
@@ -67,7 +67,7 @@ def expecting(status: int) -> Iterator[None]:
 
 
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientError:
-    """The error for an answer that is not 2xx. The names of headers are in lower case."""
+    """Return the error for a response that is not 2xx. Header names must be in lower case."""
     if headers.get("content-type", "").partition(";")[0] == PROBLEM_JSON:
         try:
             document = {"status": status} | checks.mapping(checks.loads(content))
@@ -92,5 +92,5 @@ def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Probl
 
 
 def retry_after_s(text: str | None) -> float | None:
-    """Read the seconds of a Retry-After; None for a date, which no tminus server sends."""
+    """Return the seconds of a Retry-After header, or None for a date: no tminus server sends a date."""
     return float(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 else None

@@ -1,4 +1,4 @@
-"""The parameters of a job, and how they are sent."""
+"""Parameters of a job, and their JSON encoding."""
 
 import base64
 import json
@@ -12,9 +12,9 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 
 class Parameters(TypedDict, total=False):
-    """The parameters of POST /sample, as the API reference describes them. The server has a default for each.
+    """Parameters of POST /sample. The API reference describes them. The server has a default for each parameter.
 
-    A Picture is the bytes of a PNG, JPEG or WebP, the Path of such a file, or its base64.
+    A Picture is the content of a PNG, JPEG or WebP file as bytes or base64, or the Path of the file.
     """
 
     n: int
@@ -43,11 +43,11 @@ class Parameters(TypedDict, total=False):
 
 
 class Preview(TypedDict, total=False):
-    """The frames of a job.
+    """Parameters of a job's frames.
 
-    every: steps between frames. fps: frames a second (10 if neither is given). show: `x_t` (the latent), `x_0` (the
-    network's prediction), or a list of both. By default `watch` shows `x_t`; `events`, nothing.
-    frame_format: `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or `images` (one each).
+    every: steps between frames. fps: frames per second (10 without every and fps). show: `x_t` (the latent), `x_0` (the
+    network's prediction), or a list of both. By default `watch` shows `x_t`, and `events` shows nothing. frame_format:
+    `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or `images` (one picture per image).
     """
 
     every: int
@@ -58,11 +58,11 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """The parameters of `sample`.
+    """Parameters of `sample`.
 
-    For accept="image/webp": every, the steps between frames; show, `x_t` or `x_0`. For
-    accept="application/vnd.tminus.trajectory": keep, the passes (default: all); dtype, float32 or float16. For
-    accept="application/x-npy": clip_output, whether to clip to the model's range (default: yes).
+    With accept="image/webp": every, the steps between frames; show, `x_t` or `x_0`. With
+    accept="application/vnd.tminus.trajectory": keep, the passes to return (default: all); dtype, float32 or float16.
+    With accept="application/x-npy": clip_output, to clip to the model's range (default: True).
     """
 
     every: int
@@ -73,7 +73,7 @@ class Sampling(Parameters, total=False):
 
 
 class Shown(Parameters, Preview, total=False):
-    """The parameters of `watch`."""
+    """Parameters of `watch`."""
 
 
 def text_of(parameters: Mapping[str, Any]) -> str:
@@ -87,11 +87,11 @@ def text_of(parameters: Mapping[str, Any]) -> str:
 
 
 def webhook_members(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
-    """The parameters of a webhook."""
+    """Return the parameters of a webhook, without None."""
     members = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
     return {name: value for name, value in members.items() if value is not None}
 
 
 def bytes_of(image: bytes | Path) -> bytes:
-    """The bytes of an image. Raises OSError for an unreadable file."""
+    """Return the content of an image file. Raises OSError for an unreadable file."""
     return image.read_bytes() if isinstance(image, Path) else image

@@ -1,6 +1,6 @@
-"""Reads the messages and events of a job, and checks that they are those of the request, in order. No I/O.
+"""Reads the messages and events of a job, and checks their number and order. No I/O.
 
-A server could otherwise send frames without end, and a caller that keeps them would run out of memory.
+Without these checks, a server could send endless frames, and a caller that keeps them would run out of memory.
 """
 
 import re
@@ -26,36 +26,36 @@ from .results import (
 )
 
 MIB = 2**20
-IMAGE_BYTES = 16 * MIB  # one image in a file: 2048 x 2048 pixels in colour, with its text
-ANSWER_BYTES = 512 * MIB  # any answer or message
+IMAGE_BYTES = 16 * MIB  # one image file: 2048 x 2048 pixels in colour, with PNG text
+ANSWER_BYTES = 512 * MIB  # any response or message
 ANIMATION_BYTES = 64 * MIB  # a server encodes at most 16 MiB of pixels
-TRAJECTORY_BYTES = 64 * MIB  # a server makes at most 32 MiB
+TRAJECTORY_BYTES = 64 * MIB  # a server sends at most 32 MiB
 DOCUMENT_BYTES = 16 * MIB  # JSON without images
-MAX_STEPS = 100_000  # where the request gives no number
-EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
+MAX_STEPS = 100_000  # the limit if the number of steps is unknown
+EVENTS_QUIET_S = 45.0  # read timeout; the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
-CANCEL = '{"type": "cancel"}'  # the client sends it
+CANCEL = '{"type": "cancel"}'
 LINE_END = re.compile(rb"\r\n|\n|\r")
-EVENT_BYTES = 64 * MIB  # a frame as base64
+EVENT_BYTES = 64 * MIB  # one event; a frame is base64
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The bounds of the answer to a request."""
+    """Limits of the response to a request."""
 
-    images: int  # n
-    passes: int  # of an image, at most; frames count them as steps
-    every: int  # steps between two frames, at least
+    images: int  # the parameter n
+    passes: int  # maximum network passes per image; the `step` of a frame counts passes
+    every: int  # minimum number of steps between two frames
     shows: frozenset[str]  # x_t, x_0
-    in_sheets: bool  # a picture shows all images, not one
+    in_sheets: bool  # one picture shows all images
     frame_type: str  # media type of a frame
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Expected":
-        """Derive them from the parameters of a call. show: what is shown by default."""
+        """Derive the limits from the parameters of a call. show: the default of the parameter `show`."""
         shows = parameters.get("show", show)
-        # A sampler takes two passes a step and one more at most; with `nearest` the server chooses the steps.
+        # A sampler makes at most 2 * steps + 1 passes. With `nearest`, the server chooses the steps.
         passes = MAX_STEPS if parameters.get("nearest") else 2 * _whole(parameters.get("steps"), MAX_STEPS) + 1
         return cls(
             images=_whole(parameters.get("n", 1), MAX_IMAGES),
@@ -68,16 +68,14 @@ class Expected:
 
     @property
     def pictures(self) -> int:
-        """The number of pictures of a step, for each of `shows`."""
+        """Return the number of pictures per step, for each element of `shows`."""
         return 1 if self.in_sheets else self.images
 
     @property
     def picture_bytes(self) -> int:
-        """The largest size of a picture."""
         return min(self.images * IMAGE_BYTES, ANSWER_BYTES) if self.in_sheets else IMAGE_BYTES
 
     def answer_bytes(self, media_type: str) -> int:
-        """The largest size of an answer of a media type."""
         if media_type == "image/webp":
             return ANIMATION_BYTES
         if media_type == "application/vnd.tminus.trajectory":
@@ -87,7 +85,7 @@ class Expected:
 
 
 def _whole(parameter: object, default: int) -> int:
-    """Read a parameter as a number of 1 or more. The server refuses other values, so the default will do for them."""
+    """Return a parameter as an integer of 1 or more, or the default: the server refuses any other value."""
     try:
         number = int(parameter)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
@@ -96,7 +94,7 @@ def _whole(parameter: object, default: int) -> int:
 
 
 def images_after(members: Mapping[str, Any]) -> int:
-    """The number of binary messages that follow a JSON message. Raises KeyError, ValueError."""
+    """Return the number of binary messages that follow a JSON message. Raises KeyError, ValueError."""
     match checks.text(members["type"]):
         case "frame":
             return 1
@@ -106,7 +104,7 @@ def images_after(members: Mapping[str, Any]) -> int:
 
 
 def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Message:
-    """Read a message. Raises Problem for a message of type `error`, KeyError and ValueError for a malformed one."""
+    """Parse a message. Raises Problem for a message of type `error`; KeyError or ValueError for a malformed message."""
     match members["type"]:
         case "accepted":
             return checks.read(Accepted, members)
@@ -122,13 +120,13 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
 
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
-    """Read a frame. Raises KeyError, ValueError."""
+    """Parse a frame. Raises KeyError, ValueError."""
     return checks.read(Frame, {"image": None, **members, "data": data})
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event; `id` is the last one sent up to it, for the Last-Event-ID of the next connection."""
+    """A server-sent event. `id` is the last id received, for the Last-Event-ID of the next connection."""
 
     event: str
     data: str
@@ -136,23 +134,23 @@ class ServerSentEvent:
 
 
 class EventDecoder:
-    """Decodes server-sent events as the HTML standard says (section 9.2.6), from pieces of any size.
+    """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of any size.
 
-    Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte order mark and events without data.
-    An event of more than EVENT_BYTES raises ValueError.
+    Raises ValueError for an event of more than EVENT_BYTES. httpx-sse (0.4.3) is unsuitable: it reads from httpx
+    itself, and keeps a byte order mark and events without data.
     """
 
     def __init__(self) -> None:
-        self.retry_s: float | None = None  # the pause between two connections that the server asks for
-        self._line = bytearray()  # the line that is not complete yet
-        self._after_cr = False  # the last chunk ended in CR, which may be half of CRLF
+        self.retry_s: float | None = None  # pause before reconnecting, as the server requests
+        self._line = bytearray()  # incomplete line
+        self._after_cr = False  # the last chunk ended in CR, and LF may follow
         self._at_start = True
         self._event, self._id = "", ""
         self._data: list[str] = []
-        self._held = 0  # bytes of the lines of the event that is not complete yet
+        self._held = 0  # bytes in complete lines of the incomplete event
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Parse a chunk. Returns the events it completes."""
+        """Parse a chunk, and return the events that it completes."""
         if not chunk:
             return []
         if self._after_cr:
@@ -182,7 +180,7 @@ class EventDecoder:
             raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
 
     def _take(self, line: str) -> None:
-        name, _, value = line.partition(":")  # a comment has no name
+        name, _, value = line.partition(":")  # the name of a comment is empty
         value = value.removeprefix(" ")
         if name == "data":
             self._data.append(value)
@@ -200,7 +198,7 @@ class EventDecoder:
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
-    """Read a server-sent event of a job; None for an unknown kind, which a newer server may add.
+    """Parse a server-sent event of a job. Return None for an unknown kind, which a newer server may add.
 
     Raises UnexpectedAnswer.
     """
@@ -227,7 +225,7 @@ class FrameOrder:
         self._expected, self._step, self._shown = expected, 0, set[tuple[str, int | None]]()
 
     def check(self, frame: Frame) -> None:
-        """Raise ValueError for a frame that is out of order."""
+        """Raise ValueError for a frame that is out of order, was not requested or has the wrong format."""
         expected, each = self._expected, (frame.show, frame.image)
         if not frame.step <= frame.steps <= expected.passes:
             raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {expected.passes} are the most")
@@ -244,7 +242,7 @@ class FrameOrder:
 
 
 class Reading:
-    """Reads the messages of a watched job: Accepted, then frames, then the end with all images."""
+    """Reads the messages of a watched job: Accepted, then Frames, then Done or Cancelled."""
 
     def __init__(self, expected: Expected) -> None:
         self._expected, self._frames, self._accepted = expected, FrameOrder(expected), False
@@ -263,7 +261,7 @@ class Reading:
         return images
 
     def end(self, images: Sequence[str | bytes]) -> Message:
-        """Read the rest of the message, with its images. Raises Problem, UnexpectedAnswer."""
+        """Return the message with its images. Raises Problem, UnexpectedAnswer."""
         with expecting(SWITCHING_PROTOCOLS):
             pictures = tuple(image for image in images if isinstance(image, bytes))
             if len(pictures) < len(images):
@@ -280,7 +278,7 @@ class Reading:
 class Following:
     """Reads GET /jobs/{id}/events over several connections, until the job has `ended`.
 
-    The patience starts over whenever an event comes.
+    Each event renews the patience.
     """
 
     def __init__(self, last_id: str, patience: Patience, expected: Expected) -> None:
@@ -289,15 +287,15 @@ class Following:
         self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(expected), False
 
     def begin_connection(self) -> dict[str, str]:
-        """Discard an incomplete event of the last connection, and return the headers of the next request."""
+        """Discard the incomplete event of the last connection, and return the headers of the next request."""
         self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(self._expected), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 
     def read(self, chunk: bytes) -> Iterator[Event]:
-        """Yield the events that are complete with this chunk. Raises UnexpectedAnswer."""
+        """Yield the events that this chunk completes. Raises UnexpectedAnswer."""
         with expecting(OK):
             received = self._decoder.feed(chunk)
-        if received or self._heard:  # the first chunk is a greeting, which even a stopping server sends
+        if received or self._heard:  # even a stopping server sends a first chunk
             self._patience.renew()
         self._heard = True
         for sent in received:
@@ -314,11 +312,11 @@ class Following:
         event = event_of(sent)
         with expecting(OK):
             if sent.id:
-                checks.token(sent.id)  # the next request has it in a header
+                checks.token(sent.id)  # the next request sends the id in a header
             if isinstance(event, Frame):
                 self._frames.check(event)
             elif isinstance(event, Waiting | Progress):
-                # A server sends these before its first frame. Another server may have taken over the job over the same
-                # connection, and it goes on from a snapshot, so that steps come again.
+                # A server sends these events before its first frame. If another server takes over the job on the same
+                # connection, the new server continues from a snapshot and repeats steps.
                 self._frames = FrameOrder(self._expected)
         return event

@@ -1,4 +1,4 @@
-"""The values that calls return, read from the server's responses, and those that report on a job."""
+"""Return values of the client's calls, and the messages and events of a job."""
 
 import io
 import math
@@ -26,10 +26,10 @@ MediaType = Literal[
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 NAME = {"check": checks.model_name}
-AS_IT_IS = {"check": lambda value: value}  # no JSON
+AS_IT_IS = {"check": lambda value: value}  # raw bytes, not JSON
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
-ZIP_END = struct.Struct("<4s4xHHLLH")  # last record of a zip without a comment; PKZIP's APPNOTE.TXT, 4.3.16
-# NumPy's format, version 1.0: float32 of four dimensions, in the order of C.
+ZIP_END = struct.Struct("<4s4xHHLLH")  # last record of a zip without a comment (PKZIP's APPNOTE.TXT, 4.3.16)
+# Header of NumPy's format, version 1.0: float32, four dimensions, C order.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, "
     rb"'shape': \(([0-9]{1,9}(?:, [0-9]{1,9}){3})\), \} *\n",
@@ -37,17 +37,17 @@ NPY_HEADER = re.compile(
 )
 ZIP64_LOCATOR = b"PK\x06\x07"
 OK = 200
-MAX_IMAGES = 4096  # where the request gives no number
+MAX_IMAGES = 4096  # the limit if the number of images is unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The images of a job: `data` is one sheet, a zip, JSON, floats or a trajectory, as `media_type` says.
+    """The images of a job. `data` is a sheet, a zip, JSON, floats, an animation or a trajectory; see `media_type`.
 
-    The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer from the server's cache. `sampler`, `steps` and `guidance` are those of the job; None from an older
-    server. `timings_s` has the seconds of `queue`, `first_step`, `denoise`, `decode` (latent models only) and
-    `encode`. It is empty for an answer from the cache and for the image of a durable job.
+    The same parameters with this `seed` and the same `fingerprint` give the same bytes. `job_id` is None for a response
+    from the server's cache. `sampler`, `steps` and `guidance` are the job's values; None if the server is too old to
+    send them. `timings_s` has the seconds of `queue`, `first_step`, `denoise`, `decode` (latent models only) and
+    `encode`. It is empty for a response from the cache and for the images of a durable job.
     """
 
     data: bytes = field(repr=False)
@@ -62,7 +62,7 @@ class Sampled:
 
     @classmethod
     def of(cls, response: httpx.Response, accept: str) -> "Sampled":
-        """Read a response to a request for `accept`. Raises UnexpectedAnswer."""
+        """Parse the response to a request for the media type `accept`. Raises UnexpectedAnswer."""
         headers = response.headers
         with expecting(response.status_code):
             if headers["content-type"] != accept:
@@ -81,7 +81,7 @@ class Sampled:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The PNGs of a zip by name, `00000.png` for image 0 and so on. Raises UnexpectedAnswer if it is none."""
+        """Return the PNGs of a zip by name (`00000.png` for image 0). Raises UnexpectedAnswer if `data` is no zip."""
         try:
             return _files(self.data)
         except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
@@ -89,7 +89,7 @@ class Sampled:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The object of a JSON document. Raises UnexpectedAnswer if it is none."""
+        """Return the object of a JSON document. Raises UnexpectedAnswer if `data` is no such document."""
         try:
             return checks.mapping(checks.loads(self.data))
         except ValueError as error:
@@ -97,9 +97,9 @@ class Sampled:
 
     @property
     def floats(self) -> "memoryview[float]":
-        """The floats of application/x-npy, [n, C, H, W]; `numpy.asarray` makes an array of them without a copy.
+        """Return the floats of application/x-npy, [n, C, H, W]. `numpy.asarray` converts them without a copy.
 
-        Raises UnexpectedAnswer if the data are no such array.
+        Raises UnexpectedAnswer if `data` is no such array.
         """
         found = NPY_HEADER.match(self.data)
         shape = [int(side) for side in found[1].split(b",")] if found is not None else []
@@ -109,7 +109,7 @@ class Sampled:
 
     @property
     def pngs(self) -> list[bytes]:
-        """The PNGs, one an image; for `image/png` one sheet of all. Raises UnexpectedAnswer if there are none."""
+        """Return one PNG per image; for `image/png`, one sheet of all. Raises UnexpectedAnswer if there are none."""
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:
@@ -123,7 +123,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Noised:
-    """An image at timestep t of the forward process, as PNG, and the alpha_bar of t."""
+    """An image at timestep t of the forward process, as PNG, with the alpha_bar of t."""
 
     data: bytes = field(repr=False)
     seed: int
@@ -132,7 +132,7 @@ class Noised:
 
     @classmethod
     def of(cls, response: httpx.Response) -> "Noised":
-        """Read a response. Raises UnexpectedAnswer."""
+        """Parse the response of POST /noise. Raises UnexpectedAnswer."""
         headers = response.headers
         with expecting(response.status_code):
             return cls(
@@ -145,13 +145,13 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as GET /jobs/{id} describes it; the API reference explains the members. `problem` is why it failed."""
+    """A job, as in GET /jobs/{id}. The API reference explains the members. `problem` is the error of a failed job."""
 
     id: str
     model: str = field(metadata=NAME)
     state: State
     durable: bool
-    step: int | None  # null where it ended early
+    step: int | None  # None if the job ended early
     steps: int
     n: int
     sampler: str
@@ -164,45 +164,45 @@ class JobState:
     fingerprint: str | None
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
-    webhook: Mapping[str, Any] | None = None  # its receiver, and the state of the delivery
+    webhook: Mapping[str, Any] | None = None  # the receiver and the state of the delivery
 
     @classmethod
     def of(cls, document: Any) -> "JobState":
-        """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
+        """Parse a job's document, and ignore members that a newer server adds. Raises UnexpectedAnswer."""
         with expecting(OK):
             return checks.read(cls, document)
 
     @property
     def ended(self) -> bool:
-        """Whether it is done, failed or cancelled."""
+        """Return True if the job is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
 def object_of(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a response. Raises UnexpectedAnswer."""
+    """Return the JSON object of a response. Raises UnexpectedAnswer."""
     with expecting(response.status_code):
         return checks.mapping(checks.loads(response.content))
 
 
 def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
-    """The jobs of a page, and where the next page begins; None: this is the last. Raises UnexpectedAnswer."""
+    """Return the jobs of a page and the cursor of the next page, None for the last page. Raises UnexpectedAnswer."""
     document = object_of(response)
     with expecting(response.status_code):
         jobs = [JobState.of(job) for job in checks.items(document["jobs"])]
         after = checks.optional(checks.token, document["next"])
-    if after is not None and not jobs:  # or pages without jobs might come without end
+    if after is not None and not jobs:  # a server could send empty pages without end
         raise UnexpectedAnswer(response.status_code)
     return jobs, after
 
 
 def _files(data: bytes) -> dict[str, bytes]:
-    """Unpack a zip of uncompressed PNGs, as the server makes it. Raises ValueError, BadZipFile and the like."""
+    """Unpack a zip of uncompressed PNGs, as the server makes it. Raises ValueError, BadZipFile and other errors."""
     end = data[-ZIP_END.size :]
     if len(end) < ZIP_END.size or not end.startswith(b"PK\x05\x06"):
         raise ValueError("its end is missing")
     _, _, _, directory_bytes, _, _ = ZIP_END.unpack(end)
     if directory_bytes > 100 * MAX_IMAGES or data[-ZIP_END.size - 20 :].startswith(ZIP64_LOCATOR):
-        raise ValueError(f"more than {MAX_IMAGES} files in it")  # zipfile makes an object of each entry
+        raise ValueError(f"more than {MAX_IMAGES} files in it")  # zipfile creates an object per entry
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         for entry in entries:
@@ -218,27 +218,27 @@ def _files(data: bytes) -> dict[str, bytes]:
 
 
 def _timings_s(header: str) -> dict[str, float]:
-    """The durations of a Server-Timing header, which are in milliseconds."""
+    """Parse the durations of a Server-Timing header, which are in milliseconds, into seconds."""
     parts = (part.strip().split(";dur=") for part in header.split(",") if ";dur=" in part)
     return {name: checks.number(float(ms)) / 1000 for name, ms in parts}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model as GET /models describes it. `info` is the answer of GET /model; None if it is not served.
+    """A model, as in GET /models. `info` is the document of GET /model; None if the model is not served.
 
-    A server may serve a model that is `unloaded`: the first request loads it.
+    A server may serve an `unloaded` model: the first request loads it.
     """
 
     name: str = field(metadata=NAME)
-    default: bool  # calls that name no model use it
+    default: bool  # used by calls that name no model
     state: Loaded
     info: Mapping[str, Any] | None
-    url: str | None = None  # the path of its page and its API; None if it is not served
+    url: str | None = None  # path of the model's page and API; None if the model is not served
 
     @classmethod
     def of(cls, document: Any) -> "ModelState":
-        """Read a model's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
+        """Parse a model's document, and ignore members that a newer server adds. Raises UnexpectedAnswer."""
         with expecting(OK):
             members = checks.mapping(document)
             model = checks.read(cls, members | {"info": members["model"]})
@@ -248,7 +248,7 @@ class ModelState:
 
 
 def models_of(response: httpx.Response) -> list[ModelState]:
-    """The models of a list. Raises UnexpectedAnswer, also if a name comes twice."""
+    """Parse a list of models. Raises UnexpectedAnswer, also if a name appears twice."""
     document = object_of(response)
     with expecting(response.status_code):
         models = [ModelState.of(model) for model in checks.items(document["models"])]
@@ -262,9 +262,9 @@ def models_of(response: httpx.Response) -> list[ModelState]:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A watched job was accepted. position: the number of jobs ahead; eta_s: expected seconds until it is done.
+    """A watched job was accepted. position: the number of jobs ahead. eta_s: expected seconds until the job is done.
 
-    sampler, steps, guidance: those of the job; None from a server of an earlier version.
+    sampler, steps, guidance: the job's values; None if the server is too old to send them.
     """
 
     id: str
@@ -281,13 +281,13 @@ class Accepted:
 class Frame:
     """A picture of a job after `step` of `steps`; the next step starts at timestep `t`. eta_s: seconds until the end.
 
-    show: `x_t`, the latent, or `x_0`, the network's guess of the image. image: the index of the image, or None where
-    `data` is one sheet of all. data: a PNG, or what `frame_format` asked for.
+    show: `x_t` (the latent) or `x_0` (the network's prediction of the image). image: the index of the image; None if
+    `data` is one sheet of all images. data: a PNG, or the format that `frame_format` requested.
     """
 
     step: int
     steps: int
-    t: float  # the timestep
+    t: float
     show: str
     eta_s: float
     image: int | None
@@ -296,7 +296,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A watched job is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
+    """A watched job is done. images: one PNG sheet, or with `layout="images"` one PNG per image."""
 
     images: tuple[bytes, ...] = field(repr=False, metadata=AS_IT_IS)
     queue_s: float
@@ -314,7 +314,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A durable job waits. position: jobs ahead; eta_s: expected seconds until it is done; None: unknown."""
+    """A durable job is waiting. position: number of jobs ahead. eta_s: expected seconds until done. None: unknown."""
 
     position: int | None
     eta_s: float | None
@@ -322,17 +322,17 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A durable job has taken `step` of `steps`; the members are those of a Frame."""
+    """A durable job has taken `step` of `steps`. The members have the same meaning as in Frame."""
 
     step: int
     steps: int
-    t: float  # the timestep
+    t: float
     eta_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A durable job has ended; `job.state` says how."""
+    """A durable job has ended. `job.state` is done, failed or cancelled."""
 
     job: JobState
 

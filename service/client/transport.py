@@ -1,4 +1,4 @@
-"""Addresses, keys and limits, and the meaning of errors of httpx and websockets. No I/O."""
+"""URLs, keys and limits of requests, and conversion of httpx and websockets errors. No I/O."""
 
 import re
 import warnings
@@ -10,28 +10,28 @@ import httpx
 from . import checks
 from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
 
-if TYPE_CHECKING:  # at run time all but `watch` does without websockets
+if TYPE_CHECKING:  # at run time, only `watch` needs websockets
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 HEADERS = {
     "API-Version": "1",  # a server without this version refuses the call
-    "Accept-Encoding": "identity",  # images are compressed already, and an unpacked size is hard to bound
+    "Accept-Encoding": "identity",  # images are already compressed, and the size after decompression is hard to bound
 }
 CONNECT_S = 10.0
-CLOSE_S = 1.0  # for the closing handshake of a WebSocket: nothing more is read
-# For the answer to a ping over a WebSocket, which is not read while the caller is busy with earlier messages. It is
-# longer than the server's own limit, so that the server decides.
+CLOSE_S = 1.0  # timeout of a WebSocket's closing handshake; the client reads no more messages
+# Timeout of a WebSocket ping. While the caller is busy with earlier messages, the client does not read the pong.
+# The server's own timeout is shorter, so the server decides when to close.
 PONG_S = 90.0
 QUIET_S = 60.0
-# By default httpx allows 100 connections, so that long requests would delay others.
+# By default httpx allows 100 connections, and long requests would delay others.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
-OUR_COMPLAINTS = (1002, 1007, 1009)  # the client closes: protocol error, no UTF-8, too large
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # printable ASCII, no space at either end
+OUR_COMPLAINTS = (1002, 1007, 1009)  # close codes of the client: protocol error, invalid UTF-8, message too large
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 def http_address(url: str) -> str:
-    """Check the server's address. Raises ValueError."""
+    """Check the server's URL, and remove trailing slashes. Raises ValueError."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -42,33 +42,32 @@ def http_address(url: str) -> str:
 
 
 def model_address(address: str, model: str | None) -> str:
-    """Make the address of a model; that of the default one (None) is the server's. Raises ValueError."""
+    """Return the URL of a model. The default model (None) has the server's URL. Raises ValueError."""
     return address if model is None else f"{address}/models/{checks.model_name(model)}"
 
 
 def authorization(key: str) -> dict[str, str]:
-    """Make the header for a key. Raises ValueError, which does not show the key, if no header can hold it."""
+    """Return the header for a key. Raises ValueError, without the key, if no header can hold the key."""
     if not KEY.fullmatch(key):
         raise ValueError("a key must be printable ASCII, without spaces or line ends around it")
     return {"Authorization": f"Bearer {key}"}
 
 
 class KeyAuth(httpx.Auth):
-    """Sends a key with one request, in place of any other Authorization. Raises ValueError as `authorization` does."""
+    """Sends a key with one request, and replaces any other Authorization. Raises ValueError like `authorization`."""
 
     def __init__(self, key: str) -> None:
         self._header = authorization(key)
 
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]
-        """Add the key."""
         request.headers.update(self._header)
         yield request
 
 
 def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Mapping[str, str] | None:
-    """Add a key to the headers of every request, in place of another Authorization.
+    """Add a key to the headers of every request, and replace any other Authorization.
 
-    Raises ValueError for a key that no header can hold, and for a url with credentials: both use one header.
+    Raises ValueError for a key that no header can hold, and for a url with credentials: both use the same header.
     """
     if key is None:
         return headers
@@ -79,24 +78,24 @@ def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Ma
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
-    """Make the time limits of a request. quiet_s: seconds that the server may be silent; None: no limit."""
+    """Return the timeouts of a request. quiet_s: seconds that the server may be silent; None: no limit."""
     return httpx.Timeout(quiet_s, connect=CONNECT_S if quiet_s is None else min(CONNECT_S, quiet_s))
 
 
 def check_coding(response: httpx.Response) -> None:
-    """Raise UnexpectedAnswer for a compressed response, before it is unpacked."""
+    """Raise UnexpectedAnswer for a compressed response, before httpx decompresses it."""
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
         raise UnexpectedAnswer(response.status_code, f"compressed ({coding!r:.40}), which was not asked for")
 
 
 def too_large(status: int, max_bytes: int) -> UnexpectedAnswer:
-    """Make the error for an answer that is too long for its request."""
+    """Return the error for a response that exceeds max_bytes."""
     return UnexpectedAnswer(status, f"longer than an answer to this can be ({max_bytes} bytes)")
 
 
 def warn_of_deprecation(method: str, response: httpx.Response) -> None:
-    """Warn of a call that the server calls deprecated (RFC 9745 and 8594). The warning names no query."""
+    """Warn if the server marks the call as deprecated (RFC 9745, RFC 8594). The warning omits the query string."""
     if "deprecation" in response.headers:
         until = response.headers.get("sunset")
         what = f"{method} {response.url.path} is deprecated" + (f", and works until {until:.40}" if until else "")
@@ -104,13 +103,13 @@ def warn_of_deprecation(method: str, response: httpx.Response) -> None:
 
 
 def lost(error: Exception) -> Unreachable:
-    """Make the error for a connection that could not be opened, or that broke."""
+    """Return the error for a connection that failed to open or broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
 
 
 def closed(error: "ConnectionClosed", max_bytes: int) -> ClientError:
-    """Make the error for a WebSocket that was closed before its end; max_bytes is the bound of a message."""
+    """Return the error for a WebSocket that closed before the job was done. max_bytes: the limit of a message."""
     if error.sent is None or error.rcvd_then_sent:
         return Unreachable(f"the server closed before the job was done ({error})", reached=True)
     if error.sent.code == 1009:
@@ -121,7 +120,7 @@ def closed(error: "ConnectionClosed", max_bytes: int) -> ClientError:
 
 
 def refused(error: "InvalidStatus") -> ClientError:
-    """Make the error for a WebSocket that the server did not open."""
+    """Return the error for a WebSocket that the server refused to open."""
     response = error.response
     headers = {name.lower(): value for name, value in response.headers.raw_items()}
     return error_of(response.status_code, headers, bytes(response.body or b""))
