@@ -1,1 +1,4 @@
-"""Row state on the device, executors of the forward pass, and measurements before serving. Only this imports torch."""
+"""The engine: row state on the device, forward passes, and measurements before serving.
+
+Only this layer of the server imports torch.
+"""
