@@ -110,7 +110,7 @@ class Verdict:
             yield
             return
         with mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)  # until the attempt or the process ends
+            fcntl.flock(mark, fcntl.LOCK_EX)  # held until the attempt or the process ends
             elsewhere = faulthandler.is_enabled()
             if elsewhere:  # the signal goes to another file, so the mark records any end of the process
                 mark.write(b"its process has ended")

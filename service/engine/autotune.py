@@ -51,7 +51,7 @@ BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine 
 LARGE_BYTES = 64 * 2**20  # weights of a large network, of which each pass size holds another copy
 WORTH_LARGE = 0.85  # replaces WORTH for a large network
 FEW_THREADS = 4  # with so few threads, one stream runs a large network as fast as one stream per thread
-# A candidate is skipped if its passes of one place have a score this many times the best score, see TimedChoice.
+# Skip a candidate whose score, measured with passes of one place, is worse than the best score by this factor.
 HOPELESS = 8.0
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # least and most rows for comparing two executors
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
@@ -67,7 +67,7 @@ class Choice:
     sizes: tuple[int, ...] | None = None  # pass sizes; None runs any batch as one pass
     wide: int = 0  # most places in wide passes, which use all threads (openvino: most places beyond equal shares)
     streams: int | None = None  # None: one stream per thread; 1: one stream on all threads
-    # Torch's threads in one stream, if other programs left fewer than the wish's threads when this was measured.
+    # Number of torch's threads in one stream. None: the wish's number. Other programs used cores if this is smaller.
     threads: int | None = None
 
     @property
@@ -181,19 +181,19 @@ class Builder:
         self.worth = WORTH_LARGE if self.is_large else WORTH
         self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
-        self._compiled: openvino_executor.Compiled = {}  # passes compiled so far, for reuse
+        self._compiled: openvino_executor.Compiled = {}  # compiled passes, reused by later executors
         self._spreads: list[float] = []  # median time / least time of each measurement
         self._shares_cores = shares_cores and device.type == "cpu"
 
     @cached_property
     def torch_threads(self) -> int | None:
-        """Return torch's number of threads, if other programs leave fewer than the requested number; otherwise None."""
+        """Return the number of threads that other programs leave for torch; None if that is the requested number."""
         threads = threads_left(self._threads) if self._shares_cores else self._threads
         return threads if threads < self._threads else None
 
     @property
     def noise(self) -> float:
-        """Return the median of median time / least time over all measurements: 1.0 to 1.1 on an idle machine."""
+        """Return the noise of measurements: the median of median time / least time, 1.0 to 1.1 on an idle machine."""
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
@@ -263,7 +263,7 @@ class Builder:
         inputs = compared_inputs(checkpoint, device)
         rows = [rows_of(inputs, k, k + 1) for k in range(AGREE_ROWS)]
 
-        def outputs() -> Tensor:  # of a large pass, and of passes of one row
+        def outputs() -> Tensor:  # outputs of a large pass, and of passes of one row
             return torch.cat([executor(*inputs), *(executor(*row) for row in rows)])
 
         def reference() -> Tensor:
@@ -491,8 +491,8 @@ def _with_sizes(
 def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
     """Measure passes of one row on all threads, which need only one copy of the weights.
 
-    Return None if there are many threads and one-thread streams are much faster: fast enough to be worth a second copy
-    of the weights, for wide passes.
+    Return None if one-thread streams are so much faster that they are worth a second copy of the weights, which wide
+    passes need. With at most FEW_THREADS threads, never return None.
     """
     rows = wish.threads
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -565,8 +565,9 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
     """Return the number of rows for comparing two executors.
 
-    In float32, another order of a sum changes almost every value. In bfloat16, it changes about one value in 10,000, so
-    a small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by chance.
+    In float32, another order of summation changes almost every value. In bfloat16, it changes about one value in
+    10,000, so a small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by
+    chance.
     """
     if precision == "float32":
         return AGREE_ROWS

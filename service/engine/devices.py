@@ -181,7 +181,7 @@ class _Flags:
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     launching: int = 0  # number of threads that rely on the current values
-    before: tuple[bool, bool] = (False, False)  # values to restore when no thread relies on them
+    before: tuple[bool, bool] = (False, False)  # values to restore after the last of these threads
 
     def take(self, tf32: bool) -> None:
         """Set the flags. Wait while other threads launch with another value."""

@@ -84,7 +84,7 @@ class Engine:
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # the plan's line of step 0; steps that an edit skips have no line
+        self._first_line = zeros(max_rows)  # line of step 0 in `_plans`; steps that an edit skips have no line
         # On the host: the number of ticks launched before the row was added.
         self._added_at = np.zeros(max_rows, np.int64)
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: true if the row's sampler draws z
@@ -252,7 +252,7 @@ class Engine:
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
         """Return those of the given rows whose latents are not finite.
 
-        On a GPU, the result is as of the last tick that `wait` has seen end.
+        On a GPU, the result is the state after the last tick that `wait` waited for.
         """
         slots = list(rows)
         if self._ticks is None:

@@ -21,7 +21,7 @@ from tminus.service.engine.devices import multiplying, streams
 from tminus.service.threads import started_pool
 
 CPU_SIZES = (1, 2, 4, 8)  # pass sizes to try on a CPU
-PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32: float32 with a 10-bit mantissa in products, CUDA only
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, CUDA only: float32 products with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) of each pass
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 

@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 # Called with the current activity, and roughly the seconds left, or None if unknown.
 Progress = Callable[[str, float | None], None]
 
-# Places in the largest batch by default. On a CPU, longer ticks only make new jobs wait.
+# The most places in a batch without --max-batch. On a CPU, longer ticks only make new jobs wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # raises LARGEST_BATCH on a CPU with many cores, where each core runs its own pass
 MIN_QUEUED_BATCH = 8  # on a busy machine, smaller ticks spend too much time in Python
@@ -103,7 +103,7 @@ class ReadModel:
 def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, Speed]:
     """Describe a checkpoint before it is measured. The info's executor, precision and fingerprint are empty.
 
-    The speed is a guess. Replicas divide the model's first jobs by this speed.
+    The speed is a guess. Replicas share out the model's first jobs by this speed.
     """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
@@ -303,7 +303,7 @@ def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) ->
 
 
 def wish_of(options: LoadOptions, device: torch.device) -> Wish:
-    """Return the executor that these options ask for on this device, with the device's defaults."""
+    """Return the wish that these options express, with defaults for this device."""
     threads = options.threads or CORES
     largest = options.max_batch or LARGEST_BATCH[device.type]
     if device.type == "cpu" and options.max_batch is None:

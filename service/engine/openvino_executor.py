@@ -52,7 +52,7 @@ MOST_KEPT_BYTES = 4 * 2**30  # maximum size of all graphs in the cache folder
 # Prefix of a folder that is being written, and the age in seconds after which such a folder is abandoned.
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
 MAX_TIMES_BETWEEN = 4096  # number of cached embeddings of fractional timesteps
-VECTOR = 64  # floats; torch uses no longer vectors on any processor
+VECTOR = 64  # floats; at least the length of torch's vectors on any processor
 # A mark on nodes that is not saved to files. Without this mark, OpenVINO multiplies by a constant's inverse instead of
 # dividing by the constant.
 DIVIDES = "nonconvertable_divide_0"
@@ -207,7 +207,7 @@ class KeptGraph:
             return None
 
     def write(self, model: Any) -> Any:
-        """Write the graph, and load it with memory-mapped weights. Return None if the disk is full or read-only.
+        """Write the graph, and load it with memory-mapped weights. Return None on failure, such as a full disk.
 
         Other servers may write the same graph at the same time. Each server maps the files that it wrote itself.
         """

@@ -29,7 +29,7 @@ else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 LARGE = 2**18  # values in a row's feature map: 1 MiB, the size of a core's cache
-# Most channels and fewest values of a feature map whose layout OpenVINO changes slowly.
+# OpenVINO is slow to change the layout of feature maps with at most NARROW channels and at least WORTHWHILE values.
 NARROW, WORTHWHILE = 64, 2**14
 WINDOW = 16  # pixels; largest side of an averaging window
 # SPREAD[m, k] is 1 if row k of a 3x3 kernel adds to row m of the 4x4 kernel on the smaller map.

@@ -29,7 +29,7 @@ from tminus.service.spec import Floats, Images, Inputs, Pixels
 log = logging.getLogger(__name__)
 
 TIMED = 3  # timed calls; the fastest counts
-LONG_S = 0.5  # if the first calls took longer, they are not repeated
+LONG_S = 0.5  # if the first calls take longer together, their times are used
 Pass = Callable[[Floats], Floats]
 
 
@@ -50,8 +50,8 @@ class PixelPictures:
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
         """Read finished rows as images [n, H, W, C]. The returned function raises NotFinite if a row is not finite.
 
-        bit_depth: 8 or 16 for integers, 32 for float32. known: for each row, the inputs of an edit with a mask. A pixel
-        model ignores `known`, because its rows end with the known pixels unchanged.
+        bit_depth: 8 or 16 for integers, 32 for float32. known: image and mask of each masked row, None for other rows.
+        A pixel model ignores `known`, because its rows end with the known pixels unchanged.
         """
         read = copy_out(self._device, _channels_last(to_uint8(x) if bit_depth == 8 else x), x.isfinite().all())
 
@@ -64,7 +64,7 @@ class PixelPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Convert unfinished rows to images, uint8 [n, H, W, C] on the device, of the channels that pictures show."""
+        """Convert unfinished rows to uint8 [n, H, W, C] on the device. Drops channels that pictures do not show."""
         return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:

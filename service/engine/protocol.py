@@ -38,7 +38,7 @@ class LoadOptions:
 class RowEngine(Protocol):
     """Holds the state of rows and updates it in ticks. Not thread-safe.
 
-    Most methods that read rows return a function, which may wait for the device. Call it in another thread.
+    Most methods that read rows return a function, which may wait for the device. Call that in another thread.
     """
 
     info: ModelInfo

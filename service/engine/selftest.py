@@ -40,7 +40,7 @@ STEPS, ROWS, GUIDED = 4, 2, 3
 
 
 class Proof:
-    """Tests the bits of an exact executor on this machine, and caches the findings for later starts.
+    """Tests that an exact executor gives a row the same bits in any batch, and caches the findings.
 
     The cache is keyed by weights, machine and versions. Findings are reused only if the executor's output has the same
     hash as before. This detects a cache file that was changed, or comes from another machine.

@@ -1,4 +1,4 @@
-"""Decodes uploaded images to pixels of the model's size. All bounds are checked before decoding."""
+"""Decodes uploaded images to pixels of the model's size. The bounds are checked before decoding."""
 
 import asyncio
 import io
@@ -157,7 +157,7 @@ class Payer(Protocol):
 
 
 class Decoder:
-    """Owns the decoding thread. There is only one, so at most one decoded upload is in memory at a time."""
+    """Owns the decoding thread. There is only one, so at most one full-size decoded image is in memory."""
 
     def __init__(self) -> None:
         # Counts the bytes that wait for the thread. Nothing else counts a WebSocket message after its receipt.
@@ -207,8 +207,8 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: b
     """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage with the field's name.
 
     The image is prepared by `fit_picture`, like training pictures, so x_0 looks like the training data. For an RGBA
-    model, the image keeps its alpha, or gets an opaque one. For other models, transparent pixels are laid over black.
-    An image of the model's size is not resampled. crop: if false, an image of another size is refused.
+    model, the image keeps its alpha; without alpha it is opaque. For other models, transparent pixels are laid over
+    black. An image of the model's size is not resampled. crop: if false, an image of another size is refused.
     """
     with _loaded(data, field) as image:
         if not crop:

@@ -142,7 +142,7 @@ def _cached_bytes(pictures: list[Picture]) -> int:
 
 
 def as_pictures(images: Pixels, model: ModelInfo) -> Pixels:
-    """Convert a job's images [n, H, W, C] to integers, of the channels that pictures show."""
+    """Convert a job's images [n, H, W, C] to integer pixels. Drops channels that pictures do not show."""
     shown = images[..., : model.shown_channels]
     return as_uint8(shown.astype(np.float32)) if shown.dtype == np.float32 else shown
 

@@ -19,7 +19,7 @@ FORMAT = 2  # increased when the contents of the file change
 TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}; numpy {np.__version__}"
 METADATA_KEY = "tminus"  # the only key: safetensors writes several keys in no fixed order
 MAX_METADATA_BYTES = 2**20
-LENGTH_BYTES = 8  # size of the header's length, which starts the file
+LENGTH_BYTES = 8  # size of the file's first field, the length of the header
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
