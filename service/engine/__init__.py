@@ -1,4 +1,1 @@
-"""The engine: row state on the device, forward passes, and measurements before serving.
-
-Only this layer of the server imports torch.
-"""
+"""Row state on the device, forward passes, and measurements before serving. Only this layer imports torch."""

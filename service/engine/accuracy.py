@@ -23,8 +23,7 @@ from tminus.service.engine.choice_cache import ChoiceCache
 
 log = logging.getLogger(__name__)
 
-# Bounds on the relative error. Measured errors are 5e-7 in float32 and 0.007 in bfloat16, over all bundled networks and
-# timesteps.
+# Bounds on the relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, over all bundled networks and timesteps.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
 SLACK = 3.0  # allowed multiple of the error at approval: processors round differently
 MARK = ".attempt"  # suffix of a file that remains if a signal kills the process
@@ -93,10 +92,7 @@ class Verdict:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Mark the first attempt in a file. If a signal kills the process, the next start finds the file.
-
-        Raises Unfit if an earlier start refused the executor.
-        """
+        """Mark the first attempt in a file, which remains if a signal kills the process. Raises Unfit if refused."""
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file

@@ -290,7 +290,6 @@ class Builder:
         return executor
 
     def verdict(self, choice: Choice) -> Verdict:
-        """Return the verdict on a choice's executor and precision on this machine."""
         return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
 
     def forget_compiled(self) -> None:
@@ -363,10 +362,7 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build an earlier start's choice without timing. Return None if there is no choice, or if it is unfit.
-
-    Unlike `choose_executor`, use a choice made on a busy machine even if this machine is idle now.
-    """
+    """Build an earlier start's choice, even from a busy machine, without timing; None if missing or unfit."""
     builder = Builder(checkpoint, device, wish.threads, cache)
     try:
         candidates = _allowed(builder, find_candidates(checkpoint, device, wish))

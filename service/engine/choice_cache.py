@@ -44,10 +44,7 @@ class ChoiceCache:
         wish: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Derive the file's name from a hash of the arguments, the machine and the library versions.
-
-        If folder is None, nothing is stored.
-        """
+        """Name the file by a hash of arguments, machine and library versions. If folder is None, store nothing."""
         self.file: Path | None = None  # this machine's file; None stores nothing
         self.found: Path | None = None  # the file that `read` tried last
         if folder is not None:
@@ -66,10 +63,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Return the result of an earlier start, or of the subfolder GIVEN; None if there is no result.
-
-        A given result counts as measured on an idle machine.
-        """
+        """Return an earlier start's result, or one from GIVEN, which counts as measured on an idle machine."""
         if self.file is None:
             return None
         self.found = self.file

@@ -51,10 +51,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def default_max_rows(checkpoint: Checkpoint) -> int:
-    """Return the number of rows whose x and x0, in float32, fit in LATENT_BUDGET_BYTES.
-
-    The result is at least 4 and at most MAX_DEFAULT_ROWS.
-    """
+    """Return the number of rows, 4 to MAX_DEFAULT_ROWS, whose x and x0 (float32) fit in LATENT_BUDGET_BYTES."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 

@@ -38,10 +38,7 @@ NONE = np.zeros(0, np.int64)
 
 
 class Engine:
-    """Owns the latents. Implements `RowEngine`.
-
-    A row id is a slot: an index into tensors on the device that hold one entry per row.
-    """
+    """Implements `RowEngine`. Owns the latents; a row id is an index into tensors on the device, called a slot."""
 
     def __init__(
         self,
@@ -250,10 +247,7 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return those of the given rows whose latents are not finite.
-
-        On a GPU, the result is the state after the last tick that `wait` waited for.
-        """
+        """Return the given rows that are not finite; on a GPU, as of the last tick that `wait` waited for."""
         slots = list(rows)
         if self._ticks is None:
             finite = self._finite.numpy()[slots]

@@ -76,10 +76,7 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
 
 
 def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
-    """Return the fields of the noise schedule that can change output bits.
-
-    For a schedule of betas, the fields of continuous schedules are left out.
-    """
+    """Return the fields that can change output bits. For betas, leave out the fields of continuous schedules."""
     fields = asdict(noise)
     if noise.is_continuous:
         return fields

@@ -1,7 +1,4 @@
-"""Builds an engine from a checkpoint: chooses the executor, measures ticks, and tests that bits are reproducible.
-
-The test is in `selftest.py`.
-"""
+"""Builds an engine from a checkpoint: chooses the executor, measures ticks, and tests its bits (`selftest.py`)."""
 
 import logging
 import math
@@ -164,10 +161,7 @@ def memory_lacking(folder: Path) -> str | None:
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
-    """Read a checkpoint: the first, quick half of a load. Detects every fault of the folder and the device.
-
-    Raises CheckpointError or ValueError.
-    """
+    """Do the first, quick half of a load. Raises CheckpointError or ValueError for a fault of folder or device."""
     return _in_thread(lambda: _read_checkpoint(options))
 
 
@@ -383,10 +377,7 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """Return an earlier start's batch sizes, or None if they are invalid.
-
-    If throughput hardly depends on the size, noise would change the measured sizes at each start.
-    """
+    """Return an earlier start's batch sizes, if valid. Noise would change sizes that each start measured again."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(

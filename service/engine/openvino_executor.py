@@ -53,8 +53,7 @@ MOST_KEPT_BYTES = 4 * 2**30  # maximum size of all graphs in the cache folder
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
 MAX_TIMES_BETWEEN = 4096  # number of cached embeddings of fractional timesteps
 VECTOR = 64  # floats; at least the length of torch's vectors on any processor
-# A mark on nodes that is not saved to files. Without this mark, OpenVINO multiplies by a constant's inverse instead of
-# dividing by the constant.
+# A node's mark, not saved to files. Without this mark, OpenVINO replaces a division by a constant with a product.
 DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -157,10 +156,7 @@ class Graph:
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
-        """Return the embeddings of timesteps [B]. Whole timesteps are rows of `time_table`.
-
-        Fractional timesteps are embedded one by one, so their bits never depend on a batch.
-        """
+        """Embed timesteps [B]. Fractional timesteps are embedded one by one, so bits never depend on a batch."""
         whole = t.long().clamp(0, len(self.time_table) - 1)
         temb = self.time_table[whole]
         for place in (whole != t).nonzero().flatten().tolist():
@@ -447,7 +443,6 @@ class _Passes:
         self._free: deque[_Pass] = deque()
 
     def start(self, x: Floats, temb: Floats) -> "_Pass":
-        """Start a pass in a free request."""
         one = self._free.popleft() if self._free else _Pass(self._compiled.create_infer_request())
         try:
             one.start(x, temb)

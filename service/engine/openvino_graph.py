@@ -186,10 +186,7 @@ def _norm_by_windows(node: Any) -> Any:
 
 
 def _split_shift(x: Any) -> tuple[Any, Any]:
-    """Split a sum into values and a shift that is constant over a channel, such as the timestep's.
-
-    The shift is None if there is no such sum. After a split, the sum need not be written to memory.
-    """
+    """Split a sum into values and a shift that is constant over a channel, so the sum need not be in memory."""
     node = x.get_node()
     if node.get_type_name() == "Add":
         for values, shift in ((0, 1), (1, 0)):

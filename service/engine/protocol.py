@@ -1,7 +1,4 @@
-"""The engine's interface, its load options, and a loop that runs one job without a server.
-
-This module does not import torch.
-"""
+"""The engine's interface without torch, its load options, and a loop that runs one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

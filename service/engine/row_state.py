@@ -143,10 +143,7 @@ class KnownValues:
 
 
 class Registers:
-    """Owns the registers of rows: tensors that some samplers keep between passes, besides x and x0.
-
-    Created for the first row with registers, so other servers use no memory.
-    """
+    """Owns registers: tensors that some samplers keep between passes. Created for the first row with registers."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
         """shape: [C, H, W] of one row."""
@@ -167,10 +164,7 @@ class Registers:
         return self._values[rows, :count]
 
     def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Return the next x of rows [B], and store their new registers.
-
-        matrices: [B, 5, 8]. state: (x, x0, x0_previous, z).
-        """
+        """Return the next x of rows [B]; store their registers. matrices: [B, 5, 8]. state: x, x0, x0_previous, z."""
         held = self._values[rows]
         count = held.shape[1]
         new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])

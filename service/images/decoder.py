@@ -78,10 +78,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
-    """Return (width, height) from the frame header (ITU-T T.81, section B.2), and the number of scans.
-
-    The frame header is a segment before the first scan.
-    """
+    """Return (width, height) from the frame header (ITU-T T.81, section B.2), and the number of scans."""
     size = None
     for marker, at in _jpeg_segments(data):
         if marker in JPEG_FRAMES:
@@ -92,8 +89,7 @@ def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
             break
     if size is None:
         raise ValueError("it has no frame header")
-    # In a scan's data, 0xFF is always followed by 0 or a restart marker, so this counts scans (including a
-    # thumbnail's).
+    # In a scan's data, 0 or a restart marker follows each 0xFF, so this counts scans (a thumbnail's included).
     if (scans := data.count(SCAN)) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
     return size, max(1, scans)

@@ -47,10 +47,7 @@ Picture = tuple[Show, int | None, bytes]  # (x_t or x_0, image index or None for
 
 
 class Encoder:
-    """Owns the encoding threads. Its methods run in the event loop and wait for a thread.
-
-    All coroutines raise Stalled if a thread hangs.
-    """
+    """Owns the encoding threads. Its coroutines wait for a thread, and raise Stalled if that thread hangs."""
 
     def __init__(self, observe: Callable[[str, float], None]) -> None:
         self._observe = observe
@@ -317,20 +314,14 @@ def sheet_grid(n: int) -> tuple[int, int]:
 
 
 def sheet_columns(n: int) -> int:
-    """Return the least number of columns, at least sqrt(n), that leaves no empty cell.
-
-    If that is more than 2 ceil(sqrt(n)), return ceil(sqrt(n)).
-    """
+    """Return the least number of columns >= sqrt(n) without empty cells, or ceil(sqrt(n)) if that is too wide."""
     square = math.isqrt(n - 1) + 1
     exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
     return exact if exact <= 2 * square else square
 
 
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
-    """Return the factor that enlarges a sheet of n images for viewing: up to TILE_PX per image and most_px in total.
-
-    height and width are those of the sheet.
-    """
+    """Return the factor to enlarge a sheet of n images for viewing: up to TILE_PX an image, most_px the sheet."""
     rows, columns = sheet_grid(n)
     tile = max(height // rows, width // columns)
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
