@@ -1,1 +1,1 @@
-"""Row state on the device, executors of the forward pass, and measurements before serving. Only this imports torch."""
+"""Row state on the device, forward passes, and measurements before serving. Only this layer imports torch."""

@@ -1,7 +1,7 @@
-"""Checks that a library computes what PyTorch computes in float32 on this processor, and that it runs here at all.
+"""Checks that an executor runs on this machine, and that it agrees with PyTorch in float32.
 
-Libraries give wrong numbers on some processors, and end the process on others. So each executor is compared with
-PyTorch before it serves, once for each combination of weights, versions and processor.
+Some libraries compute wrong numbers on some processors, and crash the process on others. So each executor is compared
+with PyTorch before it serves, once for each combination of weights, versions and processor.
 """
 
 import faulthandler
@@ -23,27 +23,27 @@ from tminus.service.engine.choice_cache import ChoiceCache
 
 log = logging.getLogger(__name__)
 
-# The largest relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, for each bundled network and every timestep.
+# Bounds on the relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, over all bundled networks and timesteps.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
-SLACK = 3.0  # factor on the error at approval, for processors that round differently
-MARK = ".attempt"  # suffix of a file that remains if a signal ends the process
-ALL = "all"  # stands for all precisions
+SLACK = 3.0  # allowed multiple of the error at approval: processors round differently
+MARK = ".attempt"  # suffix of a file that remains if a signal kills the process
+ALL = "all"  # key of a verdict on all precisions
 
 
 class Unfit(ValueError):
-    """An executor is unfit for a part of a model."""
+    """Raised if an executor must not run a part of a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far outputs are from those of PyTorch in float32, for the worst row."""
+    """The difference between outputs and those of PyTorch in float32, for the worst row."""
 
     relative_error: float  # |out - reference| / |reference|; inf if an output is not finite
     cosine: float
 
 
 def deviation(outputs: Tensor, reference: Tensor) -> Deviation:
-    """Compare outputs [B, ...] with a reference [B, ...] by row. A row whose reference is not finite does not count."""
+    """Compare outputs [B, ...] with a reference [B, ...] row by row. Rows with a non-finite reference are ignored."""
     reference, outputs = reference.cpu().flatten(1).double(), outputs.cpu().flatten(1).double()
     finite = reference.isfinite().all(1)
     reference, outputs = reference[finite], outputs[finite]
@@ -57,7 +57,7 @@ def deviation(outputs: Tensor, reference: Tensor) -> Deviation:
 
 
 class Verdict:
-    """Whether an executor may run a part of a checkpoint here, as found now or at an earlier start."""
+    """Decides whether an executor may run a part of a checkpoint on this machine, and caches the decision."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Verdict:
         cache: Path | None,
         part: str = "network",
     ) -> None:
-        """cache: the folder of verdicts; None keeps none."""
+        """part: network, encoder or decoder. cache: the folder for verdicts; None disables the cache."""
         about = {
             "verdict": part, "executor": executor, "weights": checkpoint.weights_hash,
-            # A library may fail on some sets of cores only.
+            # A library may fail on certain sets of cores only.
             "cores": sorted(os.sched_getaffinity(0)),
         }  # fmt: skip
         self.name = f"{part} by {executor} in {precision}"
@@ -86,13 +86,13 @@ class Verdict:
 
     @property
     def refusal(self) -> str | None:
-        """The reason why it must not serve, found at an earlier start."""
+        """Return why an earlier start refused the executor; None if no start did."""
         reason = self._kept.get("refused")
         return f"{self._refused}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Mark the first attempt in a file. If a signal ends the process, the next start finds it. Raises Unfit."""
+        """Mark the first attempt in a file, which remains if a signal kills the process. Raises Unfit if refused."""
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file
@@ -102,13 +102,13 @@ class Verdict:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             mark = NamedTemporaryFile(prefix=f"{file.stem}-", suffix=MARK, dir=file.parent)  # noqa: SIM115  closed below
-        except OSError:  # for example in a read-only folder
+        except OSError:  # for example, the folder is read-only
             yield
             return
         with mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)  # held until the process ends
+            fcntl.flock(mark, fcntl.LOCK_EX)  # held until the attempt or the process ends
             elsewhere = faulthandler.is_enabled()
-            if elsewhere:  # signals are written to another file, so any end of the process counts
+            if elsewhere:  # the signal goes to another file, so the mark records any end of the process
                 mark.write(b"its process has ended")
                 mark.flush()
             else:
@@ -120,9 +120,9 @@ class Verdict:
                     faulthandler.disable()
 
     def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
-        """Compare outputs with the reference, and keep the verdict. Raises Unfit if they differ too much.
+        """Compare outputs with the reference, and cache the verdict. Raises Unfit if they differ too much.
 
-        bits: a hash of some output. If it is the same as at an earlier start, no comparison is needed.
+        bits: a hash of some output. If an earlier start accepted the same hash, the comparison is skipped.
         """
         if self._kept.get("bits") == bits:
             return
@@ -142,11 +142,11 @@ class Verdict:
         self._cache.write({**(self._cache.read() or {}), precisions: found})
 
     def _fatal_signal(self) -> str | None:
-        """Return the signal that ended an attempt, and delete the marks of processes that have ended."""
+        """Return the signal that killed an earlier attempt, if any. Deletes the marks of dead processes."""
         found, file = None, self._cache.file
         for mark in file.parent.glob(f"{file.stem}-*{MARK}") if file is not None else ():
             with suppress(OSError), mark.open("r+b") as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while that process runs
                 mark.unlink()
                 found = opened.readline().decode(errors="replace").strip() or found
         return found

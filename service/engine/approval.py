@@ -1,7 +1,7 @@
-"""Approves bfloat16 for a checkpoint by comparing its images with those of float32, and keeps the verdict.
+"""Approves bfloat16 for a checkpoint by comparing its images with images made in float32.
 
-model/evaluation/precision.py has the criterion. An approval is written to the checkpoint's tminus.json. If that is not
-writable, or bfloat16 was refused, the verdict is kept in the cache folder, for these weights on this machine.
+The criterion is in model/evaluation/precision.py. An approval is written to the checkpoint's tminus.json. If that file
+is not writable, or bfloat16 is refused, the verdict is written to the cache folder, for these weights on this machine.
 """
 
 import logging
@@ -36,10 +36,10 @@ from tminus.service.threads import LOADING, begin_in_daemon_thread
 log = logging.getLogger(__name__)
 
 LOWER = "bfloat16"
-BUDGET_S = 600.0  # time for all passes; it bounds the number of images
-POLL_S = 0.05  # how long one portion waits for the executor being built
-WORTH = 1.2  # speed-up over float32 from which bfloat16 is recommended
-REPORTS, REPORTED_S = 10, 60.0  # number of progress lines in the log, for an approval that takes at least this long
+BUDGET_S = 600.0  # time for all passes, which bounds the number of images
+POLL_S = 0.05  # seconds between polls while the executor is built
+WORTH = 1.2  # least speed-up over float32 for which bfloat16 is recommended
+REPORTS, REPORTED_S = 10, 60.0  # number of progress lines in the log, if the approval takes longer than REPORTED_S
 
 
 def approve_portions(
@@ -52,17 +52,17 @@ def approve_portions(
     num_images: int | None = None,
     batch_size: int = MAX_IMAGES,
 ) -> Generator[None, None, bool]:
-    """Approve or refuse bfloat16 for executors like `exact`; returns True if approved. Yields between passes.
+    """Approve or refuse bfloat16 for executors like `exact`. Yields between passes, and returns True if approved.
 
-    folder: the checkpoint, which is read again because an executor takes over its network. num_images: None means as
-    many as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be judged, and
-    OSError if an approval cannot be saved.
+    folder: the checkpoint's folder, which is read again because an executor takes over its network. num_images: None
+    means as many as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be
+    judged, and OSError if an approval cannot be saved.
     """
 
     def build() -> tuple[Checkpoint, Executor]:
         checkpoint = load_checkpoint(folder)
         size = 1 if device.type == "cpu" else batch_size
-        streams = 1 if batch_size == 1 else None  # one stream with all threads, for single rows
+        streams = 1 if batch_size == 1 else None  # 1: one stream on all threads, for single rows
         builder = Builder(checkpoint, device, threads, cache)
         return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=(size,), streams=streams))
 
@@ -76,7 +76,7 @@ def approve_portions(
     for forward in (exact, lower):
         rows = min(batch_size, threads)
         inputs = example_inputs(checkpoint, device, rows)
-        for _ in range(2):  # the first warms up
+        for _ in range(2):  # the first run warms up
             began_s = time.perf_counter()
             forward(*inputs).cpu()
             yield
@@ -131,7 +131,7 @@ def approve_portions(
 def _deviation(
     checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
 ) -> Generator[None, None, Deviation]:
-    """Measure how far outputs differ. The error allowed on other processors is derived from it."""
+    """Measure how far outputs differ. The error bound on other processors is derived from this deviation."""
     inputs = compared_inputs(checkpoint, device)
     outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
     for forward, outs in outputs.items():
@@ -149,9 +149,10 @@ def approve_later(
     options: LoadOptions,
     cache: Path | None,
 ) -> Iterator[None]:
-    """Return the iterator that approves bfloat16 while no job runs, if the options ask for it and no verdict is known.
+    """Return an iterator that approves bfloat16 while no job runs, if the options ask for it and no verdict is known.
 
-    Otherwise it is empty, and the log says what bfloat16 may gain and how to approve it.
+    Otherwise, return an empty iterator. If no verdict is known and bfloat16 would be faster with OpenVINO, log how to
+    approve it.
     """
     known = (executor.name, LOWER) in checkpoint.approved
     if known or wish.precision != "auto" or executor.precision != "float32":
@@ -173,18 +174,18 @@ def approve_later(
 
 
 def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> None:
-    """Raise ValueError if this executor cannot compute in bfloat16 here."""
+    """Raise ValueError if this executor cannot compute in bfloat16 on this device."""
     find_candidates(checkpoint, device, Wish(executor, LOWER))
 
 
 def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, cache: Path | None) -> ChoiceCache:
-    """Return this machine's cache file for the verdict on an executor in bfloat16 with exactly these weights."""
+    """Return the cache entry for this machine's verdict on an executor in bfloat16 with these weights."""
     about = {"approve": LOWER, "executor": executor, "weights_hash": checkpoint.weights_hash}
     return ChoiceCache(cache, checkpoint, device, about, ())
 
 
 def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> Checkpoint:
-    """Return the checkpoint with the approvals of its folder and of the cache folder."""
+    """Return the checkpoint with the approvals from the cache folder added."""
     verdicts = {name: kept_verdict(checkpoint, device, name, cache).read() or {} for name in EXECUTORS}
     kept = {
         (name, LOWER): relative_error_of(verdict)
@@ -195,5 +196,4 @@ def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Pat
 
 
 def _duration(seconds: float) -> str:
-    """Format a rough duration."""
     return f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {max(1, round(seconds))} seconds"

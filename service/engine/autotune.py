@@ -1,6 +1,6 @@
-"""Chooses the executor by measuring the candidates on this machine; the choice is cached.
+"""Chooses the executor by measuring candidates on this machine, and caches the choice.
 
-An exact candidate is measured at several pass sizes, and keeps the sizes whose outputs agree to the bit. An executor
+An exact candidate is measured at several pass sizes, and keeps the sizes whose outputs agree bit for bit. An executor
 is rejected if its output differs from eager float32 by more than its precision explains.
 """
 
@@ -40,57 +40,56 @@ from tminus.service.engine.executors import (
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
-REFERENCE = ("eager", "float32")  # the others are compared with it
-WORTH = 0.97  # a time above this share of another one counts as equal, since times vary as much
-SLOW_PASS_S = 1.0  # after a pass of this duration no larger one is tried
-TRIAL_S = 0.1  # duration of one size's measurement
-LONG_S = 0.5  # a call of this duration is measured once
-NOISY = 1.5  # a choice made with more noise is made again when the machine is idle
-IDLE_LOAD = 0.3  # load average per core
-BUDGET_S = 30.0  # after this no further size is tried; on a busy machine all sizes would take minutes
-LARGE_BYTES = 64 * 2**20  # weights of a large network: each further pass size holds another copy
-WORTH_LARGE = 0.85  # in place of WORTH for a large network
-FEW_THREADS = 4  # with so few threads, passes of a large network are as fast together as one by one
-# A candidate whose passes of one place are this much slower than the best (product of both times) is skipped.
+REFERENCE = ("eager", "float32")  # (executor, precision) that all others are compared with
+WORTH = 0.97  # measured times vary: only a time below this share of another time counts as faster
+SLOW_PASS_S = 1.0  # after a longer pass, no larger size is tried
+TRIAL_S = 0.1  # total seconds of the calls in one measurement
+LONG_S = 0.5  # a longer call is measured once
+NOISY = 1.5  # a choice made with more noise is measured again by a start on an idle machine
+IDLE_LOAD = 0.3  # load average per core below which a machine counts as idle
+BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine all sizes would take minutes
+LARGE_BYTES = 64 * 2**20  # weights of a large network, of which each pass size holds another copy
+WORTH_LARGE = 0.85  # replaces WORTH for a large network
+FEW_THREADS = 4  # with so few threads, one stream runs a large network as fast as one stream per thread
+# Skip a candidate whose score, measured with passes of one place, is worse than the best score by this factor.
 HOPELESS = 8.0
-AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # rows for comparing two executors
+AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # least and most rows for comparing two executors
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An executor with all its parameters. It can be built, and cached between starts."""
+    """All parameters of an executor, from which it can be built. Cached between starts."""
 
     executor: str
     precision: str
     channels_last: bool = True
     sizes: tuple[int, ...] | None = None  # pass sizes; None runs any batch as one pass
-    wide: int = 0  # the most places (openvino: beyond even shares) in wide passes, which use all threads
-    streams: int | None = None  # None: one stream per thread; 1: one stream with all threads
-    # torch's threads in one stream, if the machine left fewer than the wish's when it was measured
+    wide: int = 0  # most places in wide passes, which use all threads (openvino: most places beyond equal shares)
+    streams: int | None = None  # None: one stream per thread; 1: one stream on all threads
+    # Number of torch's threads in one stream. None: the wish's number. Other programs used cores if this is smaller.
     threads: int | None = None
 
     @property
     def way(self) -> tuple[str, str]:
-        """The executor and the precision."""
         return self.executor, self.precision
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """The settings' request; auto leaves the choice to measurement."""
+    """The executor that the settings ask for. Measurements decide every choice that is auto."""
 
     executor: str = "auto"
     precision: str = "auto"
     exact: bool = True
-    max_batch: int = 16  # the largest batch
+    max_batch: int = 16  # places in the largest batch
     threads: int = 1
 
 
 def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """List the allowed candidates, without sizes, the likely fastest first.
+    """Return the allowed candidates without pass sizes, the likely fastest first.
 
-    A precision below float32 must be approved or requested.
+    A precision below float32 must be approved or requested. Raises ValueError if the wish cannot be met.
     """
     if wish.executor not in ("auto", *EXECUTORS):
         raise ValueError(f"executor must be auto, {', '.join(EXECUTORS)}, got {wish.executor!r}")
@@ -105,8 +104,8 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
     if wish.executor == "auto":
-        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest, so it must be requested.
-        # Eager was never the fastest either; it is for a network that OpenVINO cannot run, see `_fastest`.
+        # On a CPU, torch.compile needs a compiler and a minute, and was never the fastest, so it must be requested.
+        # Eager was never the fastest either. It is for a network that OpenVINO cannot run, see `_fastest`.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
     candidates = []
     for name in names:
@@ -129,7 +128,7 @@ def _precisions(checkpoint: Checkpoint, device: torch.device, wish: Wish, execut
 
 
 def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
-    """Return the choice from the cache, or None if it is impossible now: the file may be damaged or edited."""
+    """Parse a cached choice. Return None if it is not possible now: the file may be damaged or edited."""
     try:
         sizes = tuple((fields or {})["sizes"] or ()) or None
         choice = Choice(**{**(fields or {}), "sizes": sizes})
@@ -147,21 +146,21 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
 
 @dataclass(frozen=True, slots=True)
 class TimedChoice:
-    """A choice, and the seconds of a single row and of a row in a full batch."""
+    """A choice, the seconds of a single row, and the seconds per row of a full batch."""
 
     choice: Choice
     lone_s: float
     row_s: float
-    bits: bytes = b""  # hash of its outputs, if sizes are grouped by their bits
+    bits: bytes = b""  # output bytes, if sizes are grouped by their bits
 
     @property
     def score(self) -> float:
-        """Both times count: the smallest geometric mean is the best."""
+        """Return the product of both times. The smaller, the better."""
         return self.lone_s * self.row_s
 
 
 class Builder:
-    """Builds executors of one checkpoint and takes over its network. OpenVINO's graph is converted only once."""
+    """Builds executors of one checkpoint, and takes over its network. OpenVINO's graph is converted only once."""
 
     def __init__(
         self,
@@ -173,32 +172,32 @@ class Builder:
         *,
         shares_cores: bool = False,
     ) -> None:
-        """cache: the folder of the converted graph. tell: called with the duration of a pass of one row.
+        """cache: the folder for the converted graph. tell: called with the seconds of a pass of one row.
 
-        shares_cores: whether torch may take fewer threads on a CPU, so that it does not wait for cores in use.
+        shares_cores: on a CPU, torch uses fewer threads if other programs use cores, to avoid waiting for these cores.
         """
         self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
         self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
         self.worth = WORTH_LARGE if self.is_large else WORTH
         self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
-        self._compiled: openvino_executor.Compiled = {}  # passes compiled so far, for reuse
-        self._spreads: list[float] = []  # for each timing, the median time over the least
+        self._compiled: openvino_executor.Compiled = {}  # compiled passes, reused by later executors
+        self._spreads: list[float] = []  # median time / least time of each measurement
         self._shares_cores = shares_cores and device.type == "cpu"
 
     @cached_property
     def torch_threads(self) -> int | None:
-        """The number of torch's threads, if other programs leave fewer than wished for."""
+        """Return the number of threads that other programs leave for torch; None if that is the requested number."""
         threads = threads_left(self._threads) if self._shares_cores else self._threads
         return threads if threads < self._threads else None
 
     @property
     def noise(self) -> float:
-        """The median over timings of median / least time: 1.0 to 1.1 on an idle machine."""
+        """Return the noise of measurements: the median of median time / least time, 1.0 to 1.1 on an idle machine."""
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
-        """Return the least time of several calls, since other programs may run too. The first call only warms up.
+        """Return the least time of several calls, to exclude delays by other programs. The first call only warms up.
 
         A slow call is repeated only once.
         """
@@ -219,11 +218,10 @@ class Builder:
         return min(times)
 
     def build(self, choice: Choice) -> Executor:
-        """Build the executor of a choice."""
         net, device, precision = self.checkpoint.net, self.device, choice.precision
         sizes = choice.sizes or (1,)
         if choice.executor == "openvino":
-            # OpenVINO has its own threads; torch's would compete with them for the cores.
+            # OpenVINO has its own threads. Torch's threads would compete with them for the cores.
             torch.set_num_threads(1)
             if self._graph is None:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
@@ -242,7 +240,7 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         streams = 1 if device.type == "cuda" else choice.streams or self._threads
-        if streams > 1:  # each stream has a thread, and so has the caller
+        if streams > 1:  # one thread for each stream, and one for the caller
             torch.set_num_threads(1)
         return EagerExecutor(
             net,
@@ -257,7 +255,7 @@ class Builder:
     def build_checked(self, choice: Choice) -> Executor:
         """Build the executor of a choice, and compare its outputs with the reference. Raises ValueError if it is unfit.
 
-        Only then does the network give up its weights, to an executor that holds them itself.
+        After the comparison, free the network's weights if the executor holds its own copy.
         """
         if choice.way == REFERENCE:
             return self.build(choice)
@@ -265,12 +263,12 @@ class Builder:
         inputs = compared_inputs(checkpoint, device)
         rows = [rows_of(inputs, k, k + 1) for k in range(AGREE_ROWS)]
 
-        def outputs() -> Tensor:  # from large passes and from passes of one row
+        def outputs() -> Tensor:  # outputs of a large pass, and of passes of one row
             return torch.cat([executor(*inputs), *(executor(*row) for row in rows)])
 
         def reference() -> Tensor:
             before = torch.get_num_threads()
-            # On a busy machine the threads wait for one another.
+            # On a busy machine, threads wait for each other, so a small network uses one thread.
             torch.set_num_threads(self._threads if self.is_large else 1)
             try:
                 with torch.inference_mode(), multiplying(device, tf32=False):
@@ -292,11 +290,10 @@ class Builder:
         return executor
 
     def verdict(self, choice: Choice) -> Verdict:
-        """Return the verdict on this executor and precision on this machine."""
         return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
 
     def forget_compiled(self) -> None:
-        """Free compiled passes that no built executor uses. Using them again would compile them again."""
+        """Free compiled passes that no built executor uses. A later executor compiles them again."""
         self._compiled.clear()
 
 
@@ -312,10 +309,10 @@ def choose_executor(
 ) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError if none can run.
 
-    cache: the folder for the choice, by machine, model and versions, and for the converted graph; None keeps neither.
-    tell: called with the duration of a pass of one row, as soon as it is known. busy: whether a server is running.
-    There a reloaded model must give the same bytes, so a choice made on a busy machine is kept. shares_cores: see
-    Builder; the number of threads is kept with the choice, since bits depend on it.
+    cache: the folder for the choice and for the converted graph; None disables the cache. tell: called with the seconds
+    of a pass of one row, as soon as this time is known. busy: true if a server is running. Then a choice made on a busy
+    machine is used again, because a reloaded model must give the same bytes. shares_cores: see Builder. The number of
+    threads is cached with the choice, because bits depend on it.
     """
     builder = Builder(checkpoint, device, wish.threads, cache, tell, shares_cores=shares_cores and not busy)
     candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -331,7 +328,7 @@ def choose_executor(
 
 
 def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
-    """Leave out candidates that an earlier start has rejected. Raises Unfit if none is left."""
+    """Return the candidates that no earlier start has rejected. Raises Unfit if none is left."""
     ways = dict.fromkeys(choice.way for choice in candidates if choice.way != REFERENCE)
     refusals = {way: refusal for way in ways if (refusal := builder.verdict(Choice(*way)).refusal) is not None}
     left = [choice for choice in candidates if choice.way not in refusals]
@@ -365,7 +362,7 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build an earlier start's choice, made idle or busy, without timing; None if there is none, or if it is unfit."""
+    """Build an earlier start's choice, even from a busy machine, without timing; None if missing or unfit."""
     builder = Builder(checkpoint, device, wish.threads, cache)
     try:
         candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -379,9 +376,9 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
 
 
 def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
-    """Build the eager executor without measuring, even if the wish names another; in float32 if the wish allows it.
+    """Build the eager executor without measuring, even if the wish names another. Use float32 if the wish allows it.
 
-    On a CPU it runs one row per pass, on one thread. Its bits therefore depend neither on a measurement nor on the
+    On a CPU the executor runs one row per pass, on one thread. So its bits depend neither on a measurement nor on the
     number of cores, and it never waits for a delayed thread. Raises ValueError if the executor is unfit.
     """
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
@@ -395,12 +392,12 @@ def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cac
 def _cache_of(
     checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
 ) -> ChoiceCache:
-    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # a choice among fewer sizes is not reused
+    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # do not reuse a choice among fewer sizes
     return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 
 def _is_idle() -> bool:
-    """Whether the machine has been mostly idle for the last minute."""
+    """Return whether the machine was mostly idle during the last minute."""
     return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
 
 
@@ -439,7 +436,7 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
 def _with_sizes(
     builder: Builder, wish: Wish, candidate: Choice, best: TimedChoice | None = None, until_s: float = math.inf
 ) -> TimedChoice:
-    """Complete a candidate with pass sizes, unless it is far slower than the best so far."""
+    """Measure a candidate, and choose its pass sizes. Stop early if it is far slower than the best so far."""
     hopeless = HOPELESS * best.score if best is not None else math.inf
 
     def tried(sizes: tuple[int, ...] | None) -> TimedChoice:
@@ -471,7 +468,7 @@ def _with_sizes(
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
-            # For a small network a large pass that is no slower saves Python several small ones.
+            # For a small network, keep a larger pass that is no slower: it saves Python several small passes.
             if trial.row_s < (builder.worth if builder.is_large else 1 / WORTH) * min(each.row_s for each in kept):
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
@@ -482,16 +479,16 @@ def _with_sizes(
     fastest = _with_wide(builder, wish, fastest)
     if candidate.executor == "openvino" or fastest.choice.wide or not builder.is_large:
         return fastest
-    # A single row of a large network would wait for one thread.
+    # Without wide passes, a single row of a large network runs on one thread. So also try one stream on all threads.
     together = _with_sizes(builder, wish, replace(candidate, streams=1, threads=builder.torch_threads), best, until_s)
     return min(fastest, together, key=attrgetter("score"))
 
 
 def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
-    """Measure passes of one row on all threads, which hold the weights once.
+    """Measure passes of one row on all threads, which need only one copy of the weights.
 
-    None if there are many threads and one-thread streams are so much faster that a second copy of the weights, for
-    wide passes, is worth it.
+    Return None if one-thread streams are so much faster that they are worth a second copy of the weights, which wide
+    passes need. With at most FEW_THREADS threads, never return None.
     """
     rows = wish.threads
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -514,7 +511,7 @@ def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoi
 
 
 def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
-    """Raise `wide` as long as wide passes are faster and give the same bits."""
+    """Double `wide` as long as wide passes are faster and, if the wish is exact, give the same bits."""
     choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -551,12 +548,12 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
     builder.tell(lone_s)
     if lone_s > LONG_S:
         full = rows_of(full, 0, wish.threads * (size or 1))
-    # The best possible row of a full batch, with a pass on every thread.
+    # Estimate the best possible time: a full batch with one pass on every thread.
     at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)
     if size == 1 and at_best.score > hopeless:
         return at_best
     bits = b""
-    if wish.exact and device.type == "cpu":  # only here sizes are grouped by their bits
+    if wish.exact and device.type == "cpu":  # only then are sizes grouped by their bits
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
     return TimedChoice(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
 
@@ -564,8 +561,9 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
     """Return the number of rows for comparing two executors.
 
-    In float32 another order of a sum shows in almost every value. In bfloat16 it shows in about one of 10,000, so a
-    small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by chance.
+    In float32, another order of summation changes almost every value. In bfloat16, it changes about one value in
+    10,000, so a small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by
+    chance.
     """
     if precision == "float32":
         return AGREE_ROWS
@@ -575,7 +573,7 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make the same example rows each time, at mixed timesteps and classes.
+    """Make example rows at mixed timesteps and classes. The same arguments give the same rows.
 
     Returns x [B, C, H, W], t [B], class_labels [B] or None.
     """
@@ -590,12 +588,12 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
 
 
 def compared_inputs(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make the rows for comparing executors: like `example_inputs`, at timesteps from the first to the last."""
+    """Make rows for comparing executors, like `example_inputs` but at timesteps evenly spaced from first to last."""
     x, _, labels = example_inputs(checkpoint, device, AGREE_ROWS)
     return x, torch.linspace(0, checkpoint.noise.num_train_timesteps - 1, AGREE_ROWS, device=device).round(), labels
 
 
 def rows_of(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Select rows of the inputs."""
+    """Return rows start to end of the inputs."""
     x, t, labels = inputs
     return x[start:end], t[start:end], labels[start:end] if labels is not None else None

@@ -1,4 +1,4 @@
-"""Measurements and verdicts of this machine, kept between starts in a folder of small files.
+"""Caches measurements and verdicts of this machine between starts, in a folder of small files.
 
 File contents are not trusted. If a file cannot be read or written, the next start measures again.
 """
@@ -20,13 +20,13 @@ from tminus.service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
 
-CPU_LINES = ("model name", "flags")  # lines of /proc/cpuinfo
-GIVEN = "given"  # subfolder with results from another machine; it may be read-only
-NOISE_KEY = "noisy"  # marks a choice from a busy machine, which an idle one makes again
+CPU_LINES = ("model name", "flags")  # lines of /proc/cpuinfo that describe the processor
+GIVEN = "given"  # subfolder with results from another machine; may be read-only
+NOISE_KEY = "noisy"  # marks a choice from a busy machine: a start on an idle machine measures again
 
 
 def default_cache() -> Path | None:
-    """Return the user's cache folder; None for a user without a home."""
+    """Return tminus's folder in the user's cache; None if the user has no home directory."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
     except RuntimeError:
@@ -34,7 +34,7 @@ def default_cache() -> Path | None:
 
 
 class ChoiceCache:
-    """One file of the cache."""
+    """Reads and writes one file of the cache."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class ChoiceCache:
         wish: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Name the file by a hash of all arguments. Without a folder nothing is kept."""
-        self.file: Path | None = None  # this machine's file
-        self.found: Path | None = None  # the file that was read last
+        """Name the file by a hash of arguments, machine and library versions. If folder is None, store nothing."""
+        self.file: Path | None = None  # this machine's file; None stores nothing
+        self.found: Path | None = None  # the file that `read` tried last
         if folder is not None:
             parts = {
-                # The host name is left out: each container has a new one.
+                # Leave out the host name: each container has a new one.
                 "machine": (platform.machine(), *_cpu(), os.cpu_count()),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
@@ -63,7 +63,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Read an earlier start's result, or one from GIVEN, which counts as made on an idle machine."""
+        """Return an earlier start's result, or one from GIVEN, which counts as measured on an idle machine."""
         if self.file is None:
             return None
         self.found = self.file
@@ -74,18 +74,18 @@ class ChoiceCache:
         return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
 
     def write(self, fields: Mapping[str, Any]) -> None:
-        """Keep a result for the next start."""
+        """Store a result for later starts. A failure to write is only logged."""
         if self.file is None:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(fields) + "\n")
-        except OSError as error:  # for example on a read-only file system: the next start measures again
+        except OSError as error:  # for example, a read-only file system
             log.info("what was measured is not kept: %s", error)
 
 
 def _cpu() -> tuple[str, str]:
-    """Return the processor's name and its features: virtual machines give different processors the same name."""
+    """Return the processor's name and a hash of its features: virtual machines give different processors one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

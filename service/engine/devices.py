@@ -1,4 +1,4 @@
-"""The device of a model: its choice, its memory, copies to and from it, and its matmul precision."""
+"""Chooses a model's device, and handles its memory, copies between device and host, and matmul precision."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ MAX_DEFAULT_ROWS = 4096
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device. Raises ValueError if it is missing."""
+    """Return the device with the name auto, cpu, cuda or cuda:N. Raises ValueError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,9 +37,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a GPU's context is dead, as after an illegal access: then every call fails. Waits for the device.
+    """Return whether a GPU's context is dead, for example after an illegal memory access. Waits for the device.
 
-    A GPU that ran out of memory is not lost.
+    Every call on a dead context fails. A GPU that ran out of memory is not lost.
     """
     if device.type != "cuda":
         return False
@@ -51,18 +51,18 @@ def is_lost(device: torch.device) -> bool:
 
 
 def default_max_rows(checkpoint: Checkpoint) -> int:
-    """Return the number of rows whose state (x and x0, float32) fits the latent budget."""
+    """Return the number of rows, 4 to MAX_DEFAULT_ROWS, whose x and x0 (float32) fit in LATENT_BUDGET_BYTES."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the free memory; None if the system does not report it."""
+    """Return the device's free memory; None if the system does not report it."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
 def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device: torch.device) -> None:
-    """Raise ValueError if not even one row of the model fits. size_px: (height, width)."""
+    """Raise ValueError if the device has too little memory for one row of the model. size_px: (height, width)."""
     free = available_bytes(device)
     if free is not None and needed_bytes > free:
         raise ValueError(
@@ -72,48 +72,51 @@ def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device:
 
 
 def row_slots(max_rows: int, *shape: int, device: torch.device, dtype: type[np.generic] = np.float32) -> Tensor:
-    """Make zeros [max_rows, *shape]. On a CPU a slot takes memory only from its first use, and most are never used."""
+    """Make zeros [max_rows, *shape]. On a CPU, a slot takes memory only after its first use; most are never used."""
     if device.type == "cuda":
         return torch.from_numpy(np.zeros(0, dtype)).to(device).new_zeros(max_rows, *shape)
     return torch.from_numpy(np.zeros((max_rows, *shape), dtype))
 
 
 def release_memory() -> None:
-    """Return a model's freed memory to the system. Takes about 0.1 s."""
+    """Return freed memory to the operating system. Takes about 0.1 s."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # only glibc keeps freed memory and has this call
+    with suppress(OSError, AttributeError):  # only glibc keeps freed memory and has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """Copy an array to the device without waiting."""
-    # torch.tensor copies; from_numpy would warn about read-only arrays from a store.
+    # torch.tensor makes a copy. from_numpy would warn about read-only arrays, such as arrays read from a store.
     return send(torch.tensor(array), device)
 
 
 def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Make an index [len(rows)] on the device without waiting."""
+    """Copy row ids to the device without waiting: int64 [len(rows)]."""
     return send(torch.tensor(rows), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to the device without waiting."""
+    """Copy a tensor from the host to the device without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Start to copy new tensors to the host. The returned function waits for them; on a CPU it returns at once."""
+    """Start to copy tensors to the host. The returned function waits for the copies.
+
+    On a CPU, the function returns the tensors themselves, so pass new tensors that no other code changes.
+    """
     if device.type != "cuda":
         return lambda: tensors
-    stream = streams(device).copying  # runs beside the next tick
+    stream = streams(device).copying  # this stream runs beside the next tick
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
         for host, source in zip(on_host, tensors, strict=True):
             host.copy_(source, non_blocking=True)
-            source.record_stream(stream)  # otherwise the allocator would reuse its memory in the next tick
+            source.record_stream(stream)  # otherwise the allocator may reuse the memory in the next tick
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(stream)
 
@@ -126,7 +129,7 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The streams of a GPU apart from the ticks' stream, one for each purpose."""
+    """The streams of a GPU, one for each purpose, in addition to the stream of the ticks."""
 
     copying: torch.cuda.Stream
     decoding: torch.cuda.Stream
@@ -136,21 +139,21 @@ class Streams:
 
 @cache
 def streams(device: torch.device) -> Streams:
-    """Return the streams of a GPU, created once: torch has 32 streams and hands them out in turn."""
+    """Return the streams of a GPU. They are created once, because torch reuses a pool of only 32 streams."""
     return Streams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 class LaunchedTicks:
-    """The ticks launched on a GPU, and the rows that were finite after the last tick known to have ended.
+    """Tracks the ticks launched on a GPU, and which rows were finite after the last tick known to have ended.
 
-    The flags are read one tick late, so that the host never waits for the tick it has just launched.
+    The flags are read one tick late, so the host never waits for the tick that it has just launched.
     """
 
     def __init__(self) -> None:
-        # For each tick not known to have ended: its event and its flags.
+        # (event, flags on the host) for each tick not known to have ended.
         self._running: list[tuple[torch.cuda.Event, Tensor]] = []
         self.num_launched = self.num_ended = 0
-        self.finite: Tensor | None = None  # on the host, from the last tick known to have ended
+        self.finite: Tensor | None = None  # flags on the host after the last tick known to have ended
 
     def add(self, finite: Tensor) -> None:
         """Record the end of the tick just launched, and start to copy its flags to the host."""
@@ -162,7 +165,7 @@ class LaunchedTicks:
         self.num_launched += 1
 
     def wait(self) -> None:
-        """Wait until at most one tick has not ended: the GPU has work while the host prepares the next."""
+        """Wait until at most one tick is running. This tick keeps the GPU busy while the host prepares the next one."""
         while len(self._running) > 1:
             event, self.finite = self._running.pop(0)
             event.synchronize()
@@ -171,14 +174,14 @@ class LaunchedTicks:
 
 @dataclass
 class _Flags:
-    """The two flags, and the threads that launch with them."""
+    """Torch's two global TF32 flags, and the number of threads that rely on them."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    launching: int = 0  # threads that rely on the present values
-    before: tuple[bool, bool] = (False, False)  # values before the first of these threads
+    launching: int = 0  # number of threads that rely on the current values
+    before: tuple[bool, bool] = (False, False)  # values to restore after the last of these threads
 
     def take(self, tf32: bool) -> None:
-        """Set the flags, or wait while other threads launch with other values."""
+        """Set the flags. Wait while other threads launch with another value."""
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         with self.changed:
             self.changed.wait_for(lambda: not self.launching or matmul.allow_tf32 == tf32)
@@ -188,7 +191,7 @@ class _Flags:
             self.launching += 1
 
     def leave(self) -> None:
-        """Restore the flags, unless other threads still launch."""
+        """Restore the flags if no other thread relies on them."""
         with self.changed:
             self.launching -= 1
             if not self.launching:
@@ -201,11 +204,11 @@ _flags = _Flags()
 
 @contextmanager
 def multiplying(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Launch float32 matmuls and convolutions in TF32 or not, whatever torch's defaults; does nothing on a CPU.
+    """Launch float32 matmuls and convolutions in the block with or without TF32. Does nothing on a CPU.
 
-    Threads that want the same value may launch at the same time; others wait. (torch.compile, which may take a minute,
-    is called in here too.) Launched work keeps its value after the block, which restores the flags. Do not nest blocks
-    with different values.
+    Threads that want the same value may launch at the same time; other threads wait. The block may take a minute,
+    because torch.compile is called in it. Launched work keeps its precision after the block, which restores the flags.
+    Do not nest blocks with different values: that deadlocks.
     """
     if device.type != "cuda":
         yield

@@ -1,6 +1,6 @@
-"""Row state on the device, and one tick: a forward pass over rows at mixed timesteps, then the update rule.
+"""Row state on the device, and ticks: a forward pass over rows at mixed timesteps, then the update rule.
 
-Specs and row ids come in, NumPy arrays go out; no tensor leaves. The scheduler decides which rows step.
+Callers pass specs and row ids and get NumPy arrays, never tensors. The scheduler chooses the rows of each tick.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
-FIRST_KNOWN_DRAW = 2**31  # the draws of a row's known pixels begin here; x_T and z take draws 0..T
+FIRST_KNOWN_DRAW = 2**31  # draws for a row's known pixels start here; x_T and z use draws 0 to T
 NONE = np.zeros(0, np.int64)
 
 
 class Engine:
-    """Owns the latents. Every row has a slot in tensors on the device; values by row are gathered by index."""
+    """Implements `RowEngine`. Owns the latents; a row id is an index into tensors on the device, called a slot."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Engine:
         bits: str | None = None,
         cache: Path | None = None,
     ) -> None:
-        """Allocate room for a number of rows and jobs.
+        """Allocate slots for max_rows rows.
 
-        bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder of converted graphs.
+        bits: a hash of the executor's outputs, see `fingerprint`. cache: the folder for converted graphs.
         """
         kind = PixelPictures if checkpoint.autoencoder is None else LatentPictures
         self._pictures = kind(checkpoint, device, cache)
@@ -63,7 +63,7 @@ class Engine:
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self.autoencoder_bits
         )
         self._device, self._max_jobs = device, max_jobs
-        self._torch_threads = torch.get_num_threads()  # set by the executor
+        self._torch_threads = torch.get_num_threads()  # the executor has set this number
         self._forward = executor
         self._noise = checkpoint.noise
         self._compiler = PlanCompiler(self.info, checkpoint.noise)
@@ -73,39 +73,39 @@ class Engine:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # One slot per row.
+        # These tensors and arrays have one slot per row.
         self._x = row_slots(max_rows, *self._shape, device=device)
         self._x0 = row_slots(max_rows, *self._shape, device=device)
-        self._v: Tensor | None = None  # v of a learned variance, allocated for the first trajectory
+        self._v: Tensor | None = None  # v of a learned variance; allocated by the first call of `point`
         self._noises = RowNoises(max_rows, self._shape, device)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # the line of the row's pass 0; passes that an edit skips have no line
+        self._first_line = zeros(max_rows)  # line of step 0 in `_plans`; steps that an edit skips have no line
         # On the host: the number of ticks launched before the row was added.
         self._added_at = np.zeros(max_rows, np.int64)
-        self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
-        self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps known values
-        self._rescales = np.zeros(max_rows, bool)  # on the host: whether the row's guidance is rescaled
-        self._known: KnownValues | None = None  # allocated for the first such row
-        self._num_registers = np.zeros(max_rows, np.int64)  # on the host: the number of registers of the row's sampler
-        self._registers: Registers | None = None  # allocated for the first such row
+        self._adds_noise = np.zeros(max_rows, bool)  # on the host: true if the row's sampler draws z
+        self._masked = np.zeros(max_rows, bool)  # on the host: true if the row has a mask
+        self._rescales = np.zeros(max_rows, bool)  # on the host: true if the row's guidance is rescaled
+        self._known: KnownValues | None = None  # allocated for the first masked row
+        self._num_registers = np.zeros(max_rows, np.int64)  # on the host: number of registers of the row's sampler
+        self._registers: Registers | None = None  # allocated for the first row with registers
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._plans = PlanStore(device)
-        self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> first line and length of its plan
-        self._inputs: dict[int, Inputs] = {}  # pictures of masked rows of a latent model
-        # On a GPU the host runs one tick ahead, and checks rows for finite values once their tick has ended.
+        self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> (first line, length) of its plan
+        self._inputs: dict[int, Inputs] = {}  # image and mask by row, for masked rows of a latent model
+        # On a GPU the host runs one tick ahead. It checks whether rows are finite after their tick has ended.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
     @torch.inference_mode()
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
-        """Give a job's rows their slots and their first x; returns the row ids.
+        """Assign slots to a job's rows, set their first x, and return the row ids.
 
-        The first x is x_T, or with a strength the x_t of the image, or the snapshot's x. Raises ValueError if the
-        model's schedule does not allow the spec, and if snapshot or inputs do not fit the spec.
+        The first x is the snapshot's x; otherwise, with a strength, x_t of the image; otherwise x_T. Raises ValueError
+        if the model's schedule does not allow the spec, or if the snapshot or the inputs do not fit the spec.
         """
-        # Slots are taken last, so that a refused job takes none.
+        # Take slots last, so a refused job takes none.
         plan = self._compiler.plan(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
         origin = None
@@ -127,7 +127,7 @@ class Engine:
             self._fill(rows, spec, start, (x, x0, registers))
             if inputs is not None and inputs.mask is not None and origin is not None and self._known is not None:
                 self._known.put(index_of(rows, self._device), origin, to_device(inputs.mask, self._device))
-                if self.info.latent is not None:  # a pixel model returns known pixels unchanged
+                if self.info.latent is not None:  # a pixel model's rows end with the known pixels unchanged
                     self._inputs |= dict.fromkeys(rows, inputs)
         except BaseException:
             self._plans.free(start, len(plan))
@@ -142,7 +142,7 @@ class Engine:
         return rows
 
     def _fill(self, rows: Sequence[int], spec: SampleSpec, start: int, state: Sequence[Tensor]) -> None:
-        """Write one job's rows into their slots. state: x, x0 and registers. start: the first line of its plan."""
+        """Write a job's rows into their slots. state: (x, x0, registers). start: the first line of the job's plan."""
         labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
         at, (x, x0, registers) = torch.tensor(rows, device=self._device), state
         if registers.shape[1] and self._registers is not None:
@@ -157,17 +157,15 @@ class Engine:
         self._finite[at] = True
 
     def step(self, batch: Batch) -> None:
-        """Run one tick to its end."""
         self.begin(batch)()
 
     @torch.inference_mode()
     def begin(self, batch: Batch) -> Callable[[], None]:
         """Begin a tick. The returned function waits for the network and updates the rows.
 
-        Another tick, with other rows, may begin before that call. Until a row's tick ends, reads return its old values
-        and it must not be removed. A batch reaches the device in one transfer; nothing loops over rows.
+        A batch reaches the device in one transfer, and no code loops over rows.
         """
-        # The number is global to the process, and another model may have set it.
+        # The number of threads is global to the process, and another model may have changed it.
         if torch.get_num_threads() != self._torch_threads:
             torch.set_num_threads(self._torch_threads)
         num_rows, num_guided = len(batch.rows), len(batch.guided)
@@ -198,8 +196,7 @@ class Engine:
             output = self._forward.start(seen, t, labels)
 
         try:
-            # Everything that does not need the output is made while the network runs. The plans may move before the
-            # tick ends.
+            # While the network runs, compute everything that does not need its output.
             z = torch.zeros_like(x)
             if len(noisy):
                 drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
@@ -212,7 +209,7 @@ class Engine:
                 eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
         except BaseException:
             with suppress(Exception):
-                output()  # once its passes end, others may begin
+                output()  # wait for this batch's passes before the executor starts others
             raise
 
         @torch.inference_mode()
@@ -238,7 +235,7 @@ class Engine:
             self._x[rows], self._x0[rows] = new, x0
             if self._v is not None:
                 self._v[rows] = out[:, self._shape[0] :]
-            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # a sum keeps NaN and infinity
+            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # a sum with NaN or infinity is not finite
             if self._ticks is not None:
                 self._ticks.add(self._finite)
 
@@ -250,40 +247,40 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return the rows that are no longer finite; on a GPU, after the last tick whose end `wait` saw."""
+        """Return the given rows that are not finite; on a GPU, as of the last tick that `wait` waited for."""
         slots = list(rows)
         if self._ticks is None:
             finite = self._finite.numpy()[slots]
         elif self._ticks.finite is None:
             return ()
-        else:  # a slot's flag may be older than its present row
+        else:  # ignore flags that are older than the row in the slot
             finite = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
         return () if finite.all() else tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read rows out. The returned function gives [n, H, W, C], or raises NotFinite if a row is not finite.
+        """Read rows as images. The returned function gives [n, H, W, C], or raises NotFinite if a row is not finite.
 
-        bit_depth: 8 or 16 for integers; 32 for the rows' float32, which may lie outside [-1, 1]. The rows may be
-        removed at once. Call the function in another thread, as with those below: on a GPU it waits for the copy, and
-        for a latent model it runs the decoder.
+        bit_depth: 8 or 16 for integers; 32 for the rows' float32 values, which may lie outside [-1, 1]. The rows may be
+        removed before the function is called. On a GPU the function waits for the copy; for a latent model it runs the
+        decoder.
         """
         x = self._x[index_of(rows, self._device)]
         return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Prepare inputs for `add`. The returned function adds their latents, for a latent model."""
+        """Return a function that prepares inputs for `add`: for a latent model, it adds the image's latents."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
-        """The seconds to decode an image and to encode one, beside the ticks; 0 for a pixel model."""
+        """Return the seconds to decode an image and to encode one; 0 for a pixel model."""
         return self._pictures.seconds_per_image()
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows: x_t, and x_0 as last predicted by the network; uint8 [n, H, W, C] each.
+        """Read running rows as images, uint8 [n, H, W, C]: x_t, and x_0 as last predicted by the network.
 
-        For a latent model both have approximate colours, and each latent is a square of one colour.
+        For a latent model, colours are approximate, and each latent becomes a square of one colour.
         """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
         read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
@@ -291,7 +288,7 @@ class Engine:
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read the state of one job's rows, in float32. steps: the step that each row takes next."""
+        """Read the state of one job's rows, in float32. steps: the next step of each row."""
         at = index_of(rows, self._device)
         x, count = self._x[at], int(self._num_registers[rows[0]])
         registers = x.new_zeros(len(rows), 0, *self._shape)
@@ -301,14 +298,13 @@ class Engine:
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))
 
     def plan(self, spec: SampleSpec) -> PlanNumbers:
-        """Return the coefficients of each pass of a spec. Raises ValueError as `add` does."""
         return self._compiler.plan(spec).numbers()
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
         """Read rows for a trajectory.
 
-        The v of a learned variance is kept from the first call on, so call it before the first pass of the rows.
+        Call this before the rows' first pass too: the v of a learned variance is stored only after the first call.
         """
         if self._v is None and self._noise.variance_type == "learned_range":
             self._v = torch.zeros_like(self._x)
@@ -321,12 +317,11 @@ class Engine:
         return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Read the x_t of rows, float32 [n, C, H, W]. Waits for the device."""
+        """Return x_t of rows, float32 [n, C, H, W]. Waits for the device."""
         x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
         return x
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Free the slots of one job's rows."""
         self._plans.free(*self._plan_of.pop(rows[0]))
         self._free_rows.extend(reversed(rows))
         for row in rows if self._inputs else ():
@@ -334,18 +329,14 @@ class Engine:
 
     @property
     def queues(self) -> bool:
-        """Whether a second tick may begin while one is in flight."""
         return self._forward.queues
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a tick may still run after `step` and `wait` have returned."""
         return self._ticks is not None
 
     def is_lost(self) -> bool:
-        """Whether the device has stopped working. Waits for the device."""
         return is_lost(self._device)
 
     def memory_bytes(self) -> int | None:
-        """Bytes of tensors on the GPU; None on a CPU, where they belong to the process's memory."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None

@@ -1,7 +1,7 @@
-"""Executors run the forward pass. One small interface: places in, the network's output in float32 out.
+"""Executors run the forward pass: they take a batch of places, and return the network's output in float32.
 
-An exact executor gives a place the same bits whatever else is in the batch. Its passes have a few fixed sizes whose
-outputs were seen to agree; `autotune.py` chooses the executor and the sizes by measuring.
+An exact executor gives a place the same bits, whatever else is in the batch. Its passes have a few fixed sizes whose
+outputs were measured to agree. `autotune.py` chooses the executor and the sizes.
 """
 
 import copy
@@ -20,26 +20,26 @@ from tminus.model.machine import torch_threads
 from tminus.service.engine.devices import multiplying, streams
 from tminus.service.threads import started_pool
 
-CPU_SIZES = (1, 2, 4, 8)  # pass sizes that are measured
-PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
-Passes = list[tuple[int, int, int]]  # (start, end, size) each
+CPU_SIZES = (1, 2, 4, 8)  # pass sizes to try on a CPU
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, CUDA only: float32 products with 10 bits of mantissa
+Passes = list[tuple[int, int, int]]  # (start, end, size) of each pass
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 
 
 class Executor(Protocol):
-    """Runs the U-Net on a batch of places. Only one thread may use it at a time."""
+    """Runs the network on a batch of places. Not thread-safe."""
 
     name: str
     precision: str
-    details: str  # everything else that could change a bit: layout, pass sizes, streams
-    queues: bool  # whether a second batch may start before the first is finished: its passes wait in a queue
+    details: str  # everything else that may change output bits: layout, pass sizes, streams
+    queues: bool  # true if a batch may start before the previous one has finished
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """x [B, C, H, W] float32, t [B] float32, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
+        """Map x [B, C, H, W] and t [B], float32, and class_labels [B], int64 or None, to [B, C', H, W], float32."""
         ...
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin. The returned function gives `out`. The caller's work before that call may run beside the network."""
+        """Start the network. The returned function waits for the output. The caller may do other work in between."""
         ...
 
 
@@ -66,9 +66,10 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
 
 
 def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
-    """Divide a batch into passes for the streams and wide passes.
+    """Divide a batch into passes for the streams, and wide passes, which use all threads.
 
-    The streams get even shares. The remaining places run in wide passes, if there are at most `wide` of them.
+    Each stream gets an equal share. The remaining places run in wide passes if there are at most `wide` of them;
+    otherwise, they are divided among the streams too.
     """
     left = places % streams
     if not 0 < left <= wide:
@@ -79,10 +80,10 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 
 
 class EagerExecutor:
-    """Plain PyTorch: the reference. With `sizes` None each batch is one pass.
+    """Runs the network in plain PyTorch; the reference for other executors. If `sizes` is None, a batch is one pass.
 
-    With several threads, each is a stream, and a batch is divided into passes. All streams take passes from one queue,
-    which all batches share, so no stream waits for another.
+    With several threads, each thread is a stream, and a batch is divided into passes. All streams take passes from one
+    queue, which all batches share, so no stream waits for another.
     """
 
     name = "eager"
@@ -98,9 +99,9 @@ class EagerExecutor:
         threads: int = 1,
         wide: int = 0,
     ) -> None:
-        """threads: the number of streams; with 1, passes run in the caller's thread, on all of torch's threads.
+        """threads: the number of streams. With 1, passes run in the caller's thread and use all of torch's threads.
 
-        wide: while no stream is busy, a batch of at most this many places runs in the caller's thread, on all threads.
+        wide: if no stream is busy, a batch of at most this many places runs in the caller's thread, on all threads.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
@@ -117,13 +118,12 @@ class EagerExecutor:
                 self._net = _of_fixed_kernels(self._net, precision, in_streams=threads > 1)
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Run the network on a batch."""
         return self.start(x, t, class_labels)()
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to run the network. Streams and a GPU work on their own; otherwise the work is done when this returns.
+        """Start the network. On a CPU, passes in the caller's thread are finished when this returns.
 
-        Batches may be started before earlier ones are finished.
+        A batch may start before earlier batches have finished.
         """
         places = len(x)
         x = x.contiguous(memory_format=self._format)
@@ -135,7 +135,7 @@ class EagerExecutor:
             self._running += futures
 
             def finish() -> Tensor:
-                wait(futures)  # also for passes beside a failed one
+                wait(futures)  # wait for all passes, even if one has failed
                 return torch.cat([future.result() for future in futures])
 
             return finish
@@ -155,14 +155,14 @@ class EagerExecutor:
 
 
 def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Denoiser:
-    """Copy a network, sharing its weights, so that passes of all sizes run the same kernels on a CPU.
+    """Copy a network so that passes of all sizes use the same CPU kernels. The copy shares the weights.
 
-    Torch and MKL choose kernels by the number of rows, and the kernels' last bits differ.
+    Torch and MKL choose kernels by the number of rows, and different kernels give different last bits.
     """
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
     if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kinds[nn.Conv2d] = _Conv2d
-    if in_streams:  # so a wide pass has the same bits as a pass in a stream
+    if in_streams:  # gives a wide pass the same bits as a pass in a stream
         kinds[nn.GroupNorm] = _GroupNorm
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = copy.deepcopy(net, shared)
@@ -172,7 +172,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
 
 
 class _Conv2d(nn.Conv2d):
-    """Always uses oneDNN. Torch has other kernels for a single small image, and for 1x1 in one thread."""
+    """Always uses oneDNN. Torch has other kernels for a single small image, and for 1x1 convolutions in one thread."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert not isinstance(self.padding, str)
@@ -180,7 +180,7 @@ class _Conv2d(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Pads a batch of vectors, such as timestep embeddings, to the largest pass, so that MKL uses one kernel."""
+    """Pads a batch of vectors, such as timestep embeddings, to the largest pass size, so MKL always uses one kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows = len(input)
@@ -190,7 +190,7 @@ class _Linear(nn.Linear):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Runs in one thread: torch divides the sums over a large image by the number of threads."""
+    """Runs in one thread: with more, torch splits sums over a large image, and the bits depend on the thread count."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.get_num_threads() == 1:
@@ -200,7 +200,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 class CompiledExecutor:
-    """torch.compile; on CUDA each size of a pass is captured once as a CUDA graph and replayed."""
+    """Runs the network with torch.compile. On CUDA, each pass size is captured once as a CUDA graph and replayed."""
 
     name = "compile"
     queues = False
@@ -214,13 +214,14 @@ class CompiledExecutor:
         precision: str = "float32",
         sizes: Sequence[int],
     ) -> None:
-        """Compile, which takes a minute. shape: [C, H, W] of one row. sizes: pass sizes, ascending, at most
-        MAX_GRAPHS.
+        """Compile the network, which takes about a minute.
+
+        shape: [C, H, W] of one row. sizes: at most MAX_GRAPHS pass sizes, ascending.
         """
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: Denoiser = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch._dynamo.reset()  # its limit on shapes includes earlier executors' shapes
-        # fullgraph: otherwise torch may run parts eagerly without saying so.
+        torch._dynamo.reset()  # torch's limit on shapes also counts the shapes of earlier executors
+        # Without fullgraph, torch may silently run parts of the network eagerly.
         self._compiled = torch.compile(self._net, dynamic=False, fullgraph=True)
         self._device, self._sizes, self.precision = device, tuple(sizes), precision
         self.details = f"passes of {', '.join(map(str, sizes))}"
@@ -238,20 +239,18 @@ class CompiledExecutor:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Run the network on a batch."""
         outs = [self._pass(x, t, class_labels, *one) for one in split_padded(len(x), self._sizes)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Run the network. On a CPU the work is done when this returns; a GPU works on its own."""
+        """Start the network. On a CPU, the work is finished when this returns."""
         out = self(x, t, class_labels)
         return lambda: out
 
     def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
         static_x, static_t, static_labels = self._inputs[size]
         num = end - start
-        # Copied into the graph's own memory. Entries past `num` are left from an earlier pass; their outputs are
-        # dropped.
+        # The graph reads fixed memory. Entries past `num` hold values of an earlier pass; their outputs are dropped.
         static_x[:num].copy_(x[start:end])
         static_t[:num].copy_(t[start:end])
         if static_labels is not None and class_labels is not None:
@@ -260,7 +259,7 @@ class CompiledExecutor:
             return self._run(static_x, static_t, static_labels)[:num]
         graph, out = self._graphs[size]
         graph.replay()
-        return out[:num].clone()  # the next replay overwrites it
+        return out[:num].clone()  # the next replay overwrites `out`
 
     def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         autocast = torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16")
@@ -269,7 +268,7 @@ class CompiledExecutor:
         return out.float()
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # Warm up on another stream, as CUDA graphs require: compiling and cuDNN's choices must not be captured.
+        # CUDA graphs require a warm-up on another stream: compilation and cuDNN's choices must not be captured.
         stream = streams(self._device).capturing
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -277,16 +276,16 @@ class CompiledExecutor:
                 self._run(*self._inputs[size])
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another model's ticks may run in another thread. The default mode would forbid much of what they do.
+        # Another model's ticks may run in another thread. The default mode would forbid many CUDA calls in that thread.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = self._run(*self._inputs[size])
         return graph, out
 
 
 def split_padded(places: int, sizes: Sequence[int]) -> Passes:
-    """Divide a batch into passes: full ones of the largest size, then one of the smallest size that fits.
+    """Divide a batch into passes of the largest size, then one pass of the smallest size that fits the rest.
 
-    This is for a device that small passes leave partly idle: one padded pass costs less there than several exact ones.
+    On a device that small passes leave partly idle, one padded pass costs less than several exact passes.
     """
     largest = sizes[-1]
     passes = [(start, start + largest, largest) for start in range(0, places - largest + 1, largest)]
@@ -297,12 +296,12 @@ def split_padded(places: int, sizes: Sequence[int]) -> Passes:
 
 
 def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
-    """Hash an executor's outputs on some rows."""
+    """Return a hash of an executor's outputs for these inputs."""
     return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:
-    """Repeat the last entry to fill a pass of fixed size."""
+    """Append copies of the last entry, to fill a pass of fixed size."""
     if tensor is None or padding == 0:
         return tensor
     return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])

@@ -1,4 +1,4 @@
-"""Facts about a loaded model for users, and its fingerprint: a hash of everything that can change a bit."""
+"""Facts about a loaded model for users, and its fingerprint: a hash of everything that can change output bits."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def make_model_info(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> ModelInfo:
-    """Collect the facts about a model for users, with the fingerprint of this build."""
+    """Collect the facts about a model for users, including the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
         name=checkpoint.name,
@@ -76,7 +76,7 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
 
 
 def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
-    """Return the schedule's fields that can change a bit. With betas the fields of formulas are left out."""
+    """Return the fields that can change output bits. For betas, leave out the fields of continuous schedules."""
     fields = asdict(noise)
     if noise.is_continuous:
         return fields
@@ -86,7 +86,6 @@ def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
 
 
 def _device_name(device: torch.device) -> str:
-    """Name the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
@@ -99,11 +98,11 @@ def fingerprint(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> str:
-    """Hash what can change a bit beside spec and weights: the noise schedule, versions, device, and how passes are run.
+    """Hash everything besides spec and weights that can change output bits: noise schedule, versions, device, passes.
 
-    bits: a hash of an exact executor's outputs on fixed rows; it replaces the description of the passes, so a start
-    with other pass sizes but the same bits keeps its fingerprint. autoencoder_bits: the same for a latent model's
-    autoencoder on fixed values.
+    bits: a hash of an exact executor's outputs on fixed rows. This hash replaces the description of the passes, so a
+    start with other pass sizes but equal bits keeps its fingerprint. autoencoder_bits: a hash of the outputs of a
+    latent model's autoencoder on fixed values.
     """
     parts = {
         "noise": _noise_fields(checkpoint.noise),
@@ -119,9 +118,9 @@ def fingerprint(
         "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
         "exact": exact,
     }
-    if not (exact and bits is not None):  # the weights' hash does not cover how the network uses them
+    if not (exact and bits is not None):  # weights_hash does not cover how the network uses the weights
         parts["net"] = checkpoint.net.config.to_dict()
-    if checkpoint.alpha:  # tminus.json sets it, and pictures depend on it
+    if checkpoint.alpha:  # set in tminus.json, and changes the pictures
         parts["alpha"] = True
     if autoencoder_bits is not None:
         parts["autoencoder"] = autoencoder_bits

@@ -1,7 +1,4 @@
-"""Makes an engine from a checkpoint, ready to serve: chooses the executor, measures ticks, and tests its bits.
-
-`selftest.py` has the test of the bits.
-"""
+"""Builds an engine from a checkpoint: chooses the executor, measures ticks, and tests its bits (`selftest.py`)."""
 
 import logging
 import math
@@ -40,40 +37,40 @@ from tminus.service.work import Batch
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Called with a start's present activity, and roughly the seconds left; None if unknown.
+# Called with the current activity, and roughly the seconds left, or None if unknown.
 Progress = Callable[[str, float | None], None]
 
-# No batch is larger without --max-batch: on a CPU a longer tick only makes new jobs wait.
+# The most places in a batch without --max-batch. On a CPU, longer ticks only make new jobs wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
-PLACES_PER_THREAD = 4  # on a CPU with many cores, where each core runs its own pass
-MIN_QUEUED_BATCH = 8  # on a busy machine smaller ticks spend too much time in Python
-MIN_BATCH = 4  # two guided rows: one of the oldest job, one of the shortest
-FULL_SHARE = 0.95  # a full tick's share of the best throughput
-QUEUED_SHARE = 0.85  # the same if a second tick may be in flight
-SHORT_SHARE = 0.6  # share of the best throughput for a tick that a short job shares with much longer ones
-CORES = torch.get_num_threads()  # read before any executor is built, since executors set it
-MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 160 more once a sampler with registers has come
-LITTLE_S = 5.0  # seconds of one core: for a smaller job, measuring takes longer than running it
-TRIAL_PASSES = 12  # rough number of passes of one row from the first timed one until a model serves
-LONG_TRIAL_S = 5.0  # below this total, compiling takes longer than passes, and the time left is unknown
-TEST_S = 5.0  # time for testing the bits before a model serves; the rest follows while no job runs
-BUSY_TEST_S = 0.5  # the same while other models serve
-ROUNDS = 4  # each round measures every size; the fastest counts, since other programs may run too
+PLACES_PER_THREAD = 4  # raises LARGEST_BATCH on a CPU with many cores, where each core runs its own pass
+MIN_QUEUED_BATCH = 8  # on a busy machine, smaller ticks spend too much time in Python
+MIN_BATCH = 4  # places of two guided rows: one of the oldest job, one of the shortest
+FULL_SHARE = 0.95  # a full tick has at least this share of the best throughput
+QUEUED_SHARE = 0.85  # replaces FULL_SHARE if a second tick may be in flight
+SHORT_SHARE = 0.6  # share of the best throughput for a tick with a short job and much longer jobs
+CORES = torch.get_num_threads()  # read now, because executors change this number
+MAX_PLAN_LINES = 20_000_000  # 44 bytes per line, and 160 more after the first sampler with registers
+LITTLE_S = 5.0  # seconds of one core; measuring takes longer than running a smaller job
+TRIAL_PASSES = 12  # estimated duration of all measurements, in passes of one row
+LONG_TRIAL_S = 5.0  # a shorter estimate is not reported: compiling takes longer than the passes
+TEST_S = 5.0  # time for testing the bits before a model serves; remaining tests run while no job runs
+BUSY_TEST_S = 0.5  # replaces TEST_S while other models serve
+ROUNDS = 4  # each round measures every size; the fastest round counts, to exclude delays by other programs
 TICKS = 6  # ticks of one size in a round
 WARM_UP = 2  # uncounted ticks: the first may compile; on a GPU the host runs ahead, so the second is too short
-BUDGET_S = 2.0  # after this no further round begins
-GUESSED_TICK_S = 0.02  # for a network that was never run
-SLOW_TICK_S = 2.0  # after a tick of this duration no larger size is measured
-SLOW_TICKS_S = 0.5  # if the ticks of one size take this long together, one of them is enough
-LONG_FULL_TICK_S = 0.1  # Python's part of a tick takes a few milliseconds
-LONG_TICK_S = 0.01  # ticks of one row of this duration are not measured again at a later start
+BUDGET_S = 2.0  # after this time, no further round begins
+GUESSED_TICK_S = 0.02  # guess for a network that has never run
+SLOW_TICK_S = 2.0  # after a longer tick, no larger size is measured
+SLOW_TICKS_S = 0.5  # if the ticks of one size take longer in total, one counted tick is enough
+LONG_FULL_TICK_S = 0.1  # in longer ticks, Python's few milliseconds do not matter
+LONG_TICK_S = 0.01  # if ticks of one place are longer, all tick times are cached for later starts
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The measurements of a network on this machine. They hold for other weights too."""
+    """Measurements of a network on this machine. They are valid for other weights too."""
 
-    way: Mapping[str, Any]  # the network and its executor
+    way: Mapping[str, Any]  # describes the network and its executor
     policy: BatchPolicy
 
 
@@ -84,12 +81,12 @@ class Loaded:
     engine: Engine
     speed: Speed
     measured: Measured | None = None
-    spare_work: Iterator[None] | None = None  # done while no job runs
+    spare_work: Iterator[None] | None = None  # remaining tests and an approval, for times when no job runs
 
 
 @dataclass(frozen=True, slots=True)
 class ReadModel:
-    """A checkpoint that was read, and its model's name on this server."""
+    """A checkpoint in memory, and the name of its model on this server."""
 
     name: str
     folder: Path
@@ -97,20 +94,19 @@ class ReadModel:
 
     @property
     def weights_hash(self) -> str:
-        """The hash of its weights."""
         return self.checkpoint.weights_hash
 
 
 def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, Speed]:
-    """Describe a checkpoint before it is measured. The info lacks executor, precision and fingerprint.
+    """Describe a checkpoint before it is measured. The info's executor, precision and fingerprint are empty.
 
-    Replicas divide the model's first jobs by this speed.
+    The speed is a guess. Replicas share out the model's first jobs by this speed.
     """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
 
     def make() -> ModelInfo:
-        executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # not logged
+        executor = EagerExecutor(checkpoint.net, torch.device("cpu"))  # a placeholder, whose fields are cleared below
         return make_model_info(checkpoint, device, executor, exact=wish.exact)
 
     info = replace(_in_thread(make), fingerprint="", executor="", precision="", executor_details="")
@@ -121,11 +117,14 @@ def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, S
 def load_engine(
     options: LoadOptions, places_of: Callable[[ModelInfo], int] | None = None, fingerprint: str | None = None
 ) -> Loaded:
-    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met.
+    """Load a checkpoint, choose an executor, and measure and test it.
 
-    places_of: returns the places of the only job that the engine is for. For little work nothing is measured or
-    tested: an earlier start's choice is used, or eager, unless the options name another executor. fingerprint: the
-    wanted engine's; then whichever of these two has it is used, and if neither has, everything is measured.
+    Raises CheckpointError, or ValueError if the options cannot be met.
+
+    places_of: returns the places of the only job that the engine will run. For a small job nothing is measured or
+    tested: the executor is an earlier start's choice, or eager if the options allow it. fingerprint: the fingerprint
+    that the engine should have. If eager or the earlier choice has this fingerprint, that executor is used; otherwise,
+    everything is measured.
     """
     checkpoint = read_checkpoint(options)
 
@@ -133,14 +132,14 @@ def load_engine(
         if places_of is None:
             return prepare_engine(checkpoint, options)
         unmeasured = _load_unmeasured(checkpoint, options, places_of, fingerprint)
-        # Read again: an executor that was tried may have taken the network over.
+        # Read the checkpoint again: an executor may have taken over its network.
         return unmeasured or prepare_engine(_read_checkpoint(options), options)
 
     return _in_thread(prepare)
 
 
 def recommend_openvino(executor: str, device: str) -> None:
-    """Log what to install if OpenVINO is missing. Raises ValueError for a missing device."""
+    """Log how to install OpenVINO if it is missing. Raises ValueError for a missing device."""
     if executor == "auto" and choose_device(device).type == "cpu" and not openvino_executor.available():
         log.warning(
             "OpenVINO is missing, which runs networks some three times as fast on this processor: "
@@ -149,12 +148,12 @@ def recommend_openvino(executor: str, device: str) -> None:
 
 
 def serving_bytes(folder: Path) -> int:
-    """Estimate the bytes of a model while it is served, from its configuration. Raises CheckpointError."""
+    """Estimate the bytes of a served model, from its configuration. Raises CheckpointError."""
     return needs_of(folder).serving_bytes
 
 
 def memory_lacking(folder: Path) -> str | None:
-    """Return why there is not enough memory to load a model; None if there is. Raises CheckpointError."""
+    """Return why there is too little memory to load a model; None if there is enough. Raises CheckpointError."""
     need, free = needs_of(folder).loading_bytes, free_memory_bytes()
     if free is None or need <= free:
         return None
@@ -162,15 +161,15 @@ def memory_lacking(folder: Path) -> str | None:
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
-    """Do the first, quick half of a load, which finds every fault of the folder and the device."""
+    """Do the first, quick half of a load. Raises CheckpointError or ValueError for a fault of folder or device."""
     return _in_thread(lambda: _read_checkpoint(options))
 
 
 def _in_thread(act: Callable[[], Result]) -> Result:
-    """Call a function in a thread that ends.
+    """Call a function in a new thread, which ends afterwards.
 
     Each thread that runs torch keeps an OpenMP team. If two teams share the cores, the worker's team waits by sleeping
-    instead of spinning: on two cores a tick of one row then takes 11.3 ms instead of 5.7.
+    instead of spinning: on two cores, a tick of one row then takes 11.3 ms instead of 5.7 ms.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(act).result()
@@ -204,11 +203,11 @@ def prepare_engine(
     busy: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Loaded:
-    """Do the second half of a load: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
+    """Do the second half of a load: choose an executor, measure and test.
 
-    busy: whether other models are being served: then the batch sizes are not kept for later starts. known:
-    measurements of models loaded in this process; the same network in the same executor is not measured again.
-    progress: called with the present activity, and roughly the seconds left.
+    Call this in a thread that ends afterwards, see `_in_thread`. known: measurements of models loaded in this process,
+    reused for the same network in the same executor. busy: true if other models are being served; then the batch sizes
+    are not cached for later starts. progress: called with the current activity, and roughly the seconds left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -228,7 +227,7 @@ def prepare_engine(
         progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
 
     executor = choose_executor(checkpoint, device, wish, cache, tell, busy=busy, shares_cores=options.threads is None)
-    # An exact engine on a GPU pads each pass to the largest, so it has other batch sizes.
+    # Batch sizes depend on `exact`: an exact engine on a GPU pads each pass to the largest size.
     how = {
         "executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact,
         "threads": (wish.threads, torch.get_num_threads()),
@@ -267,7 +266,7 @@ def prepare_engine(
 def _load_unmeasured(
     checkpoint: Checkpoint, options: LoadOptions, places_of: Callable[[ModelInfo], int], fingerprint: str | None
 ) -> Loaded | None:
-    """Build an engine without measuring; None if measuring pays, or another fingerprint is wanted."""
+    """Build an engine without measuring. Return None if measuring is worth its time, or the fingerprint differs."""
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     cache = options.cache_dir or default_cache()
@@ -278,7 +277,7 @@ def _load_unmeasured(
     plain_will_do = wish.executor in ("auto", "eager")
     if not plain_will_do or engine.info.fingerprint != fingerprint:
         kept = kept_executor(checkpoint, device, wish, cache)
-        if kept is not None:  # it has taken the network over, so the plain one cannot run any more
+        if kept is not None:  # the kept executor has taken over the network, so the plain one cannot run
             engine = _build(checkpoint, kept, device, options, wish, _bits(checkpoint, kept, device, wish))
         elif not plain_will_do:
             return None
@@ -288,17 +287,17 @@ def _load_unmeasured(
 
 
 def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) -> float:
-    """Time a pass of one row. On a CPU this is in seconds of one core, which other programs do not lengthen."""
+    """Return the seconds of a pass of one row: on a CPU, the CPU time of the thread, unaffected by other programs."""
     inputs = example_inputs(checkpoint, device, 1)
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    executor(*inputs).cpu()  # warms up
+    executor(*inputs).cpu()  # warm-up
     started_s = clock()
     executor(*inputs).cpu()
     return clock() - started_s
 
 
 def wish_of(options: LoadOptions, device: torch.device) -> Wish:
-    """Return what these options ask for on this device."""
+    """Return the wish that these options express, with defaults for this device."""
     threads = options.threads or CORES
     largest = options.max_batch or LARGEST_BATCH[device.type]
     if device.type == "cpu" and options.max_batch is None:
@@ -329,16 +328,16 @@ def _build(
 
 
 def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish: Wish) -> str | None:
-    """Return the hash of an exact executor's outputs for the fingerprint."""
+    """Return the hash of an exact executor's outputs for the fingerprint; None if not exact."""
     if not wish.exact:
         return None
     return probe_bits(executor, example_inputs(checkpoint, device, probe_rows(checkpoint, executor.precision)))
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
-    """Measure the duration of ticks, and find the batch sizes that follow; an earlier start's sizes are kept.
+    """Measure the duration of ticks, and derive batch sizes. The sizes of an earlier start are reused.
 
-    Long ticks are kept too: admission corrects the times by the real ticks.
+    The durations of long ticks are cached too: admission corrects them by the durations of real ticks.
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
@@ -346,7 +345,7 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
         # If the sizes are known, one round is enough.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
         if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
-            # A slow tick, by chance or not, has ended the round before the size that will be used.
+            # A slow tick ended the round before max_batch was measured.
             tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times, queues=engine.queues)
@@ -360,9 +359,9 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
 
 
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:
-    """Find the smallest batches with a given share of the best throughput.
+    """Return the smallest batch sizes that reach a given share of the best throughput.
 
-    If two ticks may be in flight the share is lower, so that new jobs wait less: under load the ticks grow.
+    If two ticks may be in flight, the share is lower, so new jobs wait less. Under load, such ticks become larger.
     """
     share, least = (QUEUED_SHARE, MIN_QUEUED_BATCH) if queues else (FULL_SHARE, MIN_BATCH)
     return {
@@ -372,13 +371,13 @@ def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> 
 
 
 def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
-    """Find the smallest measured batch whose throughput is at least this share of the best one."""
+    """Return the smallest measured batch whose throughput is at least this share of the best throughput."""
     best = max(places / seconds for places, seconds in points)
     return min(places for places, seconds in points if places / seconds >= share * best)
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """Return an earlier start's batch sizes if still good: on a flat curve noise would change them each time."""
+    """Return an earlier start's batch sizes, if valid. Noise would change sizes that each start measured again."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(
@@ -390,7 +389,7 @@ def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | No
 
 
 def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float], ...] | None:
-    """Return the duration of ticks at an earlier start; None if unknown."""
+    """Return (places, seconds) of ticks, measured at an earlier start; None if missing or invalid."""
     try:
         times = tuple((int(places), float(seconds)) for places, seconds in kept["tick_times"])
     except (KeyError, TypeError, ValueError):
@@ -403,7 +402,7 @@ def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float
 def measure_ticks(
     engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter, *, rounds: int = ROUNDS
 ) -> tuple[tuple[int, float], ...]:
-    """Run a few ticks of 1, 2, 4, … up to max_batch places; returns (places, seconds) of each size."""
+    """Run a few ticks of 1, 2, 4, … up to max_batch places. Return (places, seconds per tick) for each size."""
     begun_s = clock()
     sizes = sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)})
     measured: dict[int, list[float]] = {places: [] for places in sizes}
@@ -422,10 +421,10 @@ def measure_ticks(
 def measure_overlap(
     engine: RowEngine, places: int, tick_s: float, clock: Callable[[], float] = time.perf_counter
 ) -> float | None:
-    """Measure a full tick while another is in flight, as a share of tick_s, its duration alone.
+    """Measure a full tick while another tick is in flight, as a share of tick_s, the duration of a full tick alone.
 
-    None if only one tick is to be in flight: the executor has no queue, or ticks are so long that Python's work
-    between them hardly counts, and new jobs would wait for another tick.
+    Return None if only one tick should be in flight. Either the executor has no queue, or ticks are so long that
+    Python's work between them hardly matters and a second tick would only delay new jobs.
     """
     if not engine.queues or tick_s > LONG_FULL_TICK_S:
         return None
@@ -449,7 +448,7 @@ def measure_overlap(
 
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
-    """Time a few ticks of one size; stops after a slow one."""
+    """Return the seconds of a few ticks of one size. Stop after a slow tick."""
     most = SAMPLER_FACTS[engine.info.default_sampler].max_steps(engine.info.num_timesteps)
     spec = trial_spec(engine.info, places, min(TICKS, most))
     rows = engine.add(spec)
@@ -459,10 +458,10 @@ def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> li
         engine.step(Batch(rows, (step,) * places, ()))
         engine.wait()
         if spec.steps <= WARM_UP:
-            engine.latents(rows)  # waits for the device, as no later tick will
+            engine.latents(rows)  # wait for the device here, because no later tick waits
         seconds.append(clock() - started_s)
         if seconds[-1] > SLOW_TICK_S or (step >= WARM_UP and sum(seconds) > SLOW_TICKS_S):
             break
-    engine.latents(rows)  # waits for the device
+    engine.latents(rows)  # wait for the device
     engine.remove(rows)
     return seconds

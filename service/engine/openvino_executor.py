@@ -1,9 +1,9 @@
-"""OpenVINO on a CPU: one-thread streams that each take small passes. The fastest executor here, and exact.
+"""Runs networks with OpenVINO on a CPU, in one-thread streams that take small passes. Exact, and the fastest on CPUs.
 
-A pass of fixed size computes a place in the same way, at any position and beside any other places. Passes of other
-sizes, and passes on one thread or all, mostly agree to the bit, but not always: in bfloat16 on a CPU with AMX those of
-a small network do not. `autotune.py` combines only sizes that agree. The streams get even shares; remaining places,
-such as a single row, run in *wide* passes, one at a time on all threads.
+A pass of fixed size computes the same bits for a place, at any position and beside any other places. Passes of other
+sizes mostly agree bit for bit, and so do passes on one thread and on all threads. But not always: in bfloat16 on a CPU
+with AMX, passes of a small network differ. `autotune.py` combines only sizes that agree. The streams get equal shares
+of a batch. Remaining places, such as a single row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -37,34 +37,34 @@ from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 try:
-    import openvino  # after openvino_graph, which stops its reports over the network
+    import openvino  # import after openvino_graph, which disables telemetry
     import openvino.opset14 as ops
-except ImportError:  # an extra
+except ImportError:  # an optional dependency
     openvino = None
 
 Floats = npt.NDArray[np.float32]
-Compiled = dict[tuple[str, int, int, int], "_Passes"]  # keys: precision, size, streams, threads
+Compiled = dict[tuple[str, int, int, int], "_Passes"]  # keyed by (precision, size, streams, threads)
 
 log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
-MOST_KEPT_BYTES = 4 * 2**30  # bytes of converted graphs in the cache folder
-# Prefix of a folder being written, and the longest time that writing takes.
+MOST_KEPT_BYTES = 4 * 2**30  # maximum size of all graphs in the cache folder
+# Prefix of a folder that is being written, and the age in seconds after which such a folder is abandoned.
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
-MAX_TIMES_BETWEEN = 4096  # embeddings of fractional timesteps that are kept
-VECTOR = 64  # floats: no processor's torch computes more at once
-# A mark that no file stores; without it OpenVINO multiplies by a constant's inverse.
+MAX_TIMES_BETWEEN = 4096  # number of cached embeddings of fractional timesteps
+VECTOR = 64  # floats; at least the length of torch's vectors on any processor
+# A node's mark, not saved to files. Without this mark, OpenVINO replaces a division by a constant with a product.
 DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def available() -> bool:
-    """Whether the library is installed."""
+    """Return whether OpenVINO is installed."""
     return openvino is not None
 
 
 def version() -> str | None:
-    """Return the library's version; None if it is not installed."""
+    """Return OpenVINO's version; None if it is not installed."""
     return openvino.__version__ if openvino is not None else None
 
 
@@ -72,14 +72,14 @@ def version() -> str | None:
 def core() -> Any:
     """Return OpenVINO's Core, the only one in this process.
 
-    A Core gives its thread another stack for signals, and frees that stack at its end. If several end in another order
-    than they began, the thread keeps a freed stack, and the next signal ends the process.
+    A Core gives its thread an alternate stack for signals, and frees that stack when the Core ends. If several Cores
+    end out of order, the thread keeps a freed stack, and the next signal kills the process.
     """
     return openvino.Core()
 
 
 def precisions() -> tuple[str, ...]:
-    """Return the precisions of this processor; bfloat16 only if it has the instructions."""
+    """Return the precisions that this processor supports. bfloat16 needs instructions of the processor."""
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
@@ -94,7 +94,7 @@ def bfloat16_gain() -> float:
         precision: core().compile_model(model, "CPU", _config(precision, 1, 1)).create_infer_request()
         for precision in PRECISION_HINTS
     }
-    for _ in range(8):  # alternating, since other programs may run too
+    for _ in range(8):  # alternate, so other programs delay both precisions
         for precision, request in requests.items():
             began_s = time.perf_counter()
             request.infer()
@@ -103,23 +103,23 @@ def bfloat16_gain() -> float:
 
 
 class Graph:
-    """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32.
+    """A network converted to OpenVINO's graph, with tables of its embeddings in float32. Executors may share a Graph.
 
-    With a file, the graph is kept for later starts and its weights are memory-mapped. Compiled passes hold their own
-    reordered copy, so the mapped weights then leave memory, and the network can free its own.
+    With a file, the graph is cached for later starts, and its weights are memory-mapped. Compiled passes hold their own
+    reordered copy of the weights. So the mapped weights leave memory, and the network can free its own.
     """
 
     def __init__(
         self, net: Denoiser, shape: Sequence[int], num_timesteps: int, file: "KeptGraph | None" = None
     ) -> None:
-        """shape [C, H, W] of one row."""
+        """shape: [C, H, W] of one row. file: the graph's place in the cache."""
         with torch.inference_mode():
-            # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 cannot
-            # express 999.
+            # Embed all timesteps in one call, so a timestep's bits never depend on a batch. Use float32, because
+            # bfloat16 cannot represent 999.
             time_table = net.time_embedder()(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
-            # Torch computes the elements after the last whole vector differently; padding leaves none.
+            # Torch computes the elements after the last whole vector differently. Padding leaves no such elements.
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)).clone() if weight is not None else None  # [classes, temb]
@@ -133,7 +133,7 @@ class Graph:
         self._net = net if self._file is not None else None
 
     def free_network(self) -> None:
-        """Free the network's weights, which are in the file too."""
+        """Free the network's weights if the graph's file holds a copy."""
         if self._net is not None:
             self._net.to("meta")
             self._net = None
@@ -144,11 +144,11 @@ class Graph:
         model = _convert(_Body(net), example, inputs)
         if self._file is not None and (kept := self._file.write(model)) is not None:
             return kept
-        self._file = None  # the file cannot be written: the weights stay in memory
+        self._file = None  # the file cannot be written, so the weights stay in memory
         return model
 
     def compile(self, precision: str, size: int, streams: int, threads: int) -> "_Passes":
-        """Compile passes of one size for streams, which share the threads."""
+        """Compile passes of one size. The streams share the threads."""
         compiled = core().compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
         if self._file is not None:
             self._file.release()
@@ -156,7 +156,7 @@ class Graph:
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
-        """Embed timesteps [B] as rows of `time_table`. Fractional ones are embedded one by one, for the same reason."""
+        """Embed timesteps [B]. Fractional timesteps are embedded one by one, so bits never depend on a batch."""
         whole = t.long().clamp(0, len(self.time_table) - 1)
         temb = self.time_table[whole]
         for place in (whole != t).nonzero().flatten().tolist():
@@ -170,7 +170,7 @@ class Graph:
         return self._embed_between[t]
 
     def of_size(self, size: int, precision: str) -> Any:
-        """Return the graph for passes of one size: fixed shapes are a third faster than dynamic ones."""
+        """Return the graph for passes of one size: fixed shapes are a third faster than dynamic shapes."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
         if precision == "float32":
@@ -179,33 +179,33 @@ class Graph:
 
 
 class KeptGraph:
-    """A converted graph in the cache folder: two files, and a third with their hashes.
+    """A converted graph in the cache folder: two files, and a third file with a hash of both.
 
-    Damaged or unwritable files are no error: the network is converted again.
+    If the files are damaged or cannot be written, the network is converted again.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """key: a hash of everything that the graph is made from."""
+        """key: a hash of everything that the graph depends on."""
         self._folder = folder
         self._files = tuple(folder / f"graph-{key}.{suffix}" for suffix in ("xml", "bin", "sha256"))
         self._xml, self._weights, self._sums = self._files
 
     def read(self) -> Any:
-        """Map the graph; None if it is missing or was changed."""
+        """Load the graph with memory-mapped weights; None if it is missing or was changed."""
         try:
             if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
                 log.warning("%s is not what was written: the network is converted again", self._weights)
                 return None
-            with contextlib.suppress(OSError):  # for example in a read-only folder
-                self._sums.touch()  # the least recently used graph is deleted first
+            with contextlib.suppress(OSError):  # for example, the folder is read-only
+                self._sums.touch()  # marks this graph as recently used, see `_forget_oldest`
             return core().read_model(self._xml, self._weights)
         except (OSError, ValueError, RuntimeError):
             return None
 
     def write(self, model: Any) -> Any:
-        """Write the graph, and map it; None if that fails, for example on a full or read-only disk.
+        """Write the graph, and load it with memory-mapped weights. Return None on failure, such as a full disk.
 
-        Another server may write the same graph at the same time: each maps the files that it wrote itself.
+        Other servers may write the same graph at the same time. Each server maps the files that it wrote itself.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -213,10 +213,10 @@ class KeptGraph:
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self._folder) as name:
                 xml, weights, sums = new = [Path(name) / file.name for file in self._files]
                 openvino.save_model(model, xml, compress_to_fp16=False)
-                kept = core().read_model(xml, weights)  # finds a truncated file
+                kept = core().read_model(xml, weights)  # fails for a truncated file
                 sums.write_text(_hash_of(xml, weights), "utf-8")
-                weights.chmod(0o400)  # the file is mapped: overwriting it would crash a server
-                self._sums.unlink(missing_ok=True)  # deleted first and written last
+                weights.chmod(0o400)  # overwriting a mapped file would crash a server
+                self._sums.unlink(missing_ok=True)  # the hash is deleted first and written last
                 for file, place in zip(new, self._files, strict=True):
                     file.replace(place)
         except (OSError, RuntimeError) as error:
@@ -224,12 +224,12 @@ class KeptGraph:
                 "the converted network is not kept, so its weights stay in memory once more: %s", first_line(error)
             )
             return None
-        with contextlib.suppress(OSError):  # another server may delete them too
+        with contextlib.suppress(OSError):  # another server may delete the same files
             self._forget_oldest()
         return kept
 
     def release(self) -> None:
-        """Let the system drop the mapped weights from memory; later reads come from the file."""
+        """Drop the mapped weights from memory. Later reads come from the file."""
         libc = ctypes.CDLL(None)
         with contextlib.suppress(OSError, AttributeError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
             for line in maps:
@@ -238,14 +238,14 @@ class KeptGraph:
                     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
     def _forget_unfinished(self) -> None:
-        """Delete files of servers that were killed while writing them."""
+        """Delete folders of servers that were killed while writing."""
         for folder in self._folder.glob(f"{UNFINISHED}*"):
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > UNFINISHED_S:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the least recently used graphs, except this one, until the rest fits a size."""
+        """Delete the least recently used graphs, except this one, until the rest fits in MOST_KEPT_BYTES."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -263,14 +263,14 @@ def _hash_of(xml: Path, weights: Path) -> str:
 
 
 def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGraph | None:
-    """Return the cached graph of a part of a checkpoint, whether it exists or not; None without a folder."""
+    """Return the cache entry for the graph of a part of a checkpoint; None without a folder. The file may not exist."""
     if folder is None:
         return None
     parts = {
         "part": part,
         "weights": checkpoint.weights_hash,
         "network": checkpoint.net.config.to_dict(),
-        "predicts": checkpoint.noise.prediction_type,  # a score network takes images in [0, 1]
+        "predicts": checkpoint.noise.prediction_type,  # a score network's graph takes images in [0, 1]
         "shape": checkpoint.row_shape,
         "torch": torch.__version__,
         "openvino": version(),
@@ -281,7 +281,7 @@ def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGr
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that makes a graph: the networks, and the rewriting of the graph."""
+    """Return a hash of the code that makes a graph: the networks, and the conversion."""
     digest = hashlib.sha256()
     converts = [Path(__file__), Path(openvino_graph.__file__)]
     for file in sorted([*Path(model.__file__).parent.rglob("*.py"), *converts]):
@@ -292,7 +292,7 @@ def _code_hash() -> str:
 class OpenVINOExecutor:
     """Runs a Graph in one-thread streams, and in wide passes on all threads.
 
-    With streams=1 all threads share a stream, and one copy of the weights.
+    With streams=1, all threads share one stream, and one copy of the weights.
     """
 
     name = "openvino"
@@ -311,8 +311,8 @@ class OpenVINOExecutor:
     ) -> None:
         """sizes: pass sizes, ascending. streams: `threads` or 1. wide: the most places that may run in wide passes.
 
-        compiled: passes of this graph, shared with other executors; new ones are added. Executors that share passes
-        must not run at the same time.
+        compiled: compiled passes of this graph, shared with other executors. New passes are added. Executors that share
+        passes must not run at the same time.
         """
         self.precision = precision
         passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
@@ -320,7 +320,7 @@ class OpenVINOExecutor:
         how = f"{streams} streams" if streams == threads else f"one stream of {threads} threads"
         self.details = f"openvino {openvino.__version__}, {how}, {passes}"
         self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
-        self._num_running = 0  # passes that have begun and whose outputs are not read yet
+        self._num_running = 0  # number of passes whose outputs have not been read yet
         wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
         made: Compiled = {} if compiled is None else compiled
 
@@ -334,15 +334,14 @@ class OpenVINOExecutor:
         self._wide_passes = {size: get(size, 1) for size in wide_sizes}
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Run the network on a batch."""
         return self.start(x, t, class_labels)()
 
     @torch.inference_mode()
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to run the network on a batch. A second batch may begin before the first has ended.
+        """Start the network on a batch. A second batch may start before the first has ended.
 
-        Each size of a pass has a queue, and a free stream takes the next pass from it. Two sizes at once share the
-        cores, so a batch begins its other sizes only as its earlier passes end.
+        OpenVINO has a queue for each pass size, and a free stream takes the next pass from it. Passes of two sizes
+        compete for the cores, so a batch starts its other sizes only when earlier passes end.
         """
         graph = self._graph
         temb = graph.embed_time(t)
@@ -370,7 +369,7 @@ class OpenVINOExecutor:
                     running.popleft()
                     passes.put_back(one)
                     self._num_running -= 1
-                    if len(waiting) > len(wide) or (waiting and not running):  # wide passes need all threads
+                    if len(waiting) > len(wide) or (waiting and not running):  # a wide pass needs all threads
                         begin()
             finally:
                 self._abandon(running)
@@ -386,7 +385,7 @@ class OpenVINOExecutor:
         return finish
 
     def _abandon(self, running: "deque[tuple[_Passes, _Pass, int, int]]") -> None:
-        """Wait for passes whose outputs are not needed: a running request cannot be started again."""
+        """Wait for passes whose outputs are not needed, because a running request cannot be started again."""
         while running:
             passes, one, *_ = running.popleft()
             with contextlib.suppress(RuntimeError):
@@ -396,9 +395,9 @@ class OpenVINOExecutor:
 
 
 def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None = None) -> Callable[[Floats], Floats]:
-    """Compile a module with one input of this shape and one output, for one thread, in float32. Not thread-safe.
+    """Compile a module for one thread in float32. The module has one input of this shape, and one output.
 
-    file: where the graph is kept.
+    The returned function is not thread-safe. file: the graph's place in the cache.
     """
     graph = file.read() if file is not None else None
     if graph is None:
@@ -418,7 +417,7 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
 
 
 def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module to a graph with the same bits as one read from a file."""
+    """Convert a module to a graph that computes the same bits as a graph read from a file."""
     model = convert(module.eval(), example, inputs)
     for node in model.get_ordered_ops():
         if DIVIDES in (marks := node.get_rt_info()):
@@ -431,20 +430,19 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
-        # The web server and the encoders share these cores; a pinned stream would have to wait for them.
+        # The web server and the encoders use these cores too. A pinned stream would have to wait for them.
         "ENABLE_CPU_PINNING": False,
     }
 
 
 class _Passes:
-    """Owns the requests of one compiled graph. It makes another one when all of them are running."""
+    """Owns the requests of one compiled graph. Creates another request if all of them are running."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._free: deque[_Pass] = deque()
 
     def start(self, x: Floats, temb: Floats) -> "_Pass":
-        """Begin a pass in a free request."""
         one = self._free.popleft() if self._free else _Pass(self._compiled.create_infer_request())
         try:
             one.start(x, temb)
@@ -454,26 +452,26 @@ class _Passes:
         return one
 
     def put_back(self, one: "_Pass") -> None:
-        """Return a request that has ended."""
+        """Make a finished request available again."""
         self._free.append(one)
 
 
 class _Pass:
-    """A request whose memory is written and read in place, at a third of the cost of passing tensors."""
+    """A request with direct access to its input and output memory: a third of the cost of passing tensors."""
 
     def __init__(self, request: Any) -> None:
-        self._request, self.wait = request, request.wait  # until `out` holds the result
+        self._request, self.wait = request, request.wait  # `wait` returns when `out` holds the result
         self._x, self._temb = request.get_input_tensor(0).data, request.get_input_tensor(1).data
         self.out: Floats = request.get_output_tensor(0).data
 
     def start(self, x: Floats, temb: Floats) -> None:
-        """Begin. Entries past a short batch are left from an earlier pass; their outputs are dropped."""
+        """Start the request. Entries past a short batch hold values of an earlier pass; callers drop their outputs."""
         self._x[: len(x)], self._temb[: len(temb)] = x, temb
         self._request.start_async()
 
 
 class _Body(nn.Module):
-    """Denoiser.denoise as a module, as conversion needs it."""
+    """Wraps Denoiser.denoise as a module, because OpenVINO converts modules only."""
 
     def __init__(self, net: Denoiser) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""Converts a network to OpenVINO's graph. The number of threads changes no bit, and large feature maps keep one layout.
+"""Converts a network to OpenVINO's graph, and rewrites the graph for exactness and speed.
 
-On a CPU a convolution puts the channels last. An operation that needs them first changes the layout before and after,
-which is most of the time of a large group norm. Rewriting for speed changes the rounding, so operations on small
-feature maps stay as they are: they would gain little, and images keep their bytes.
+In a rewritten graph, the number of threads changes no bit, and large feature maps keep one memory layout. On a CPU,
+convolutions put the channels last. An operation that needs the channels first changes the layout before and after. This
+takes most of the time of a large group norm. Rewriting for speed changes the rounding, so small feature maps are left
+alone: they would gain little, and images keep their bytes.
 """
 
 import contextlib
@@ -17,31 +18,31 @@ import numpy as np
 import torch
 from torch import nn
 
-# openvino reports each import and conversion over the network, unless this package is missing.
+# Disable telemetry: openvino reports each import and conversion over the network, unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
     import openvino.opset14 as ops
-except ImportError:  # an extra
+except ImportError:  # an optional dependency
     openvino = None
 else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-LARGE = 2**18  # numbers in a row's feature map: 1 MiB, the size of a core's cache
-# At most this many channels, at least this many numbers: OpenVINO changes their layout slowly.
+LARGE = 2**18  # values in a row's feature map: 1 MiB, the size of a core's cache
+# OpenVINO is slow to change the layout of feature maps with at most NARROW channels and at least WORTHWHILE values.
 NARROW, WORTHWHILE = 64, 2**14
-WINDOW = 16  # largest side in pixels of a window whose mean is taken at once
-# Row m lists the rows of a 3x3 kernel that meet row m of the 4x4 kernel on the smaller map.
+WINDOW = 16  # pixels; largest side of an averaging window
+# SPREAD[m, k] is 1 if row k of a 3x3 kernel adds to row m of the 4x4 kernel on the smaller map.
 SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module, and clear torch's caches, which would keep the traced weights until exit."""
+    """Convert a module to a graph, and clear torch's caches, which would keep the traced weights until exit."""
     with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that are constant here
-        # Otherwise torch traces a second time to compare, which doubles the time.
+        # With check_trace, torch traces a second time to compare, which doubles the time.
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = openvino.convert_model(traced, input=list(inputs))
-    with contextlib.suppress(AttributeError):  # private names of torch
+    with contextlib.suppress(AttributeError):  # these are private names of torch
         torch._C._jit_clear_class_registry()
         torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
         torch.jit._state._clear_class_state()
@@ -53,9 +54,9 @@ def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
 
 
 def transpose_narrow(model: Any) -> None:
-    """Replace changes of layout before group norms with few channels by transpositions, for float32. No bit changes.
+    """Replace layout changes before group norms with few channels by transpositions. No bit changes.
 
-    OpenVINO's own changes are ten times as slow, except in bfloat16.
+    For float32 only: there, OpenVINO's own layout changes are ten times as slow.
     """
     for node in model.get_ordered_ops():
         before = node.input_value(0).get_node() if node.get_type_name() == "MVN" else None
@@ -65,7 +66,8 @@ def transpose_narrow(model: Any) -> None:
         sizes = [size.get_length() for size in list(values.get_partial_shape())[1:]]
         if len(sizes) != 3 or sizes[0] > NARROW or math.prod(sizes) < WORTHWHILE:
             continue
-        # The sum with a convolution is transposed only if another step lies in between; means of single pixels are one.
+        # OpenVINO transposes the sum with a convolution only if another operation lies in between. A mean over single
+        # pixels is such an operation.
         same = ops.avg_pool(values, [1, 1], [0, 0], [0, 0], [1, 1], exclude_pad=True)
         pixels = ops.reshape(ops.transpose(same, [0, 2, 3, 1]), np.array([0, -1, sizes[0]]), special_zero=True)
         x = ops.reshape(ops.transpose(pixels, [0, 2, 1]), np.array([0, *sizes]), special_zero=True)
@@ -74,7 +76,7 @@ def transpose_narrow(model: Any) -> None:
 
 
 def _rewrite(model: Any) -> None:
-    """Rewrite the group norms, and the convolutions of upsampled maps."""
+    """Rewrite group norms, and large convolutions of upsampled feature maps."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         if kind == "GroupNormalization":
@@ -88,7 +90,7 @@ def _rewrite(model: Any) -> None:
 
 
 def _transpose_once(model: Any) -> None:
-    """Transpose an attention's pixels once instead of three times, for q, k and v. No bit changes."""
+    """Transpose the pixels of an attention layer once, instead of once each for q, k and v. No bit changes."""
     products = defaultdict(list)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul" and node.get_attributes()["transpose_a"]:
@@ -98,7 +100,7 @@ def _transpose_once(model: Any) -> None:
         if len(nodes) < 2 or flat.get_type_name() != "Reshape":
             continue
         before, after = (list(each.get_partial_shape()) for each in (flat.input_value(0), flat.output(0)))
-        if len(before) != 4 or len(after) != 3 or before[1] != after[1]:  # [B, C, H, W] to [B, C, H W]
+        if len(before) != 4 or len(after) != 3 or before[1] != after[1]:  # only [B, C, H, W] to [B, C, H W]
             continue
         last = ops.transpose(flat.input_value(0), [0, 2, 3, 1])
         pixels = ops.reshape(last, np.array([0, -1, _sizes(flat)[0]]), special_zero=True)
@@ -108,7 +110,7 @@ def _transpose_once(model: Any) -> None:
 
 
 def _project_once(model: Any) -> None:
-    """Compute the timestep's part of all blocks in one product instead of a small one for each. No bit changes."""
+    """Compute the timestep projections of all blocks in one matrix product. No bit changes."""
     sums, weights, biases = [], [], []
     for node in model.get_ordered_ops():
         product = node.input_value(0).get_node() if node.get_type_name() == "Add" else None
@@ -136,9 +138,9 @@ def _sizes(node: Any) -> list[int]:
 
 
 def _norm_by_group(node: Any) -> Any:
-    """Rewrite a group norm over [B, groups, rest], which a single thread computes group by group.
+    """Rewrite a group norm as a norm over [B, groups, rest], where one thread computes each group.
 
-    OpenVINO's own divides a group's sum by the number of threads, so its bits depend on that number.
+    OpenVINO's own group norm splits a group's sum between threads, so its bits depend on the number of threads.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes = node.get_attributes()
@@ -149,10 +151,10 @@ def _norm_by_group(node: Any) -> Any:
 
 
 def _norm_by_windows(node: Any) -> Any:
-    """Rewrite a group norm as means of windows, averaged by group, with the channels last throughout.
+    """Rewrite a group norm as means of windows, averaged by group. The channels stay last.
 
-    In bfloat16 each node's output is rounded. A rounded statistic would shift a whole channel, so each statistic is
-    the sum of two: the rounded value, and the mean of the residual.
+    In bfloat16, each node's output is rounded. A rounded statistic would shift a whole channel. So each statistic is a
+    sum of two values: the rounded value, and the mean of the residual.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes, (channels, height, width) = node.get_attributes(), _sizes(node)
@@ -175,7 +177,7 @@ def _norm_by_windows(node: Any) -> Any:
         return values if shift is None else ops.add(values, shift)
 
     rounded, rest = mean(shifted(windows(x)))
-    # Two differences, since a single one for both uses would be written to memory and read again.
+    # Compute the difference twice: a single result for both uses would be written to memory and read again.
     centred = ops.subtract(shifted(x), rounded)
     variance = ops.add(*mean(windows(ops.multiply(centred, centred))))
     deviation = ops.sqrt(ops.add(variance, np.float32(attributes["epsilon"])))
@@ -184,7 +186,7 @@ def _norm_by_windows(node: Any) -> Any:
 
 
 def _split_shift(x: Any) -> tuple[Any, Any]:
-    """Split off the part of a sum that is constant over a channel, such as the timestep's: it need not be in memory."""
+    """Split a sum into values and a shift that is constant over a channel, so the sum need not be in memory."""
     node = x.get_node()
     if node.get_type_name() == "Add":
         for values, shift in ((0, 1), (1, 0)):
@@ -195,12 +197,12 @@ def _split_shift(x: Any) -> tuple[Any, Any]:
 
 
 def _by_channel(values: Any, rows: int = 1) -> Any:
-    """Reshape numbers to [rows, channels, 1, 1]. rows: 0 keeps their number."""
+    """Reshape values to [rows, channels, 1, 1]. With rows=0, the number of rows stays the same."""
     return ops.reshape(values, np.array([rows, -1, 1, 1]), special_zero=True)
 
 
 def _doubles(node: Any) -> bool:
-    """Whether a node is a 3x3 convolution of a map that nearest neighbours doubled."""
+    """Return whether a node is a 3x3 convolution of a feature map that was doubled by nearest-neighbour upsampling."""
     before, attributes = node.input_value(0).get_node(), node.get_attributes()
     if before.get_type_name() != "Interpolate" or before.get_attributes()["mode"] != "nearest":
         return False
@@ -211,9 +213,10 @@ def _doubles(node: Any) -> bool:
 
 
 def _transposed(node: Any) -> Any:
-    """Rewrite the convolution of a doubled map as a transposed one of the smaller map: four of nine multiplications.
+    """Rewrite the convolution of a doubled map as a transposed convolution of the smaller map.
 
-    Each pixel of the smaller map meets several weights of the 3x3 kernel at once; they are summed beforehand.
+    Each pixel of the smaller map meets several weights of the 3x3 kernel. These weights are summed beforehand, which
+    leaves four of nine multiplications.
     """
     weight = node.input_value(1).get_node().get_data().astype(np.float64)
     spread = np.einsum("mk,nl,oikl->iomn", SPREAD, SPREAD, weight).astype(np.float32)

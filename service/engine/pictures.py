@@ -1,6 +1,6 @@
-"""Conversions between pictures and the network's input: the pixels themselves, or an autoencoder's latents.
+"""Converts between images and the network's input: pixels, or the latents of an autoencoder.
 
-Call the functions that `read`, `noised` and `encoder` return in other threads; they may take long.
+`read`, `noised` and `encoder` return functions that may take long. Call these functions in other threads.
 """
 
 import hashlib
@@ -28,29 +28,30 @@ from tminus.service.spec import Floats, Images, Inputs, Pixels
 
 log = logging.getLogger(__name__)
 
-TIMED = 3  # images decoded for timing; the fastest counts
-LONG_S = 0.5  # a call of this duration is not repeated for timing
+TIMED = 3  # timed calls; the fastest counts
+LONG_S = 0.5  # if the first calls take longer together, their times are used
 Pass = Callable[[Floats], Floats]
 
 
 class PixelPictures:
-    """The pictures of a pixel model, which are its rows."""
+    """Images of a pixel model, whose rows are the images."""
 
-    bits: str | None = None  # a hash of everything beside the network that can change a pixel, see `fingerprint`
+    bits: str | None = None  # hash of an autoencoder's outputs, see `fingerprint`
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> None:  # noqa: ARG002
-        """cache: the folder of converted graphs."""
+        """cache: the folder for converted graphs."""
         self._shape, self._schedule, self._device = checkpoint.row_shape, checkpoint.noise.schedule(), device
         self._shown_channels = shown_channels(checkpoint.image_shape[0], alpha=checkpoint.alpha)
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the picture as the network's input [C, H, W], on the device; pixels as uint8."""
+        """Return the image as the network's input on the device: here pixels, uint8 [C, H, W]."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
-        """Read finished rows as images [n, H, W, C] of this depth. known: each row's masked pixels. Raises NotFinite.
+        """Read finished rows as images [n, H, W, C]. The returned function raises NotFinite if a row is not finite.
 
-        A pixel model returns known pixels unchanged.
+        bit_depth: 8 or 16 for integers, 32 for float32. known: image and mask of each masked row, None for other rows.
+        A pixel model ignores `known`, because its rows end with the known pixels unchanged.
         """
         read = copy_out(self._device, _channels_last(to_uint8(x) if bit_depth == 8 else x), x.isfinite().all())
 
@@ -63,11 +64,11 @@ class PixelPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Make pictures uint8 [n, H, W, C] of unfinished rows on the device, from the channels shown."""
+        """Convert unfinished rows to uint8 [n, H, W, C] on the device. Drops channels that pictures do not show."""
         return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of images, both uint8 [n, H, W, C]."""
+        """Return a function that makes x_t of images, both uint8 [n, H, W, C]."""
         x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
         eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
         x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
@@ -75,19 +76,19 @@ class PixelPictures:
         return lambda: read()[0].numpy()
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Give the inputs what `x_0` needs: those of a pixel model need nothing."""
+        """Return a function that prepares inputs for `x_0`. A pixel model needs no preparation."""
         return lambda: inputs
 
     def seconds_per_image(self) -> tuple[float, float]:
-        """Tell how long it takes to make an image of a finished row, and to encode one, beside the ticks."""
+        """Return the seconds to decode an image and to encode one; 0 for a pixel model."""
         return 0.0, 0.0
 
 
 class LatentPictures(PixelPictures):
-    """The pictures of a latent model: made by an autoencoder off the tick.
+    """Images of a latent model, which an autoencoder encodes and decodes outside of ticks.
 
-    Any thread may ask; one image at a time is made. A pass of one image has one fixed shape, so its bits do not depend
-    on what else is decoded.
+    Thread-safe: one image at a time. Each pass has one image and one fixed shape, so an image's bits do not depend on
+    other images.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> None:
@@ -95,11 +96,11 @@ class LatentPictures(PixelPictures):
         autoencoder = checkpoint.autoencoder
         assert autoencoder is not None
         self._factor = autoencoder.config.factor
-        self._turn = threading.Lock()  # one image at a time: what runs beside the ticks is bounded
+        self._turn = threading.Lock()  # one image at a time, to bound the load beside the ticks
         self._colours = fit_colours(autoencoder).to(device)
         autoencoder.to(device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # passes run in their own stream: the weights must be in place first
+            torch.cuda.synchronize(device)  # passes run in another stream, which needs the weights
         latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
         decode, encode = _Part(autoencoder, autoencoder.decode), _Part(autoencoder, autoencoder.encode)
         self._decode_pass, decoded, decoded_s = self._pass(checkpoint, "decoder", decode, latents, cache)
@@ -108,12 +109,12 @@ class LatentPictures(PixelPictures):
         self.bits = hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the latents [c, h, w] of the picture, on the device. What was encoded already is not again."""
+        """Return the image's latents [c, h, w] on the device. Encodes the image unless the inputs have latents."""
         latents = inputs.latents if inputs.latents is not None else self._encode(inputs.image)
         return to_device(latents, self._device)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:
-        """Decode finished rows. Known pixels are put into the images, so that they are kept bit for bit here too."""
+        """Decode finished rows. Known pixels are copied into the images, so these pixels are kept bit for bit."""
         read = copy_out(self._device, x, x.isfinite().all())
 
         def images() -> Pixels:
@@ -131,11 +132,11 @@ class LatentPictures(PixelPictures):
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Make rough pictures: colours are near the true ones, and each latent is a square of one colour."""
+        """Make rough images without the decoder: each latent becomes a square of one approximate colour."""
         return super().shown(colours_of(x, self._colours, self._factor))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of images. All of it is done in the other thread, on the host."""
+        """Return a function that makes x_t of images. The function encodes, adds noise and decodes."""
 
         def make() -> Images:
             x_0 = torch.from_numpy(np.stack([self._encode(image) for image in images]))
@@ -146,7 +147,7 @@ class LatentPictures(PixelPictures):
         return make
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Give the inputs their latents."""
+        """Return a function that adds latents to the inputs."""
         return lambda: replace(inputs, latents=self._encode(inputs.image))
 
     def seconds_per_image(self) -> tuple[float, float]:
@@ -158,7 +159,7 @@ class LatentPictures(PixelPictures):
         return _fastest(lambda: self._decode(latents)), _fastest(lambda: self._encode(image))
 
     def _decode(self, latents: Floats) -> Tensor:
-        """Decode latents [n, c, h, w] to float32 [n, C, H, W], in about [-1, 1]."""
+        """Decode latents [n, c, h, w] to float32 [n, C, H, W], roughly in [-1, 1]."""
         images = []
         for k in range(len(latents)):
             with self._turn:
@@ -175,14 +176,14 @@ class LatentPictures(PixelPictures):
     def _pass(
         self, checkpoint: Checkpoint, part: str, module: nn.Module, x: Floats, cache: Path | None
     ) -> tuple[Pass, Floats, float]:
-        """Build the fastest accurate pass of a part. Returns it, its output for x, and its seconds."""
+        """Build the fastest accurate pass of an autoencoder's part. Return the pass, its output for x, and seconds."""
         eager = self._eager(module)
         if self._device.type == "cpu" and openvino_executor.available():
             verdict = Verdict(checkpoint, self._device, "openvino", "float32", cache, part)
             file = openvino_executor.kept_graph(cache, checkpoint, part)
             try:
                 with verdict.attempt():
-                    run = openvino_executor.one_thread(module, x.shape, file)  # so that the ticks keep the other cores
+                    run = openvino_executor.one_thread(module, x.shape, file)  # leaves the other cores to the ticks
                     out, seconds = _timed(run, x)
                     verdict.check(
                         hashlib.sha256(out.tobytes()).hexdigest(),
@@ -195,7 +196,7 @@ class LatentPictures(PixelPictures):
         return eager, *_timed(eager, x)
 
     def _eager(self, module: nn.Module) -> Pass:
-        """Run a module with torch; on a GPU beside the ticks."""
+        """Return a function that runs a module with torch. On a GPU, the function uses a stream beside the ticks."""
         stream = streams(self._device).decoding if self._device.type == "cuda" else None
 
         def run(x: Floats) -> Floats:
@@ -228,7 +229,7 @@ def _fastest(act: Callable[[], object]) -> float:
 
 
 class _Part(nn.Module):
-    """The encoder or the decoder as a module, which is what can be converted."""
+    """Wraps the encoder or the decoder as a module, because OpenVINO converts modules only."""
 
     def __init__(self, autoencoder: Autoencoder, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engine's interface without torch, the options to load it, and a loop for one job without a server."""
+"""The engine's interface without torch, its load options, and a loop that runs one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch, work_of
 
-BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # comes with tminus, installed or not
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # also in the installed package
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load a model; None and auto leave a choice to what is found on this machine."""
+    """The options for loading a model. If an option is None or "auto", the loader chooses for this machine."""
 
     checkpoint: Path
     device: str = "auto"
@@ -33,74 +33,79 @@ class LoadOptions:
 
 
 class RowEngine(Protocol):
-    """An engine of rows. Not for two threads at once."""
+    """Holds the state of rows and updates it in ticks. Not thread-safe.
+
+    Most methods that read rows return a function, which may wait for the device. Call that in another thread.
+    """
 
     info: ModelInfo
 
     @property
     def queues(self) -> bool:
-        """Whether a second tick may begin while one is in flight: its passes wait in a queue."""
+        """Return whether a second tick may begin while one is in flight. The second tick's passes wait in a queue."""
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a tick may still run when `step` and `wait` have returned, as on a GPU."""
+        """Return whether a tick may still run after `step` and `wait` return. True on a GPU."""
 
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
-        """Give a job's rows slots, and x_T, x_t of its image, or the state in the snapshot; returns the row ids.
+        """Assign slots to a job's rows, set their first x, and return the row ids.
 
-        Raises ValueError for a spec that the model cannot run, and for inputs or a snapshot that do not fit it.
+        The first x is x_T, x_t of the image, or the x of the snapshot. Raises ValueError if the model cannot run the
+        spec, or if the inputs or the snapshot do not fit the spec.
         """
 
     def begin(self, batch: Batch) -> Callable[[], None]:
-        """Begin a tick. The function returned ends it. A tick of other rows may begin in between.
+        """Begin a tick, and return a function that ends the tick. Call that function in the engine's thread.
 
-        Until its tick has ended, reads give a row as it was before, and the row may not be removed.
+        A tick of other rows may begin before that call. Until a row's tick ends, reads return the row's old values, and
+        the row must not be removed.
         """
 
     def step(self, batch: Batch) -> None:
-        """Run one tick from its beginning to its end."""
+        """Run one tick from beginning to end."""
 
     def wait(self) -> None:
-        """Let the device catch up, so that the host is never far ahead of it."""
+        """Wait until at most one tick is still running on the device."""
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """The rows among these whose latent is no longer finite."""
+        """Return those of the given rows whose latents are not finite."""
 
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read finished rows; the function returned may wait, and raises NotFinite."""
+        """Read finished rows as images. The returned function raises NotFinite if a row is not finite."""
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Prepare inputs for `add`; the function returned, called in another thread, may take long."""
+        """Return a function that prepares inputs for `add`. Call it in another thread, because it may take long."""
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows as pictures. Returns a function that may wait for a GPU."""
+        """Read running rows as uint8 images."""
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read what one job's rows need to go on with these next steps; the function returned may wait."""
+        """Read the state from which one job's rows can continue. steps: the next step of each row."""
 
     def plan(self, spec: SampleSpec) -> PlanNumbers:
-        """The coefficients of each pass that a spec takes. Raises ValueError for one that the model cannot run."""
+        """Return the coefficients of each pass of a spec. Raises ValueError if the model cannot run the spec."""
 
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read rows for a trajectory, from before their first pass on; the function returned may wait."""
+        """Read rows for a trajectory. Call this before the rows' first pass too, so the engine stores all values."""
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of images by the forward process; the function returned may wait."""
+        """Return a function that makes x_t of images by the forward process."""
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Read the latents of rows. Waits for the device."""
+        """Return the latents of rows. Waits for the device."""
 
     def remove(self, rows: Sequence[int]) -> None:
-        """Free one job's slots."""
+        """Free the slots of one job's rows."""
 
     def is_lost(self) -> bool:
-        """Whether the device does nothing any more, whatever it is told: asked after an error. Waits for the device."""
+        """Return whether the device has stopped working. Waits for the device. Call this after an error."""
 
     def memory_bytes(self) -> int | None:
-        """Memory taken on the device; None where that is the process's own memory."""
+        """Return the bytes of tensors on a GPU; None on a CPU, where tensors are in the process's memory."""
 
 
-# Takes the engine, the job's rows, and the rows that have stepped, by the steps they have taken and their index.
+# Called with the engine, the ids of the job's rows, and (steps taken, index in the job) for each row that stepped.
 Record = Callable[[RowEngine, Sequence[int], Sequence[tuple[int, int]]], object]
 
 
@@ -112,10 +117,10 @@ def sample_locally(
     inputs: Inputs | None = None,
     record: Record | None = None,
 ) -> Pixels:
-    """Run one job to its end; on_rows is called after each tick with the number of rows in it.
+    """Run one job to its end, and return its images. Raises ValueError as Engine.add does, and NotFinite.
 
-    record: is called before the first tick with all rows, and after each with those in it. Raises ValueError as
-    Engine.add does, and NotFinite.
+    on_rows: called after each tick with the number of rows in the tick. record: called with all rows before the first
+    tick, and after each tick with the rows of the tick.
     """
     scheduler = Scheduler(BatchPolicy.of(max_batch))
     rows = engine.add(spec, inputs=inputs)

@@ -1,6 +1,6 @@
-"""What rows have on the device beside x and x_0: noise, known values, registers, and the lines of their plans.
+"""Row state on the device besides x and x_0: noise seeds, known values, registers, and the lines of plans.
 
-And what the rows of a job start from: noise, a picture under noise, or a snapshot, checked before it is used.
+Also makes a job's first x from noise, an image or a snapshot, and checks inputs and snapshots.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
 def first_noise(spec: SampleSpec, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw x_T of a job's images, [n, *shape]."""
+    """Draw x_T of a job's rows, [n, *shape]."""
     indices = range(spec.index, spec.index + spec.n)
     noise = image_noise(spec.seed, indices, 0, shape, device)
     if spec.to_seed is None or spec.mix is None:
@@ -32,17 +32,17 @@ def first_noise(spec: SampleSpec, shape: Sequence[int], device: torch.device) ->
 
 
 class RowNoises:
-    """The seeds and indices of rows, by slot."""
+    """Holds the seeds and image indices of rows, by slot, and draws the rows' noise."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
         self._shape, self._device = shape, device
         self._seed_words = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
         self._index = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._mixed = np.zeros(max_rows, bool)  # on the host: whether the row's noise is a mix
-        self._of_mixes: tuple[Tensor, Tensor] | None = None  # other seeds, weights; made for the first such row
+        self._mixed = np.zeros(max_rows, bool)  # on the host: true if the row mixes the noise of two seeds
+        self._of_mixes: tuple[Tensor, Tensor] | None = None  # (second seeds, weights), for the first mixed row
 
     def put(self, at: Tensor, rows: Sequence[int], spec: SampleSpec) -> None:
-        """Write one job's rows; `at` are the same on the device."""
+        """Store the seeds of one job's rows. at: the rows' slots, as a tensor on the device."""
         self._seed_words[at] = torch.tensor(split_seed(spec.seed), device=self._device)
         self._index[at] = torch.tensor(range(spec.index, spec.index + spec.n), device=self._device)
         self._mixed[list(rows)] = spec.to_seed is not None
@@ -55,11 +55,11 @@ class RowNoises:
         weights[at] = torch.tensor(arc_weights(spec.mix), device=self._device)
 
     def mixes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where among these rows those are whose noise is a mix."""
+        """Return the positions in `rows` of the rows that mix the noise of two seeds."""
         return np.flatnonzero(self._mixed[rows]) if self._of_mixes is not None else np.zeros(0, np.int64)
 
     def draw(self, rows: Tensor, draws: Tensor, mixes: Tensor) -> Tensor:
-        """Draw `row_noise` of rows, [B, *shape]; mixes, int64 [<= B]: see `mixes`."""
+        """Draw the noise of rows, [B, *shape]. mixes: the result of `mixes` for these rows, int64 [<= B]."""
         noise = row_noise(self._seed_words[rows], self._index[rows], draws, self._shape)
         if self._of_mixes is None or not len(mixes):
             return noise
@@ -71,7 +71,7 @@ class RowNoises:
 
 
 def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError unless image and mask have the hashes of the spec and the shape [H, W, C]."""
+    """Raise ValueError unless image and mask match the spec's hashes and the shape [H, W, C]."""
     hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
     if hashes != (spec.image_sha256, spec.mask_sha256):
         raise ValueError("the image and mask are not those of the spec")
@@ -88,9 +88,9 @@ def initial_latents(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Make the first x [n, *shape]: x_T, or with strength x_t of the image, with x_T as eps (Meng et al. 2022).
+    """Make the first x [n, *shape]: x_T, or with a strength, x_t of the image with eps = x_T (Meng et al. 2022).
 
-    origin: the image as the network sees it [*shape], where it is one of pixels uint8.
+    origin: the image as uint8 pixels, or as latents, [*shape].
     """
     eps = first_noise(spec, shape, device)
     if spec.strength is None:
@@ -102,9 +102,9 @@ def initial_latents(
 def latents_of(
     snapshot: Snapshot, n: int, num_registers: int, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take x and x0_previous [n, *shape], and registers [n, R, *shape], from a snapshot.
+    """Return x and x0_previous [n, *shape], and registers [n, R, *shape], of a snapshot.
 
-    Raises ValueError for another shape or type.
+    Raises ValueError if a shape or dtype differs.
     """
     tensors = []
     for name, expected in (("x", (n,)), ("x0_previous", (n,)), ("registers", (n, num_registers))):
@@ -118,53 +118,53 @@ def latents_of(
 
 
 class KnownValues:
-    """Owns x_0 and masks of rows. Made when the first mask comes: servers without masks pay nothing."""
+    """Owns x_0 and masks of rows. Created for the first mask, so servers without masks use no memory."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device, latent: bool) -> None:
-        """shape [C, H, W] of one row."""
+        """shape: [C, H, W] of one row."""
         channels, height, width = shape
         self._latent = latent
-        # Pixels are stored as bytes: a quarter of the latents' size, returned bit for bit.
+        # Store pixels as uint8: exact, at a quarter of the size of float32.
         dtype: type[np.generic] = np.float32 if latent else np.uint8
         self._x_0 = row_slots(max_rows, channels, height, width, device=device, dtype=dtype)
         self._new = row_slots(max_rows, 1, height, width, device=device, dtype=np.bool_)
 
     def put(self, rows: Tensor, x_0: Tensor, mask: Tensor) -> None:
-        """Store one job's x_0 [C, H, W], pixels as uint8, and its mask. A latent is new if any of its pixels is."""
+        """Store one job's x_0 [C, H, W], uint8 for pixels, and mask. A latent is new if any of its pixels is masked."""
         height, width = x_0.shape[1:]
         squares = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
         self._x_0[rows] = x_0
         self._new[rows] = squares.any(3).any(1)
 
     def restore(self, x: Tensor, rows: Tensor, levels: Tensor, eps: Tensor) -> Tensor:
-        """Put what is known back into x [B, C, H, W] of these rows, at the levels [B, 2] of `Plan.known`."""
+        """Return x [B, C, H, W] with the rows' known values restored, at the noise levels [B, 2] of `Plan.known`."""
         x_0 = self._x_0[rows]
         return keep_known(x, self._new[rows], x_0 if self._latent else to_model_range(x_0), eps, levels)
 
 
 class Registers:
-    """Owns what solvers keep beside x and x0, a slot a row. Made when the first such row comes: others pay nothing."""
+    """Owns registers: tensors that some samplers keep between passes. Created for the first row with registers."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
-        """shape [C, H, W] of one row."""
+        """shape: [C, H, W] of one row."""
         self._values = torch.zeros(max_rows, 0, *shape, device=device)
 
     def put(self, rows: Tensor, values: Tensor) -> None:
-        """Set the registers of one job's rows: values [n, R, C, H, W]."""
+        """Set the registers of one job's rows. values: [n, R, C, H, W]."""
         missing = values.shape[1] - self._values.shape[1]
         if missing > 0:
             old, count = self._values, self._values.shape[1]
             self._values = row_slots(len(old), count + missing, *old.shape[2:], device=old.device)
             self._values[:, :count] = old
-        self._values[rows] = 0  # of a row before: 0 times infinity is not 0
+        self._values[rows] = 0  # clear an earlier row's values: 0 times infinity is NaN
         self._values[rows, : values.shape[1]] = values
 
     def read(self, rows: Tensor, count: int) -> Tensor:
-        """The first registers of rows [n, count, C, H, W]."""
+        """Return the first `count` registers of rows, [n, count, C, H, W]."""
         return self._values[rows, :count]
 
     def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Return the next x of rows [B], and store their registers: matrices [B, 5, 8], state x, x0, x0_previous, z."""
+        """Return the next x of rows [B]; store their registers. matrices: [B, 5, 8]. state: x, x0, x0_previous, z."""
         held = self._values[rows]
         count = held.shape[1]
         new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])
@@ -172,19 +172,19 @@ class Registers:
         return new[:, 0]
 
 
-MAX_PLANS = 64  # that are kept compiled: 0.1 MB each of 1000 steps, 0.3 MB with registers
-FIRST_LINES = 1024  # that there is room for at first; it doubles as jobs come
+MAX_PLANS = 64  # cached plans; one of 1000 steps takes 0.1 MB, with registers 0.3 MB
+FIRST_LINES = 1024  # initial capacity of the store, at least doubled when full
 
 
 class PlanCompiler:
-    """Compiles the samplers that specs ask for. Most ask for the same few, so the last ones are kept."""
+    """Compiles samplers to plans. Recent plans are cached, because most specs ask for the same few samplers."""
 
     def __init__(self, model: ModelInfo, noise: NoiseConfig) -> None:
         self._model, self._noise, self._schedule = model, noise, noise.schedule()
         self._kept = lru_cache(MAX_PLANS)(self._compile)
 
     def plan(self, spec: SampleSpec) -> Plan:
-        """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
+        """Compile a spec's sampler. Raises ValueError if the model's noise schedule does not allow the spec."""
         return self._kept(spec.sampler, spec.steps, spec.start, spec.table, spec.eta, spec.clip, spec.timestep_spacing)
 
     def _compile(
@@ -200,19 +200,19 @@ class PlanCompiler:
 
 
 class PlanStore:
-    """Owns the lines of all plans. A job's plan has a line for each of its passes until the job ends."""
+    """Owns the plans of all jobs. A plan has one line per pass, and is freed when its job ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.timesteps = torch.zeros(FIRST_LINES, device=device)  # that the network is given
-        self.scales: Tensor | None = None  # what x is multiplied by on its way in, made when the first such plan comes
+        self.timesteps = torch.zeros(FIRST_LINES, device=device)  # the network's input t
+        self.scales: Tensor | None = None  # factors on the network's input x; None until a plan needs them
         self.lines = torch.zeros(FIRST_LINES, NUM_COEFFICIENTS, device=device)
-        self.known = torch.zeros(FIRST_LINES, 2, device=device)  # Plan.known
-        self.matrices: Tensor | None = None  # [lines, 5, 8], made when the first plan with registers comes
-        self._free = [(0, FIRST_LINES)]  # stretches (start, length) without a plan, ascending, none beside another
+        self.known = torch.zeros(FIRST_LINES, 2, device=device)  # see `Plan.known`
+        self.matrices: Tensor | None = None  # [lines, 5, 8]; None until a plan has registers
+        self._free = [(0, FIRST_LINES)]  # free ranges (start, length), ascending and never adjacent
 
     def put(self, plan: Plan) -> int:
-        """Store a plan; returns its first line."""
+        """Store a plan, and return its first line."""
         start = self._take(len(plan))
         try:
             self._write(plan, slice(start, start + len(plan)))
@@ -237,7 +237,7 @@ class PlanStore:
             self.matrices[at, :rows, :columns] = plan.matrices.to(device=self._device, dtype=torch.float32)
 
     def free(self, start: int, length: int) -> None:
-        """Give the lines of a plan back."""
+        """Mark a range of lines as free, and merge it with adjacent free ranges."""
         stretches: list[tuple[int, int]] = []
         for begin, size in sorted([*self._free, (start, length)]):
             if stretches and sum(stretches[-1]) == begin:
@@ -247,7 +247,7 @@ class PlanStore:
         self._free = stretches
 
     def _take(self, length: int) -> int:
-        """Take the first free stretch that is long enough, or let the store grow."""
+        """Take the first free range that is long enough. Grow the store if there is none."""
         for k, (start, size) in enumerate(self._free):
             if size >= length:
                 self._free[k : k + 1] = [(start + length, size - length)] if size > length else []

@@ -1,8 +1,8 @@
-"""Test that an image has the same bits alone and under load, and keep what was found for later starts.
+"""Tests that an image has the same bits alone and under load, and caches the result for later starts.
 
-That is so if two things hold. The network computes a row's output the same way whatever else is in the pass, wherever
-it stands there. And the engine's update of a row, whichever its sampler is, reads nothing of another row. The first is
-tested on the network, and takes passes; the second needs no network.
+Two properties are tested. First, the network's output for a row does not depend on the other rows of the pass, nor on
+the row's position. Second, the engine's update of a row does not depend on other rows, for every sampler. The second
+test runs a simple function in place of the network.
 """
 
 import logging
@@ -32,17 +32,18 @@ from tminus.service.work import work_of
 
 log = logging.getLogger(__name__)
 
-PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see probe_rows
-SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
-# The test of the samplers: jobs of every sampler with STEPS steps. This number of samplers run guided too.
+PROBE_ROWS = 2  # rows hashed for the fingerprint; small networks may need more, see `probe_rows`
+SPARE_ROWS, SPARE_JOBS = 64, 16  # minimum for the self-test and the measurement of ticks
+# The test of the samplers runs every sampler for at most STEPS steps. The first GUIDED samplers run with at least ROWS
+# rows, and also guided.
 STEPS, ROWS, GUIDED = 4, 2, 3
 
 
 class Proof:
-    """What is known of an exact executor's bits on this machine, and what is kept of that for later starts.
+    """Tests that an exact executor gives a row the same bits in any batch, and caches the findings.
 
-    It is kept by the weights, the machine and the versions. If the executor's output is what it was, all that
-    was found out then is taken to hold; so a file of the cache that was changed, or is of another machine, is noticed.
+    The cache is keyed by weights, machine and versions. Findings are reused only if the executor's output has the same
+    hash as before. This detects a cache file that was changed, or comes from another machine.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Proof:
         how: Mapping[str, Any],
         cache: Path | None,
     ) -> None:
-        # Without the autoencoder, which would be held until all is tested.
+        # Leave out the autoencoder: it would stay in memory until the tests end.
         self._checkpoint = replace(checkpoint, autoencoder=None, size_px=checkpoint.row_shape[1:])
         self._device, self._executor = device, executor
         how_it_runs = f"executor {executor.name} {executor.precision} ({executor.details})"
@@ -61,21 +62,21 @@ class Proof:
         what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
         self._cache = ChoiceCache(cache, checkpoint, device, what, ())
         rows = probe_rows(checkpoint, executor.precision)
-        # Where other bits may agree on a few rows by chance, all are compared: such a network is small.
+        # If different bits may agree on a few rows by chance, hash all rows. Such a network is small.
         row = probe_bits(executor, example_inputs(checkpoint, device, 1 if rows == PROBE_ROWS else rows))
         kept = self._cache.read() or {}
         bits = kept.get("bits")
         if kept.get("row") != row or not isinstance(bits, str):
             kept, bits = {}, probe_bits(executor, example_inputs(checkpoint, device, rows))
         self.bits: str = bits
-        self.begun = "exact" in kept  # whether an earlier start has tested at least some
+        self.begun = "exact" in kept  # true if an earlier start has run some of the tests
         self._earlier, self._max_batch = kept.get("exact"), kept.get("max_batch")
         self._kept = {"row": row, "bits": bits}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
-        """Test for a number of seconds. Returns the tests that are left. Raises ValueError where bits differ.
+        """Run tests for some seconds, and return an iterator that runs the rest. Raises ValueError if bits differ.
 
-        inexact: what the engine tells from then on, should a test fail that is done later.
+        inexact: the engine's info after a test in that iterator has failed.
         """
         if self._earlier is False:
             raise ValueError(f"{self._failed()}; found before, and tested again without {self._cache.found}")
@@ -129,10 +130,10 @@ class Proof:
 def network_keeps_rows_apart(
     executor: Executor, checkpoint: Checkpoint, device: torch.device, max_batch: int
 ) -> Iterator[bool | None]:
-    """Run batches of 2 to max_batch rows; yields of each whether its rows have the bits that they have alone.
+    """Run batches of 2 to max_batch rows. Yield for each batch whether its rows have the same bits as alone.
 
-    The first batches are small ones and the largest, so that little time shows most. After a row alone it yields None,
-    so that a job that has come meanwhile waits for one batch at most.
+    Small batches and the largest come first, because they reveal most differences. After each run of a single row,
+    yield None, so a new job waits for at most one batch.
     """
     rows = max(agree_rows(checkpoint, executor.precision), max_batch)
     x, t, labels = example_inputs(checkpoint, device, rows)
@@ -148,7 +149,7 @@ def network_keeps_rows_apart(
     first = 0
     for places in dict.fromkeys([2, 3, max_batch, *range(4, max_batch)]):
         index = [(first + place) % rows for place in range(places)]
-        first += places - 1  # so that a row stands at another place, beside others, next time
+        first += places - 1  # next time, a row has another position and other neighbours
         for row in index:
             if row not in alone:
                 (alone[row],) = run([row])
@@ -157,7 +158,7 @@ def network_keeps_rows_apart(
 
 
 class _Standin:
-    """A function of a row, its timestep and its class, in place of a network: what it makes of a row is exact."""
+    """Replaces the network by a function of row, timestep and class. A row's output has the same bits in any batch."""
 
     name, precision, details, queues = "stand-in", "float32", "", False
 
@@ -176,13 +177,13 @@ class _Standin:
 
 
 def samplers_keep_rows_apart(checkpoint: Checkpoint, device: torch.device, max_batch: int) -> bool:
-    """Run a job of every sampler on a stand-in for the network; True if all bits agree alone and together."""
+    """Run jobs of every sampler on `_Standin`. Return whether all latents have the same bits alone and together."""
     engine = Engine(checkpoint, _Standin(checkpoint), device, max_rows=SPARE_ROWS, max_jobs=SPARE_JOBS)
     return same_alone_and_together(engine, max_batch)
 
 
 def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
-    """Run a job of every sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
+    """Run jobs of every sampler, alone and then in shared ticks. Return whether all latents have the same bits."""
     specs = _possible(engine, _specs(engine.info))
     alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
     together = _run(engine, specs, max_batch)
@@ -190,7 +191,7 @@ def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
 
 
 def _specs(model: ModelInfo) -> list[SampleSpec]:
-    """Jobs of every sampler with different step counts, the first ones of several rows, and guided where that is so."""
+    """Return jobs of every sampler, with different step counts. See GUIDED for jobs of several rows and guided jobs."""
     specs = []
     for k, sampler in enumerate(model.samplers):
         steps = min(STEPS, SAMPLER_FACTS[sampler].max_steps(model.num_timesteps))
@@ -204,7 +205,7 @@ def _specs(model: ModelInfo) -> list[SampleSpec]:
 
 
 def _possible(engine: RowEngine, specs: Sequence[SampleSpec]) -> list[SampleSpec]:
-    """Keep the jobs that the model's schedule allows: some samplers cannot start where there is no signal."""
+    """Return the jobs that the noise schedule allows: some samplers cannot start at a timestep without signal."""
     possible = []
     for spec in specs:
         with suppress(ValueError):
@@ -229,10 +230,10 @@ def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Flo
 
 
 def probe_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """The number of rows that the fingerprint hashes: 2, or the number that autotune compares if it is larger.
+    """Return the number of rows to hash for the fingerprint: PROBE_ROWS, or `agree_rows` for a small network.
 
-    Below float32 two builds with other bits may agree on two rows of a small network by chance, see `agree_rows`.
-    For larger networks two rows are enough, and more would give every build another fingerprint.
+    Below float32, two builds with different bits may agree on two rows of a small network by chance, see `agree_rows`.
+    For larger networks two rows are enough, and more rows would change every build's fingerprint.
     """
     rows = agree_rows(checkpoint, precision)
     return rows if rows > AGREE_ROWS else PROBE_ROWS

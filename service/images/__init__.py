@@ -1,1 +1,1 @@
-"""Pixels to bytes and bytes to pixels. No HTTP, no torch."""
+"""Encodes and decodes images. Uses neither HTTP nor torch."""

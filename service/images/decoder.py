@@ -1,4 +1,4 @@
-"""Decodes an uploaded image to pixels of the model's size. The bounds are checked before anything is decoded."""
+"""Decodes uploaded images to pixels of the model's size. The bounds are checked before decoding."""
 
 import asyncio
 import io
@@ -22,8 +22,8 @@ from tminus.service.tracing import traced
 from tminus.service.turns import CallerTurns
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# More than any encoder writes. Pillow spends microseconds of Python on each chunk or segment, however small, and a pass
-# over the whole image on each scan, which may be ten bytes long.
+# More than any encoder writes. For each chunk or segment, however small, Pillow spends microseconds in Python. For each
+# scan, which may be ten bytes long, Pillow processes the whole image.
 MAX_PIECES = 10_000
 MAX_SCANS = 100
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, without DHT, JPG and DAC
@@ -33,26 +33,25 @@ SCAN = bytes((0xFF, JPEG_SCAN))
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """`format` is Pillow's name for it."""
+    """The header of an image. `format` is Pillow's name for the format."""
 
     format: str
     width_px: int
     height_px: int
-    scans: int = 1  # passes over all pixels that a decoder makes
+    scans: int = 1  # passes over all pixels in decoding
 
     @property
     def pixels(self) -> int:
-        """The number of pixels."""
         return self.width_px * self.height_px
 
     @property
     def work(self) -> int:
-        """What decoding it costs, in pixels."""
+        """Return the cost of decoding: pixels times scans."""
         return self.pixels * self.scans
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Read the header of a PNG, JPEG or WebP; None for any other bytes. Raises ValueError if it is broken."""
+    """Parse the header of a PNG, JPEG or WebP; None for any other bytes. Raises ValueError if the header is broken."""
     if data.startswith(PNG_SIGNATURE):
         name, size, scans = "PNG", _png_size(data), 1
     elif data.startswith(b"\xff\xd8\xff"):
@@ -67,7 +66,7 @@ def read_header(data: bytes) -> ImageHeader | None:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    """W3C PNG, section 11.2.1: IHDR is the first chunk."""
+    """Return (width, height) from IHDR, the first chunk (W3C PNG, section 11.2.1)."""
     if data[8:16] != b"\x00\x00\x00\rIHDR" or len(data) < 33:
         raise ValueError("its first chunk is no IHDR")
     at = len(PNG_SIGNATURE)
@@ -79,7 +78,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
-    """ITU-T T.81, section B.2: the size is in the frame header, a segment before the first scan."""
+    """Return (width, height) from the frame header (ITU-T T.81, section B.2), and the number of scans."""
     size = None
     for marker, at in _jpeg_segments(data):
         if marker in JPEG_FRAMES:
@@ -90,20 +89,20 @@ def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
             break
     if size is None:
         raise ValueError("it has no frame header")
-    # Within a scan 0xFF is always followed by 0 or a restart marker, so this counts scans (a thumbnail's included).
+    # In a scan's data, 0 or a restart marker follows each 0xFF, so this counts scans (a thumbnail's included).
     if (scans := data.count(SCAN)) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
     return size, max(1, scans)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each marker from the image's start on, with the offset of its length."""
+    """Yield each marker of the image, with the offset of the length that follows the marker."""
     at = 2
     for _ in range(MAX_PIECES):
         lead, marker = data[at : at + 1], data[at + 1 : at + 2]
         if lead != b"\xff" or not marker:
             raise ValueError("its header breaks off")
-        if marker == b"\xff":  # any number of fill bytes may come before a marker
+        if marker == b"\xff":  # any number of fill bytes may precede a marker
             at += 1
             continue
         yield marker[0], at + 2
@@ -112,7 +111,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """RFC 9649: the canvas of an extended file, else the size of its only frame."""
+    """Return the size of an extended file's canvas, or of a simple file's only frame (RFC 9649)."""
     kind = data[12:16]
     if len(data) < 30:
         raise ValueError("its header breaks off")
@@ -127,37 +126,37 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 MAX_PIXELS = 4096 * 4096
-MAX_SIDE_PX = 4 * 4096  # each row costs: 16 million of one pixel take up to five times as long as a square
-MAX_WORK = 16 * MAX_PIXELS  # pixels times scans: cameras and the web write at most a dozen scans
-MAX_WAIT_S = 10.0  # for the images before it, as predicted; one that would wait longer is refused
-FIRST_RATE = 20e6  # pixels a second, until it is known
+MAX_SIDE_PX = 4 * 4096  # 16 million rows of one pixel take up to five times as long as a square of as many pixels
+MAX_WORK = 16 * MAX_PIXELS  # pixels times scans; cameras and web images have at most a dozen scans
+MAX_WAIT_S = 10.0  # an image is refused if its predicted wait for earlier images is longer
+FIRST_RATE = 20e6  # pixels per second, before the first measurement
 LEARNING_RATE = 0.2
 Result = TypeVar("Result")
 WANTED = "a PNG, JPEG or WebP image"
-# What a picture must be that says by transparency what is made new.
+# For error messages: the requirement on a picture whose transparency marks the region to regenerate.
 TRANSPARENT = {
     "mask": "transparent where the image is to be made new",
     "image": "transparent where it is to be made new, or come with a mask or with strength",
 }
-WHITE = 128  # a mask's pixels of this grey and above are regenerated
+WHITE = 128  # a mask's pixels of this grey value and above are regenerated
 
 
 class Payer(Protocol):
-    """Whom an upload is decoded for: a caller of access/."""
+    """The caller that is charged for decoding an upload, see access/."""
 
     @property
     def name(self) -> str:
-        """Whose turn it is."""
+        """Return the name of the caller. Uploads are decoded in fair turns by caller."""
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Charge for pixels times scans. Raises QuotaExceeded."""
+        """Charge for decoding. pixels: pixels times scans. Raises QuotaExceeded."""
 
 
 class Decoder:
-    """Owns the decoding thread. There is one, so that only one decoded image is in memory however many uploads come."""
+    """Owns the decoding thread. There is only one, so at most one full-size decoded image is in memory."""
 
     def __init__(self) -> None:
-        # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
+        # Counts the bytes that wait for the thread. Nothing else counts a WebSocket message after its receipt.
         self._budget = ByteBudget()
         self._pool = started_pool(1, "tminus-decode")
         self._turns = CallerTurns()
@@ -171,12 +170,12 @@ class Decoder:
     async def inputs(
         self, image: bytes, mask: bytes | None, model: ModelInfo, caller: Payer, *, transparent: bool = False
     ) -> Inputs:
-        """Run `decode_inputs` off the event loop. Raises as `decode`."""
+        """Run `decode_inputs` off the event loop. Raises the same errors as `decode`."""
         given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
         return await self._run(caller, given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 
     async def _run(self, caller: Payer, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
-        """Wait for the caller's turn. If it is cancelled before, it takes none of the thread's time."""
+        """Decode in the caller's turn. If cancelled before the turn, use none of the thread's time."""
         size_bytes = sum(len(data) for _, data in given)
         with self._budget.hold(owner=caller.name) as held:
             held.add(size_bytes)
@@ -190,22 +189,22 @@ class Decoder:
                     try:
                         result, seconds = await asyncio.shield(decoding)
                     finally:
-                        await asyncio.wait([decoding])  # if it is cancelled meanwhile, the thread goes on
-        if work >= MAX_PIXELS // 100:  # less says little
+                        await asyncio.wait([decoding])  # the thread continues even if this task is cancelled
+        if work >= MAX_PIXELS // 100:  # smaller images say little about the rate
             self._rate += LEARNING_RATE * (work / max(seconds, 1e-6) - self._rate)
         return result
 
     def close(self) -> None:
-        """End the thread after the image that is being decoded."""
+        """Stop the thread after the image that is being decoded."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:
-    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
+    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage with the field's name.
 
-    It is made ready as the pictures of a training folder are, so that x_0 looks like the training data. A model of RGBA
-    gets its alpha, and one that is opaque is opaque; of other models what is transparent is laid over black. An image
-    of the model's size is used unchanged. crop: whether it may have another.
+    The image is prepared by `fit_picture`, like training pictures, so x_0 looks like the training data. For an RGBA
+    model, the image keeps its alpha; without alpha it is opaque. For other models, transparent pixels are laid over
+    black. An image of the model's size is not resampled. crop: if false, an image of another size is refused.
     """
     with _loaded(data, field) as image:
         if not crop:
@@ -214,11 +213,11 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: b
 
 
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
-    """Decode a mask into bool [H, W] of the model's size, true where it is white. Raises InvalidImage.
+    """Decode a mask into bool [H, W] of the model's size: true where the mask is white. Raises InvalidImage.
 
-    It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white. What
-    is transparent counts as black. A mask with transparent pixels and without white ones is refused, as one of OpenAI's
-    kind, which means them the other way round.
+    The mask is cropped like an image. Each pixel of the result is the mean of the mask's pixels that it covers, and
+    true if that is WHITE or brighter. Transparent pixels count as black. A mask with alpha and without white pixels is
+    refused: it probably follows OpenAI's convention, where transparent pixels are regenerated.
     """
     with _loaded(data, field) as mask:
         new, has_alpha = _mask(mask, model), may_be_transparent(mask)
@@ -231,15 +230,16 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 def decode_transparent(
     data: bytes, model: ModelInfo, field: Literal["mask", "image"] = "mask", *, crop: bool = True
 ) -> npt.NDArray[np.bool_]:
-    """Decode a mask of OpenAI's kind: as `decode_mask`, true where it is transparent, whatever its colours.
+    """Decode a mask in OpenAI's convention: like `decode_mask`, but true where the mask is transparent.
 
-    Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new. crop: see decode_image.
+    Colours are ignored. Raises InvalidImage, also if no pixel is transparent: nothing would be regenerated. crop: see
+    `decode_image`.
     """
     with _loaded(data, field) as loaded:
         mask = upright(loaded)
         if not crop:
             _check_size(mask, model, field)
-        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow makes no RGBA of 16 bits
+        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow has no RGBA of 16 bits
         alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
         raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
@@ -252,10 +252,11 @@ def _mask(image: Image.Image, model: ModelInfo) -> npt.NDArray[np.bool_]:
 
 
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
-    """Decode the image of an edit and its mask, if any. Raises InvalidImage.
+    """Decode the image of an edit, and its mask if there is one. Raises InvalidImage.
 
-    transparent: as OpenAI has it: the mask says by transparency what is made new, not by white, and may be the image
-    itself. Its clients do not say how to crop, so each picture must then have the model's size, once it is upright.
+    transparent: use OpenAI's convention. The mask's transparent pixels are regenerated, not its white ones, and the
+    mask may be the image itself. Each picture must have the model's size after EXIF rotation, because OpenAI's clients
+    do not say how to crop.
     """
     pixels = decode_image(image, model, crop=not transparent)
     if mask is None:
@@ -277,7 +278,7 @@ def _timed(decode: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def check_header(data: bytes, field: str) -> ImageHeader:
-    """Read the header of an image that may be decoded. Raises InvalidImage."""
+    """Parse an image's header. Raises InvalidImage if the image must not be decoded."""
     try:
         header = read_header(data)
     except ValueError as error:
@@ -299,9 +300,10 @@ def check_header(data: bytes, field: str) -> ImageHeader:
 
 @contextmanager
 def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
-    """Decode an image of at most MAX_PIXELS, to be converted in the context. Raises InvalidImage, out of that too.
+    """Decode an image of at most MAX_PIXELS, for conversion of its pixels in the context. Raises InvalidImage.
 
-    Some faults Pillow finds only as it converts the pixels, such as a palette that is missing.
+    Errors in the context become InvalidImage too, because Pillow finds some faults only in a conversion, such as a
+    missing palette.
     """
     header = check_header(data, field)
     try:
@@ -316,7 +318,7 @@ def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
         yield image
     except (InvalidImage, MemoryError):
         raise
-    except Exception as error:  # for broken bytes Pillow raises OSError, SyntaxError, struct.error and others
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others for broken bytes
         size = f"{header.width_px}x{header.height_px}"
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None

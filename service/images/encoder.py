@@ -1,4 +1,4 @@
-"""Pixels to bytes: PNG, contact sheet, zip, JSON, previews. `Encoder` does it in threads of its own."""
+"""Encodes images as PNG, contact sheets, zip, JSON and previews. `Encoder` does so in its own threads."""
 
 import base64
 import hashlib
@@ -29,45 +29,41 @@ from tminus.service.work import JobResult
 PNG, ZIP, JSON, WEBP, NPY = "image/png", "application/zip", "application/json", "image/webp", "application/x-npy"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
-BACKGROUND = "background"  # in a recipe: over what an image with alpha was laid
+BACKGROUND = "background"  # key in a recipe: the colour behind an image with alpha
 RESULT_THREADS = 2
-ANIMATION_S = 21.0  # for the largest: 16 MiB of grey pixels take 17 s on a busy core
+ANIMATION_S = 21.0  # seconds for the largest animation: 16 MiB of grey pixels take 17 s on a busy core
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
-    "webp": {"lossless": True, "quality": 0, "method": 0, "exact": True},  # exact: colours where nothing is seen too
+    "webp": {"lossless": True, "quality": 0, "method": 0, "exact": True},  # exact: keep colours of transparent pixels
     "jpeg": {"quality": 90, "subsampling": 0},
 }
 Read = TypeVar("Read")
 Made = TypeVar("Made")
 WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
-TILE_PX, SHEET_PX = 256, 1024  # what an image on a sheet for people has at most, and the sheet
-Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
+TILE_PX, SHEET_PX = 256, 1024  # largest side of an enlarged image, and of an enlarged sheet
+Picture = tuple[Show, int | None, bytes]  # (x_t or x_0, image index or None for a sheet of all, encoded bytes)
 
 
 class Encoder:
-    """Owns the encoding threads. Its methods run in the event loop and wait for one of them.
-
-    All raise Stalled where a thread hangs.
-    """
+    """Owns the encoding threads. Its coroutines wait for a thread, and raise Stalled if that thread hangs."""
 
     def __init__(self, observe: Callable[[str, float], None]) -> None:
         self._observe = observe
         self._pool = started_pool(RESULT_THREADS, "tminus-encode")
-        self._animations = started_pool(1, "tminus-animate")  # one may take seconds
-        self._frames = started_pool(1, "tminus-frames")  # so that results wait for no preview
+        self._animations = started_pool(1, "tminus-animate")  # separate, because an animation may take seconds
+        self._frames = started_pool(1, "tminus-frames")  # separate, so results never wait for previews
         self._pulse = Pulse("the encoder")
         self._pulse_of_animations = Pulse("the encoder of animations", lambda: ANIMATION_S)
         self.pulses = (self._pulse, self._pulse_of_animations)
-        # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
-        # frames' thread only.
+        # Cache of recent encoded frames, because many viewers may watch one job. Used only in the frames' thread.
         self._recent: TTLCache[Hashable, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None, *, opaque: bool = False
     ) -> list[Picture]:
-        """Make the pictures of a preview. quality, opaque: see the function `encode_frame`."""
+        """Encode the pictures of a preview. quality, opaque: see the function `encode_frame`."""
         return await self._pulse.run(
             self._frames, lambda: self._make_pictures(frame, frame_format, layout, quality, opaque)
         )
@@ -75,7 +71,7 @@ class Encoder:
     async def encode_pictures(
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
     ) -> list[bytes]:
-        """Make a finished job's PNGs: one sheet of all images, or one PNG for each."""
+        """Encode a finished job as PNGs: one sheet of all images, or one PNG per image."""
 
         def make(images: Pixels) -> list[bytes]:
             if layout == "sheet":
@@ -94,10 +90,9 @@ class Encoder:
         *,
         slow: bool = False,
     ) -> Made:
-        """Make something of what `read` returns, which may wait for a GPU. Raises NotFinite.
+        """Call `make` with the result of `read` in an encoding thread. `read` may wait for a GPU. Raises NotFinite.
 
-        kind: of what is made, in the metric of how long that takes; None: it is not told. slow: it may take seconds,
-        so that it has a thread of its own.
+        kind: label in the metric of encoding times; None: no metric. slow: use the thread for work of several seconds.
         """
 
         def encode() -> Made:
@@ -115,11 +110,11 @@ class Encoder:
             return await self._pulse.run(self._pool, encode)
 
     def close(self) -> None:
-        """End each thread after what it is at."""
+        """Stop each thread after its current work."""
         for pool in (self._frames, self._animations, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    # --- in the thread of frames ---
+    # --- in the frames' thread ---
 
     @cachedmethod(attrgetter("_recent"))
     def _make_pictures(
@@ -139,27 +134,27 @@ class Encoder:
 
 
 def _cached_bytes(pictures: list[Picture]) -> int:
-    """Estimate the memory of an entry. Its key keeps the frame's pixels, which are a few times the encoded size."""
+    """Estimate the memory of a cache entry. Its key holds the frame's pixels, a few times the encoded size."""
     return 4 * sum(len(picture) for *_, picture in pictures)
 
 
 def as_pictures(images: Pixels, model: ModelInfo) -> Pixels:
-    """Make of a job's images [n, H, W, C] what pictures of them show: some channels, and whole numbers."""
+    """Convert a job's images [n, H, W, C] to integer pixels. Drops channels that pictures do not show."""
     shown = images[..., : model.shown_channels]
     return as_uint8(shown.astype(np.float32)) if shown.dtype == np.float32 else shown
 
 
 def encode_result(media_type: str, spec: SampleSpec, images: Pixels, model: ModelInfo, *, clip: bool = True) -> bytes:
-    """Encode a finished job: one PNG (a sheet if n > 1), a zip of n PNGs, JSON with base64 PNGs, or the floats.
+    """Encode a finished job as one PNG (a sheet if n > 1), a zip of n PNGs, JSON with base64 PNGs, or NPY.
 
-    The floats are float32 [n, C, H, W] in NumPy's format; clip: to the model's range. The pictures of a job of floats
-    are those of 8 bits, to the byte.
+    NPY holds float32 [n, C, H, W]. clip: clip these values to the model's range. Pictures of a float32 job are the same
+    bytes as those of an 8-bit job.
     """
     if media_type == NPY:
         header = io.BytesIO()
         values = images.clip(*VALUE_RANGE) if clip else images
         values = np.ascontiguousarray(values.transpose(0, 3, 1, 2), "<f4")
-        # Not by np.save, which pickles what is no plain array.
+        # Do not use np.save, which pickles arrays of objects.
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
         return header.getvalue() + values.tobytes()
     images = as_pictures(images, model)
@@ -174,7 +169,7 @@ def encode_result(media_type: str, spec: SampleSpec, images: Pixels, model: Mode
 
 
 def _document(spec: SampleSpec, images: Pixels, model: ModelInfo) -> dict[str, object]:
-    """A finished job with its images as JSON has it."""
+    """Return a finished job as a JSON document, with its images."""
     entries = [
         {
             "index": spec.index + k,
@@ -195,7 +190,7 @@ def encode_path(
     timesteps: Sequence[float],
     model: ModelInfo,
 ) -> bytes:
-    """Encode a recording, and its result if that is wanted, as JSON. timesteps: of each pass."""
+    """Encode recorded frames, and the finished images if given, as JSON. timesteps: the timestep of each pass."""
     steps, images = recorded
     frames = [
         {"step": step, "t": round(timesteps[step], 3)}
@@ -209,7 +204,7 @@ def encode_path(
 
 
 def encode_trajectory(recorded: tuple[Trajectory, Pixels], spec: SampleSpec, model: ModelInfo) -> bytes:
-    """Make the file of a trajectory and of the images that it ends in."""
+    """Encode a trajectory and its finished images as a file."""
     return pack_trajectory(*recorded, spec, model, recipe(spec, model))
 
 
@@ -218,42 +213,42 @@ def _base64(data: bytes) -> str:
 
 
 def encode_each(spec: SampleSpec, images: Pixels, model: ModelInfo, *, opaque: bool = False) -> list[bytes]:
-    """Encode each image of a finished job as a PNG of its own. opaque: whether RGBA is laid over white."""
+    """Encode each image of a finished job as a PNG of its own. opaque: lay RGBA over white."""
     pictures = [over_white(image) if opaque else image for image in as_pictures(images, model)]
     more = {BACKGROUND: "white"} if opaque else {}
     return [encode_png(picture, recipe(one_image(spec, k), model) | more) for k, picture in enumerate(pictures)]
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
-    """Everything that is needed to make the same pixels again."""
+    """Return everything that is needed to make the same pixels again."""
     made: dict[str, object] = {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
     return made if spec.depth == 8 else made | {"value_range": VALUE_RANGE}
 
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
-    """The ETag of a response, known before its bytes are made."""
+    """Return the ETag of a response, known before the response is encoded."""
     parts = json.dumps([media_type, recipe(spec, model), model.class_names], sort_keys=True)
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 
 def etag_form(media_type: str, *, clip: bool) -> str:
-    """Name the form of a job's images for their ETag: floats beyond the model's range are others than clipped ones."""
+    """Return the media type for an ETag, with a suffix for unclipped floats, because clipping changes the bytes."""
     return media_type if clip else f"{media_type}; unclipped"
 
 
 def metric_label(media_type: str) -> str:
-    """Name a media type in the metric of encoding: png, zip, json or npy."""
+    """Return a media type's label in the metric of encoding times: png, zip, json or npy."""
     return media_type.rpartition("/")[2].removeprefix("x-")
 
 
 def one_image(spec: SampleSpec, k: int) -> SampleSpec:
-    """The spec that makes image k of a request alone."""
+    """Return the spec that makes only image k of a request."""
     labels = spec.class_labels[k : k + 1] if spec.class_labels is not None else None
     return replace(spec, n=1, index=spec.index + k, class_labels=labels)
 
 
 def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
-    """Encode [H, W, C] (C 1, 3 or 4; 1 of 16 bits) as PNG, with `text` as JSON in a text chunk."""
+    """Encode [H, W, C] as PNG, with `text` as JSON in a text chunk. C is 1, 3 or 4; with 16 bits, only 1."""
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
@@ -263,9 +258,9 @@ def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
 
 
 def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None, *, opaque: bool = False) -> bytes:
-    """Encode [H, W, C] as png, webp or jpeg: of quality 0..100, or fast rather than small (png and webp lossless).
+    """Encode [H, W, C] as png, webp or jpeg. quality: 0 to 100; None: fast rather than small (png and webp lossless).
 
-    opaque: whether RGBA is laid over white; a jpeg, which has no alpha, always is.
+    opaque: lay RGBA over white. A jpeg, which has no alpha, is always opaque.
     """
     out = io.BytesIO()
     options = FRAME_OPTIONS[frame_format] if quality is None else {"quality": quality}
@@ -274,12 +269,12 @@ def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None, 
 
 
 def encode_sheets(frames: Sequence[Pixels]) -> bytes:
-    """Encode [n, H, W, C] each as an animated WebP, of contact sheets if n > 1."""
+    """Encode frames [n, H, W, C] as an animated WebP. If n > 1, each frame is a contact sheet."""
     return encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
 
 
 def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes:
-    """Encode pictures of one size and mode as an endless loop; the last is shown longer."""
+    """Encode pictures of one size and mode as an endless animation. The last picture is shown longer."""
     out = io.BytesIO()
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
@@ -288,7 +283,7 @@ def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes
 
 
 def over_white(pixels: Pixels) -> Pixels:
-    """Lay RGBA [H, W, 4] over white; other pictures have no alpha, and stay as they are."""
+    """Lay RGBA [H, W, 4] over white. Pictures without alpha are returned unchanged."""
     if pixels.shape[2] != RGBA:
         return pixels
     image = _to_pillow(pixels)
@@ -300,9 +295,9 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def contact_sheet(images: Pixels) -> Pixels:
-    """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C].
+    """Arrange [n, H, W, C] left to right, top to bottom, without gaps, as [rows H, columns W, C].
 
-    Spare cells are black, of RGBA transparent.
+    Empty cells are black, or transparent for RGBA.
     """
     n, height, width, channels = images.shape
     rows, columns = sheet_grid(n)
@@ -313,27 +308,27 @@ def contact_sheet(images: Pixels) -> Pixels:
 
 
 def sheet_grid(n: int) -> tuple[int, int]:
-    """Return how many rows and columns a contact sheet of n images has."""
+    """Return (rows, columns) of a contact sheet of n images."""
     columns = sheet_columns(n)
     return math.ceil(n / columns), columns
 
 
 def sheet_columns(n: int) -> int:
-    """The least number of columns from sqrt(n) up that leaves no spare cell, or ceil(sqrt(n)) if that is too wide."""
+    """Return the least number of columns >= sqrt(n) without empty cells, or ceil(sqrt(n)) if that is too wide."""
     square = math.isqrt(n - 1) + 1
     exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
     return exact if exact <= 2 * square else square
 
 
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
-    """Return by what a sheet of n images is enlarged for people: up to TILE_PX an image, and most_px in all."""
+    """Return the factor to enlarge a sheet of n images for viewing: up to TILE_PX an image, most_px the sheet."""
     rows, columns = sheet_grid(n)
     tile = max(height // rows, width // columns)
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
 
 
 def enlarge(pixels: Pixels, scale: int) -> Pixels:
-    """Make a square of scale x scale pixels of each pixel of [H, W, C], so that no colour is new."""
+    """Repeat each pixel of [H, W, C] as a square of scale x scale pixels, without interpolation."""
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
@@ -341,5 +336,5 @@ def _zip(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
         for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: the same images, the same zip
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo has a fixed date, so equal images give equal zips
     return out.getvalue()
