@@ -166,7 +166,7 @@ class Admission:
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return a model's Intake. A job that it takes has at most `ahead_s` seconds of work before it."""
+        """Return a model's Intake, which takes jobs with less than `ahead_s` seconds of work before them."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)

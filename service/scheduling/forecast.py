@@ -181,7 +181,7 @@ class Simulation:
 
 
 def _alike(work: Work, step: int) -> int:
-    """Return the number of steps with the cost of this step: until guidance starts or stops, or the job ends."""
+    """Return the number of steps that cost the same as this step: until guidance starts or stops, or the job ends."""
     guided = work.guided
     return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 

@@ -32,7 +32,7 @@ class Load:
     own: "Load | None" = None  # load of the request's owner, if several owners share the server
 
     def decoding(self, part: float, at_first: "Load") -> "Load":
-        """Return a copy in which the autoencoder has `part` of its time in `at_first` left."""
+        """Return a copy with the autoencoder's remaining time set to `part` of the time in `at_first`."""
         autoencoder_s = part * at_first.autoencoder_s
         jobs = max(self.jobs, 1) if autoencoder_s > ROUNDING else self.jobs  # a server that decodes is not idle
         own = None if self.own is None or at_first.own is None else self.own.decoding(part, at_first.own)
@@ -178,7 +178,7 @@ def _between(before: Load, after: Load, part: float) -> Load:
 
 
 class RetryQueue:
-    """Gives refused clients retry times, each later than the time before."""
+    """Assigns a retry time to each refused client, later than the previous client's time."""
 
     def __init__(self) -> None:
         self._end_s = -math.inf

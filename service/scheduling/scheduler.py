@@ -4,9 +4,9 @@ A place is one row's forward pass in a tick. A guided row takes two places.
 
 The job with the least work left goes first, so a short job does not wait behind a long job. A job that is much longer
 than another job is held back: it does not fill up the ticks of short jobs, so these ticks are shorter. The oldest job
-has a share, to avoid starvation. While the oldest job is held back, this is a share of the time; otherwise, of the
-places of each tick. A row that is not picked waits; preemption costs nothing. Two ticks are in flight only while jobs
-wait for throughput, see `Scheduler.overlaps`.
+always has a share, to avoid starvation: a share of the places of each tick, or a share of the time while the job is
+held back. A row that is not picked waits; preemption costs nothing. Two ticks are in flight only while more rows wait
+than one tick has places, see `Scheduler.overlaps`.
 
 These rules order the jobs of one owner. If several owners have jobs, the places of a tick are first divided among the
 owners (owners.py). A tick runs one model. The same rules pick the model, by seconds instead of places.
@@ -103,7 +103,7 @@ class BatchPolicy:
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Return True if the owner with the least service time leads. ahead_s: seconds behind the next owner.
+        """Return True if the owner with the least service time leads. ahead_s: seconds by which the next owner is ahead.
 
         Rows of other owners may lengthen a leader's ticks only a little.
         """
@@ -265,7 +265,7 @@ class OwnerQueue:
 
     @property
     def much_longer(self) -> float:
-        """The total work, in places, from which a job is much longer than the shortest job.
+        """The least total work, in places, of a job that counts as much longer than the shortest job.
 
         Infinite if there are more jobs than places: throughput then matters most, and full ticks maximize it. The total
         work of a job never changes, so this value changes only when a job is added or removed.

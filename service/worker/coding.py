@@ -208,7 +208,7 @@ class AutoencoderThread:
                 return None
             owner = min((tasks.owner for tasks in self._waiting.values()), key=self._owner_times.service_time_s)
             of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
-            picked = of_owner[0]  # the oldest
+            picked = of_owner[0]  # the oldest job
             if self._tasks_begun[owner] % OLDEST_EVERY:
                 picked = min(of_owner, key=lambda tasks: len(tasks.tasks))
             self._tasks_begun[owner] += 1

@@ -131,7 +131,7 @@ class LoadQueue:
             pending.done.set_result(None)
         else:
             pending.done.set_exception(error)
-            pending.done.exception()  # Retrieve the exception, so asyncio does not log it when no task waits.
+            pending.done.exception()  # retrieve the exception, so asyncio does not log it when no task waits
 
     def close(self) -> None:
         """Fail all pending loads with Draining."""

@@ -122,7 +122,7 @@ class TrajectoryRecorder(Recorder[Point]):
         x_t, x_0 = (np.empty((len(each), *shape), self._dtype) for each in (point, prediction))
         v = np.empty((len(prediction), *shape), np.float32) if self._plan.learned else None
         for step in sorted(self._due):
-            for indices, positions, read in self._parts.pop(step):  # pop, to keep no point in memory twice
+            for indices, positions, read in self._parts.pop(step):  # pop, to free each point after its copy
                 here = read()
                 if step in point:
                     x_t[point[step], indices] = here.x[positions]

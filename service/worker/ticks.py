@@ -171,7 +171,7 @@ ReportCurrentJobs = Callable[[WorkerThread, Collection[str]], None]
 
 
 def report_nothing(_thread: WorkerThread, _jobs: Collection[str]) -> None:
-    """Ignore the current jobs: without a crash file, no later process learns about them."""
+    """Ignore the current jobs: without a crash file, no later process reads them."""
 
 
 class CurrentJobs:
