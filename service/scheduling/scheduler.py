@@ -103,9 +103,10 @@ class BatchPolicy:
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Return True if the owner with the least service time leads. ahead_s: seconds by which the next owner is ahead.
+        """Return True if the owner with the least service time leads.
 
-        Rows of other owners may lengthen a leader's ticks only a little.
+        ahead_s: the next owner's service time minus the least. Rows of other owners may lengthen a leader's ticks only
+        a little.
         """
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
