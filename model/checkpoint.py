@@ -222,9 +222,9 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json; a missing file counts as empty. Raises CheckpointError for an unsupported one.
+    """Read a folder's model_index.json; a missing file counts as empty.
 
-    A pipeline of an unknown class is supported if its parts are a U-Net and a scheduler.
+    Raises CheckpointError for an unsupported pipeline. A pipeline of an unknown class is supported if its parts are a U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])

@@ -145,7 +145,7 @@ def _part_is_whole(folder: Path) -> bool:
 def _client(hub_id: HubId) -> Any:
     """Import huggingface_hub. Raises CheckpointError if it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("httpx", "httpx2"):  # these log a line for each request
+    for name in ("httpx", "httpx2"):  # these libraries log every request
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         import huggingface_hub

@@ -78,7 +78,7 @@ def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Param
 
 
 def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; for v minus c_out, as in diffusers."""
+    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; with -c_out for v, as in diffusers."""
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root = (sigma**2 + data**2).sqrt()
     sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
@@ -107,7 +107,7 @@ def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Param
 def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
     """Return the coefficients for the score, out = (y_0 - y) / s^2 (Song et al. 2021, SDE). The network's time is s.
 
-    In diffusers, the network's s is of a continuous time that ends at sampling_eps, but steps use integer levels.
+    As in diffusers, the network's s is of a continuous time that ends at sampling_eps, but steps use integer levels.
     """
     s = sigma_of(alpha_bar) / 2
     whole = math.log(noise.sigma_max / noise.sigma_min)

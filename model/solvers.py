@@ -103,7 +103,7 @@ def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
     M = matrices(len(alpha_bar))
     s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     s[-1] = 0
-    # Multiplied by eps = (x - sqrt(abar) x0) / sqrt(1-abar).
+    # The factor of eps = (x - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar).
     towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()
     a = towards_x_t / levels.sigma
     M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
@@ -299,7 +299,7 @@ def heun(levels: Levels) -> Tensor:
     M, (a, b) = matrices(2 * steps - 1, registers=1), towards(levels)
     M[0::2, 0, X], M[0::2, 0, X0] = a, b
     rho, alpha_next = (levels.sigma / levels.alpha), levels.alpha_next[:-1]
-    half = (rho[1:] - rho[:-1]) / 2  # multiplied by the slope (x / alpha - x0) / rho
+    half = (rho[1:] - rho[:-1]) / 2  # factor of the slope (x / alpha - x0) / rho
     M[0:-1:2, 1, X] = alpha_next / levels.alpha[:-1] * (1 + half / rho[:-1])
     M[0:-1:2, 1, X0] = -alpha_next * half / rho[:-1]
     M[1::2, 0, X], M[1::2, 0, X0], M[1::2, 0, H1] = half / rho[1:], -alpha_next * half / rho[1:], 1

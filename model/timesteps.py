@@ -114,7 +114,7 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
 
 
 def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
-    """Return the timestep at a noise level, interpolated linearly in log sigma; the nearest one with a finite sigma."""
+    """Return the timestep at a noise level, interpolated in log sigma, or the nearest timestep with a finite sigma."""
     high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
     low, above = log_sigmas[high - 1], log_sigmas[high]
     if not math.isfinite(above):
