@@ -140,7 +140,6 @@ class TminusJson:
         }
 
     def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
-        """Return the recommended settings, if any."""
         if (value := self.values.get("recommended")) is None:
             return None
         has_null_class = labels.null_class is not None
@@ -224,7 +223,8 @@ def check_layout(folder: Path) -> str | None:
 def check_pipeline(folder: Path) -> dict[str, Any]:
     """Read a folder's model_index.json; a missing file counts as empty.
 
-    Raises CheckpointError for an unsupported pipeline. A pipeline of an unknown class is supported if its parts are a U-Net and a scheduler.
+    Raises CheckpointError for an unsupported pipeline. A pipeline of an unknown class is supported if its parts are a
+    U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])

@@ -59,7 +59,6 @@ class NetConfig(Checked):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of config.json."""
         return {"_class_name": self.class_name, **dataclasses.asdict(self)}
 
 

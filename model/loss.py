@@ -104,7 +104,6 @@ class VariationalBound:
 
     @property
     def total(self) -> Tensor:
-        """The bound itself [B]."""
         return self.L_T + self.L_steps + self.L_0
 
 

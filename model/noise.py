@@ -355,7 +355,6 @@ class NoiseConfig(Checked):
         return self.timestep_spacing if facts.spacing is None or alike else facts.spacing
 
     def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule with its tables."""
         if self.is_continuous:
             return NoiseSchedule.of_formula(self._alpha_bar_of, self.num_train_timesteps)
         if self.trained_betas is not None:

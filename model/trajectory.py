@@ -89,7 +89,6 @@ class Selection:
 
     @classmethod
     def whole(cls, num_passes: int) -> "Selection":
-        """Select all passes."""
         return cls.of(range(num_passes), num_passes, 0)
 
 
@@ -110,7 +109,6 @@ class Trajectory:
 
     @property
     def selected(self) -> Selection:
-        """The passes in this trajectory."""
         return self.selection or Selection.whole(len(self.plan.lines))
 
 

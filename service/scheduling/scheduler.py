@@ -231,7 +231,6 @@ class OwnerQueue:
         return bool(self._jobs)
 
     def add(self, job: QueuedJob) -> None:
-        """Add a job whose rows have steps left."""
         self._jobs[job.id] = job
         self._much_longer = None
         self.put_back(job)
@@ -596,13 +595,11 @@ class Scheduler:
         return tuple(steps)
 
     def rows_left(self, job_id: str) -> int:
-        """Return the number of a job's unfinished rows."""
         job = self._jobs[job_id]
         return len(job.singles) + len(job.doubles) + sum(len(picked.steps) for picked in job.in_flight)
 
     @property
     def has_work(self) -> bool:
-        """True if any job is unfinished."""
         return bool(self._jobs)
 
     @property
@@ -652,7 +649,6 @@ class ModelScheduler(Generic[Model]):
         self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
     def remove(self, model: Model) -> None:
-        """Remove a model that has no jobs."""
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
@@ -660,11 +656,9 @@ class ModelScheduler(Generic[Model]):
 
     @property
     def has_work(self) -> bool:
-        """True if any model has jobs."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
     def busy(self) -> dict[Model, Scheduler]:
-        """Return the schedulers of the models with jobs."""
         return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
@@ -698,7 +692,6 @@ class ModelScheduler(Generic[Model]):
         return Turn(first if owed_seconds <= 0 or owed_seconds < self._tick_s[oldest] else oldest, creditor)
 
     def stepped(self, turn: Turn[Model], seconds: float) -> None:
-        """Record the duration of a turn's tick."""
         self._tick_s[turn.model] = seconds
         if turn.creditor is not None:
             owed_seconds = self._owed_seconds.get(turn.creditor, 0.0)

@@ -201,7 +201,6 @@ class AutoencoderThread:
                 _answer(tasks.future, tasks.results, error)
 
     def _next(self) -> tuple[_Tasks, Task] | None:
-        """Wait for the next task. Return None after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:

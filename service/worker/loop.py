@@ -109,7 +109,6 @@ class Loop:
             self.spare_work[model.number] = model.spare_work
 
     def do_spare_work(self) -> None:
-        """Run one item of one model's spare work."""
         number, work = next(iter(self.spare_work.items()))
         self.current.set([])
         try:
@@ -142,7 +141,6 @@ class Loop:
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)
 
     def _begin(self, job: RunningJob) -> None:
-        """Add a job to its model's engine and scheduler."""
         engine = job.model.engine
         try:
             job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
@@ -211,7 +209,6 @@ class Loop:
         self._leave(Ended(job, error=error, reason=reason))
 
     def give_up_all(self, error: ServiceError, model: int | None = None) -> None:
-        """Give up all jobs, or all jobs of one model."""
         for job in [*self._jobs.values(), *self.autoencoder.jobs.values()]:
             if model in (None, job.model.number):
                 self.give_up(job.id, error, error.code)
@@ -242,7 +239,6 @@ class Loop:
     # --- ticks ---
 
     def end_overdue(self) -> None:
-        """Give up the jobs whose deadline has passed."""
         if not self._deadlines:
             return
         now_s = self._clock()

@@ -126,12 +126,10 @@ class RunningJob:
         self.span.end(started_s, self.first_step_s, denoised_s, ended_s, decoded=decoded, error=error)
 
     def start(self, started_s: float, now_s: float) -> None:
-        """Record the start and the end of the first step."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Extra fields for log records about this job."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 

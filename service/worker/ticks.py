@@ -50,10 +50,10 @@ class Ticks:
         self._clock = clock
         self._model_scheduler: ModelScheduler[LoadedModel] = ModelScheduler()
         self._in_flight: deque[Tick] = deque()
-        self._ended_s = 0.0  # end of the last tick
+        self._ended_s = 0.0
         self._on_device: Sequence[RunningJob] = ()  # jobs of the last tick, if a GPU may still run it
         self._running: set[int] = set()  # models whose last tick may still run on the device when the next tick begins
-        self.rows_active = 0  # rows in the last tick
+        self.rows_active = 0
 
     # --- models ---
 

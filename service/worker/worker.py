@@ -46,7 +46,6 @@ class Outcomes:
         self._jobs, self._admission, self._metrics, self._on_device_lost = jobs, admission, metrics, on_device_lost
 
     def act_on(self, events: deque[Event]) -> None:
-        """Remove all events from the queue and handle each."""
         while events:
             match event := events.popleft():
                 case Ticked():
