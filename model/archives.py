@@ -1,7 +1,6 @@
-"""The checkpoint archives of a release: their names, and how to pack and unpack one.
+"""The checkpoint archives of a release: names, packing and unpacking. This module downloads nothing.
 
-checkpoints/archives.json lists their sizes and hashes; `python -m tests.release` writes it. This module downloads
-nothing.
+checkpoints/archives.json lists sizes and hashes of the archives; `python -m tests.release` writes that file.
 """
 
 import io
@@ -16,9 +15,9 @@ PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"  # part of th
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive that this version knows by its hash."""
+    """An archive that this version knows by hash."""
 
-    about: str  # a line that helps to choose
+    about: str  # one line for users who choose a checkpoint
     size_bytes: int
     sha256: str
 
@@ -27,8 +26,8 @@ class Archive:
 class Release:
     """The release of this version."""
 
-    address: str  # the base URL of its files
-    archives: dict[str, Archive]  # keys are checkpoint names
+    address: str  # base URL of the release's files
+    archives: dict[str, Archive]  # keyed by checkpoint name
 
 
 def release() -> Release:
@@ -43,9 +42,9 @@ def file_name(checkpoint: str) -> str:
 
 
 def pack(folder: Path) -> bytes:
-    """Pack a checkpoint under its folder's name. The same files always give the same bytes.
+    """Pack a checkpoint folder as a tar archive. The same files always give the same bytes.
 
-    The archive is not compressed: weights hardly shrink, and compressors differ in their bytes.
+    The archive is not compressed: weights hardly shrink, and compressors produce different bytes.
     """
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as packed:
@@ -58,10 +57,9 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(file: Path, into: Path) -> None:
-    """Extract an archive below a folder, without its modes, owners and times.
+    """Extract an archive into a folder. Modes, owners and times in the archive are ignored.
 
-    Raises ValueError for a file that is no archive, and for a member that is no plain file or points outside the
-    folder.
+    Raises ValueError if the file is not a tar archive, or if a member is not a plain file or points outside the folder.
     """
     try:
         with tarfile.open(file, "r:") as packed:

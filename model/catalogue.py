@@ -1,6 +1,6 @@
-"""The samplers by name: when to use each, its passes and its timesteps. Imports no torch.
+"""Facts about each sampler: its use, passes and timesteps. Also the recommended settings. Imports no torch.
 
-The service counts passes with these facts; model/solvers.py has the coefficients. Recommended settings are here too.
+The service counts passes with these facts. model/solvers.py has the coefficients.
 """
 
 from collections.abc import Mapping
@@ -13,32 +13,32 @@ MAX_GUIDANCE = 50.0
 
 @dataclass(frozen=True, slots=True)
 class SamplerFacts:
-    """One sampler."""
+    """Facts about one sampler."""
 
     when: str  # advice for users
     source: str
-    good_steps: int  # the default of a request that names the sampler and no steps
+    good_steps: int  # default steps of a request that names only the sampler
     passes_per_step: int = 1
-    passes_to_start: int = 0  # extra passes of each of the first `steps_to_start` steps; only where more steps follow
+    passes_to_start: int = 0  # extra passes in the first `steps_to_start` steps together, if more steps follow
     steps_to_start: int = 1
-    leaves_out_cleanest: bool = False  # leading and linspace spread one point more, as diffusers' multistep solvers do
-    fractional: bool = False  # whether it visits fractional timesteps, if the network takes them
-    spacing: str | None = None  # its default spacing, if the checkpoint's config is of another kind of sampler
+    leaves_out_cleanest: bool = False  # leading and linspace spread one more point, as in diffusers' multistep solvers
+    fractional: bool = False  # visits fractional timesteps, if the network accepts them
+    spacing: str | None = None  # default spacing, if the checkpoint's config is for a different kind of sampler
     noise: Literal["none", "eta", "always"] = (
-        "none"  # whether all steps but the last add noise; eta: only if eta is above 0
+        "none"  # always: all steps but the last add noise; eta: only if eta is above 0
     )
-    looks_back: int = 0  # the number of earlier predictions of x_0 in the mean of a step that adds noise
-    needs_signal: bool = False  # its first step is not defined at alpha_bar = 0
+    looks_back: int = 0  # number of earlier x_0 predictions in the mean of a step that adds noise
+    needs_signal: bool = False  # the first step is undefined at alpha_bar = 0
     # The last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false.
     may_end_at_alpha_bar_0: bool = False
 
     @property
     def can_teach(self) -> bool:
-        """Whether x_T determines x_0, by one pass a step. Only such samplers teach tables and students."""
+        """True if x_T determines x_0, with one pass per step. Only such samplers teach tables and students."""
         return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
-        """Return the passes of a row through the network, unguided. The last step of heun takes one pass."""
+        """Return the number of forward passes of one row, without guidance. The last step of heun takes one pass."""
         if steps < 2:
             return steps
         return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)
@@ -144,14 +144,14 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
 }
-TABLE_SAMPLERS = ("tuned", "consistency")  # only for checkpoints with tables for them, see sampler_tables.py
+TABLE_SAMPLERS = ("tuned", "consistency")  # available for checkpoints with such tables, see sampler_tables.py
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # available for every checkpoint
-TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for tune and distill
+TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # teachers in tune and distill
 
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """The settings to sample with; guidance 1 is off."""
+    """Recommended settings for sampling. guidance=1 means no guidance."""
 
     sampler: str
     steps: int
@@ -159,7 +159,7 @@ class Recommended:
 
     @classmethod
     def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
-        """Check this member of tminus.json. Raises ValueError, which names the field, its bound and its value."""
+        """Read `recommended` of a tminus.json. Raises ValueError, naming the field, its bound and its value."""
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
             if not ok:
@@ -183,15 +183,15 @@ class Recommended:
         return cls(sampler, steps, float(guidance))
 
     def __str__(self) -> str:
-        """Format the settings for people: `20 steps of dpmpp_2m, guidance 1.5`."""
+        """Format the settings for users: `20 steps of dpmpp_2m, guidance 1.5`."""
         guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
-    """Return a sampler's settings for a checkpoint that recommends none: its good number of steps, unguided.
+    """Return a sampler's settings for a checkpoint that recommends none: `good_steps` steps, without guidance.
 
-    num_timesteps: bounds the steps. Without a name the default sampler is used.
+    num_timesteps: limits the steps.
     """
     facts = SAMPLER_FACTS[sampler]
     return Recommended(sampler, min(facts.good_steps, facts.max_steps(num_timesteps)))

@@ -64,7 +64,7 @@ LAYOUTS = (
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = AUTOENCODERS[0]
-# A mel turns spectrograms into sound. It does not change images.
+# A mel turns spectrograms into sound and does not change images.
 OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
@@ -91,24 +91,24 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class TminusJson:
-    """The members of a checkpoint's tminus.json. Each method reads one member, and raises CheckpointError."""
+    """The members of a checkpoint's tminus.json. Each method reads one member. Raises CheckpointError."""
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "TminusJson":
-        """Read the file, as empty if it is missing."""
+        """Read a folder's tminus.json. A missing file counts as empty."""
         file = folder / TMINUS_FILE
         return cls(file, read_json(file)) if file.is_file() else cls(file)
 
     def require(self, ok: bool, name: str, bound: str) -> None:
-        """Raise CheckpointError, which names the file, the member, its bound and its value, unless it is ok."""
+        """Raise CheckpointError if `ok` is false. The error names the file, the member, its bound and its value."""
         if not ok:
             raise CheckpointError(f"{self.file}: {name} must be {bound}, got {self.values.get(name)!r:.500}")
 
     def labels(self, unet: NetConfig) -> Labels:
-        """The classes. A class without a name gets its number; the null class comes last, see `null_last`."""
+        """Return the classes. Classes without names get their numbers. The null class is last, see `null_last`."""
         embeds = unet.num_class_embeds
         if embeds is None:
             return Labels()
@@ -129,7 +129,7 @@ class TminusJson:
         return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
     def approved(self, weights_hash: str) -> dict[tuple[str, str], float | None]:
-        """The (executor, precision) approved for these weights, each with its measured relative error."""
+        """Return the approved (executor, precision) pairs of these weights, each with its measured relative error."""
         checks = self.values.get("approved", [])
         listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
         self.require(listed, "approved", "a list of checks")
@@ -140,7 +140,6 @@ class TminusJson:
         }
 
     def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
-        """The recommended settings; None where there are none."""
         if (value := self.values.get("recommended")) is None:
             return None
         has_null_class = labels.null_class is not None
@@ -150,35 +149,35 @@ class TminusJson:
             raise CheckpointError(f"{self.file}: {error}") from error
 
     def student(self) -> Mapping[str, Any] | None:
-        """The facts about a student; None for other networks."""
+        """Return facts about a student; None for other networks."""
         student = self.values.get("student")
         self.require(student is None or isinstance(student, dict), "student", "an object")
         return student
 
     def folded_guidance(self) -> float:
-        """The guidance that is folded into the weights by `train` or `distill`; 1 if there is none.
+        """Return the guidance that `train` or `distill` folded into the weights; 1 if none.
 
-        Students of earlier versions have it as `guidance` only.
+        Students of earlier versions have it only as `student.guidance`.
         """
         folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
     def trained_on(self) -> str | None:
-        """The name of the training images; None if the file does not say."""
+        """Return the name of the training images; None if the file does not name them."""
         provenance = self.values.get("provenance", {})
         self.require(isinstance(provenance, dict), "provenance", "an object")
         return str(provenance["data"]) if provenance.get("data") else None
 
     def alpha(self, channels: int) -> bool:
-        """Whether the last of four channels is alpha. It is, unless the file says otherwise."""
+        """Return True if the last of four channels is alpha. This is the default for four channels."""
         alpha = self.values.get("alpha", channels == RGBA)
         bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
         self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
         return bool(alpha)
 
     def side_px(self) -> int:
-        """The side of the images in pixels, for a config.json without sample_size."""
+        """Return the side of the images in pixels, for a config.json without sample_size."""
         size: Any = self.values.get("size_px")
         if not is_count(size):
             folder = self.file.parent
@@ -187,7 +186,7 @@ class TminusJson:
 
 
 def check_layout(folder: Path) -> str | None:
-    """Return the scheduler's class in model_index.json. Raises CheckpointError for a path that cannot be loaded."""
+    """Check the files of a checkpoint, and return the scheduler's class in model_index.json. Raises CheckpointError."""
     if folder.is_file():
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
@@ -222,9 +221,10 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty if it is missing. Raises CheckpointError if it cannot be served.
+    """Read a folder's model_index.json; a missing file counts as empty.
 
-    A pipeline of another class is served if its parts are a U-Net and a scheduler.
+    Raises CheckpointError for an unsupported pipeline. A pipeline of an unknown class is supported if its parts are a
+    U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
@@ -246,13 +246,13 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return the classes of a pipeline's parts by their names, without null parts."""
+    """Return the class of each part of a pipeline, keyed by the part's name, without null parts."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
 
 
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Return why a pipeline with these parts cannot be served; empty if it can."""
+    """Return the reason why a pipeline cannot be served, or an empty string."""
     parts = _parts(index)
     if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
         return "it makes images of text, and a class is all that is taken here"
@@ -313,20 +313,20 @@ class Checkpoint:
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The samplers of the model, with those of its tables. A student has only its tables' samplers."""
+        """The available samplers, including samplers with tables. A student has only samplers with tables."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
 
     @property
     def default_sampler(self) -> str:
-        """The sampler in scheduler_config.json; for a student the sampler of its tables."""
+        """The sampler in scheduler_config.json; for a student, the sampler of its tables."""
         return self.noise.default_sampler if self.student is None else self.samplers[0]
 
     @property
     def settings(self) -> Recommended:
-        """The default sampler, steps and guidance: recommended by tminus.json, or else the usual ones.
+        """The default sampler, steps and guidance: recommended by tminus.json, or otherwise the usual settings.
 
-        A student's usual settings are those of the table with the nearest number of steps.
+        A student's usual settings come from the table with the nearest number of steps.
         """
         if self.recommended is not None:
             return self.recommended
@@ -338,7 +338,6 @@ class Checkpoint:
 
     @property
     def fractional(self) -> bool:
-        """Whether the network takes fractional timesteps."""
         return self.net.fractional
 
     def plan(
@@ -352,7 +351,7 @@ class Checkpoint:
         spacing: str | None = None,
         start: int = 0,
     ) -> Plan:
-        """Compile a sampler of any kind, see `compile_plan`. Raises ValueError, also if a table is missing."""
+        """Compile a plan for any sampler, see `compile_plan`. Raises ValueError, including for a missing table."""
         schedule = self.noise.schedule()
         if sampler not in TABLE_SAMPLERS:
             return compile_plan(
@@ -393,17 +392,17 @@ class Needs:
 
     @property
     def weights_bytes(self) -> int:
-        """All weights, once."""
+        """Bytes of all weights, in memory once."""
         return 4 * self.num_parameters
 
     @property
     def loading_bytes(self) -> int:
-        """The estimated peak of bytes during loading, when the weights are in memory twice."""
+        """Estimated peak of bytes during loading, when the weights are in memory twice."""
         return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
 
     @property
     def serving_bytes(self) -> int:
-        """The estimated bytes during serving, with the weights in memory once."""
+        """Estimated bytes during serving, when the weights are in memory once."""
         return self.weights_bytes + self.pass_bytes + self.coding_bytes
 
 
@@ -429,7 +428,7 @@ def needs_of(folder: Path) -> Needs:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint folder. Raises CheckpointError, with one clear line, if it cannot be served."""
+    """Load a checkpoint folder. Raises CheckpointError, with a message of one line, if it cannot be served."""
     try:
         return _load(folder)
     except OSError as error:
@@ -437,7 +436,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, AutoencoderConfig | None]:
-    """Read everything but the weights."""
+    """Read all configuration files of a checkpoint, but no weights."""
     scheduler_class = check_layout(folder)
     autoencoder_folder = find_autoencoder(folder)
     tminus_json = TminusJson.read(folder)
@@ -455,7 +454,7 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
         elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":
-            # Diffusers would divide the output by the time.
+            # Diffusers would divide such a network's output by the time.
             wanted = "positional or learned without a ScoreSdeVeScheduler"
             raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
@@ -467,7 +466,7 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
 
 
 def unet_folder_of(folder: Path) -> Path:
-    """The folder of a checkpoint's network: unet/, or the folder itself."""
+    """Return the folder of a checkpoint's network: unet/, or the folder itself."""
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -537,8 +536,8 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
-    """Raise CheckpointError for channels that cannot be served. latent: the channels of an autoencoder's latents."""
-    learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
+    """Raise CheckpointError for unsupported channels. latent: the channels of an autoencoder's latents."""
+    learned = noise.variance_type == "learned_range"  # the second half of the output channels is v, see samplers.py
     possible = range(1, MAX_CHANNELS + 1) if latent is None else (latent,)
     if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
@@ -551,9 +550,9 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
 def fitting_network(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> Denoiser:
     """Build the network for these weights on the meta device, without values.
 
-    Raises CheckpointError for weights of another network, and names the first parameter that differs.
+    Raises CheckpointError if the weights are for a different network. The error names the first parameter that differs.
     """
-    # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
+    # The meta device allocates nothing, so a config of a huge network is refused before it costs memory.
     try:
         with torch.device("meta"):
             net = build(unet)
@@ -580,11 +579,11 @@ def save_checkpoint(
     folded_guidance: float | None = None,
     alpha: bool | None = None,
 ) -> None:
-    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file is written atomically.
+    """Write a checkpoint folder for tminus, which diffusers reads too if it has the network. Each write is atomic.
 
-    alpha: whether the last of four channels is alpha; None writes nothing about it.
+    alpha: the last of four channels is alpha; None writes no such member.
 
-    Raises CheckpointError if the folder holds an autoencoder and this model has none.
+    Raises CheckpointError if the folder holds an autoencoder but this model has none.
     """
     check_place(folder, autoencoder)
     scheduler_class = noise.to_dict()["_class_name"]
@@ -596,8 +595,8 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        # The autoencoder is written at each save, though training does not change it: the folder may hold another one
-        # from an earlier run, and comparing the two takes longer.
+        # Write the autoencoder at each save, although training does not change it. The folder may hold a different
+        # autoencoder from an earlier run, and a comparison of the two takes longer.
         save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta: dict[str, Any] = {
         "name": folder.resolve().name,
@@ -629,13 +628,16 @@ def recommend(folder: Path, recommended: Recommended) -> None:
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:
-    """Return the relative error measured at approval; None if unknown."""
+    """Return the relative error measured at approval, if known."""
     error = check.get("relative_error")
     return error if isinstance(error, float) and 0 < error < 1 else None
 
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
-    """Add an approval to tminus.json: the executor, the precision, the weights_hash it is valid for, and figures."""
+    """Add an approval to tminus.json, or replace the approval for the same executor, precision and weights.
+
+    check: executor, precision, weights_hash and measurements.
+    """
     tminus_json = TminusJson.read(folder)
     same = ("executor", "precision", "weights_hash")
     others = [old for old in tminus_json.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]

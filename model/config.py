@@ -1,5 +1,6 @@
-"""The base class of configurations. It reads fields from JSON, and its errors name the field, the bound and
-the value.
+"""The base class of configurations. It reads fields from JSON and checks their bounds.
+
+Errors name the field, its bound and its value.
 """
 
 from collections.abc import Callable, Mapping
@@ -7,23 +8,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 MAX_COUNT = 2**31 - 1  # the largest 32-bit integer
-LARGEST = 1e30  # bound of a number that is not a count
+LARGEST = 1e30  # largest absolute value of a `Number`
 MAX_LIST = 16
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a positive integer, and not True."""
+    """Return True for a positive integer, but not for the boolean True."""
     return type(value) is int and 1 <= value <= MAX_COUNT
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and not a boolean."""
+    """Return True for a finite number, but not for a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The bound of a field, in its annotation: what a value must be, and whether it is."""
+    """A bound in a field's annotation: the text for error messages, and the check."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -44,7 +45,7 @@ Flag = Annotated[bool, Bound("true or false", lambda v: isinstance(v, bool))]
 
 
 class Checked:
-    """A frozen dataclass that checks its fields when it is created. Raises ValueError."""
+    """Base of frozen dataclasses that check their fields on creation. Raises ValueError."""
 
     __slots__ = ()
 
@@ -52,24 +53,24 @@ class Checked:
     """The prefix of its messages."""
 
     def __post_init__(self) -> None:
-        """Check the bounds of the annotations. A config with more checks calls this first."""
+        """Check the bounds in the annotations. A subclass with more checks calls this method first."""
         for field, hint in get_type_hints(type(self), include_extras=True).items():
             for bound in getattr(hint, "__metadata__", ()):
                 if isinstance(bound, Bound):
                     self.require(bound.holds(getattr(self, field)), field, bound.text)
 
     def require(self, ok: bool, field: str, bound: str) -> None:
-        """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
+        """Raise ValueError if `ok` is false. The error names the field, its bound and its value."""
         if not ok:
             raise ValueError(f"{self.KIND}{field} must be {bound}, got {getattr(self, field)!r:.100}")
 
     def require_among(self, field: str, *names: str) -> None:
-        """The field must be one of these names."""
+        """Raise ValueError unless the field is one of these names."""
         value = getattr(self, field)
         self.require(isinstance(value, str) and value in names, field, f"among {', '.join(names)}")
 
     def require_names(self, field: str, count: int, *names: str) -> None:
-        """The field must be a list of this length, each one of `names`."""
+        """Raise ValueError unless the field is a list of `count` names, each among `names`."""
         value = getattr(self, field)
         ok = isinstance(value, tuple) and len(value) == count and all(name in names for name in value)
         self.require(ok, field, f"a list of {count} names among {', '.join(names)}")
@@ -84,7 +85,7 @@ class Checked:
 
 
 def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a diffusers config, without private ones (`_…`) and those in `_use_default_values`.
+    """Return the fields of a diffusers config, without private fields (`_…`) and fields in `_use_default_values`.
 
     Raises ValueError if `_use_default_values` is not a list of names.
     """
@@ -95,5 +96,5 @@ def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_off(value: object) -> bool:
-    """Whether a field of a newer version is off: null or false. 0 is a value."""
+    """Return True if a field of a newer version is off: null or false, but not 0."""
     return value is None or value is False

@@ -1,4 +1,4 @@
-"""The interface of every network, from any project: its config, and f(x_t, t, class)."""
+"""The interface of all networks: the config, and f(x_t, t, class)."""
 
 import dataclasses
 from abc import abstractmethod
@@ -13,7 +13,7 @@ from tminus.model.config import Checked, Count, OptionalCount, given_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetConfig(Checked):
-    """The configuration of a network, as config.json holds it: its images, channels and classes."""
+    """The content of a network's config.json: image size, channels and classes."""
 
     CLASS_NAME: ClassVar[str] = ""
 
@@ -43,7 +43,7 @@ class NetConfig(Checked):
     @property
     @abstractmethod
     def widths(self) -> tuple[int, ...]:
-        """The channels of each level, from the widest images to the narrowest."""
+        """Channels of each level, from the highest resolution to the lowest."""
 
     @abstractmethod
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
@@ -59,14 +59,13 @@ class NetConfig(Checked):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json."""
         return {"_class_name": self.class_name, **dataclasses.asdict(self)}
 
 
 class Denoiser(nn.Module):
-    """f(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W].
+    """The network f: x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W].
 
-    Timestep and class enter as one vector: a forward pass is `denoise(x, embed(t, class))`.
+    One vector embeds timestep and class: a forward pass is `denoise(x, embed(t, class))`.
     """
 
     config: NetConfig
@@ -77,7 +76,7 @@ class Denoiser(nn.Module):
         return self.denoise(x, self.embed(t, class_labels))
 
     def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timestep and class, with the activation that blocks expect: t [B], class_labels [B] -> [B, temb]."""
+        """Embed timestep and class, and apply the blocks' activation: t [B], class_labels [B] -> [B, temb]."""
         temb = self.time_embedder()(t)
         if (self.class_embedding is None) != (class_labels is None):
             verb = "needs" if self.class_embedding is not None else "takes no"
@@ -88,14 +87,14 @@ class Denoiser(nn.Module):
 
     @property
     def fractional(self) -> bool:
-        """Whether the network takes fractional timesteps."""
+        """True if the network accepts fractional timesteps."""
         return True
 
     @abstractmethod
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """Return the embedding of the timestep, before class and activation: t [B] -> [B, temb].
+        """Return the function that embeds timesteps, before class and activation: t [B] -> [B, temb].
 
-        It works without the rest of the network.
+        The function does not need the rest of the network.
         """
 
     @abstractmethod
@@ -105,4 +104,4 @@ class Denoiser(nn.Module):
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
-        """The modules whose outputs serve as features of an image. If an output is a tuple, its first member counts."""
+        """Modules whose outputs serve as image features. If an output is a tuple, the feature is its first member."""

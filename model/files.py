@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: reads JSON within bounds, and writes files atomically. Any file may be damaged."""
+"""Reads JSON files of bounded size, and writes files atomically. Any file of a checkpoint may be damaged."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of the weights file
-AUTOENCODERS = ("vqvae", "vae")  # LDMPipeline's folder of the autoencoder, and the folder of other pipelines
+AUTOENCODERS = ("vqvae", "vae")  # the autoencoder's folder in LDMPipeline, and in other pipelines
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder cannot be served. The message names the file and the fault.
+    """Raised if a checkpoint folder cannot be served. The message names the file and the fault.
 
-    A message that quotes a file may be megabytes long, so it is cut.
+    Messages are cut to MAX_MESSAGE, because a quoted file may be megabytes long.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,12 +40,12 @@ def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, shortened to fit in a message of ours."""
+    """Return the first line of an error's message, cut to 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary file, sync, and rename it: readers see the old file or the new one, even after a crash."""
+    """Write a temporary file, sync and rename it. Readers see the old or the new file, even after a crash."""
     temporary = file.with_name(f".{file.name}.part")  # the name never changes, so a file left by a kill is overwritten
     try:
         write(temporary)

@@ -22,7 +22,7 @@ def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int 
 
 
 def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int | None = None) -> Tensor:
-    """Rescale guided outputs towards the standard deviation of the conditional ones (Lin et al. 2024, eq. 15 and 16).
+    """Rescale guided outputs towards the standard deviation of out_c (Lin et al. 2024, eq. 15 and 16).
 
     Returns out (share std(out_c) / std(out) + 1 - share). Each standard deviation is over a row's first `channels`.
     All tensors are [B, C, H, W]; share is a number or [B, 1, 1, 1]. A row's bits do not depend on the other rows.
@@ -35,14 +35,14 @@ def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int 
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Return the variances over all but the first dimension, [B, ...] -> [B]. torch's own sums depend on the batch."""
+    """Return the variance of each row, [B, ...] -> [B]. The bits of torch's own sums would depend on the batch."""
     flat = x.flatten(1)
     mean = _sum(flat) / flat.shape[1]
     return _sum((flat - mean[:, None]).square()) / flat.shape[1]
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum each row by halves, [B, N] -> [B]."""
+    """Sum each row by adding halves, [B, N] -> [B]."""
     while x.shape[1] > 1:
         if x.shape[1] % 2:
             x = F.pad(x, (0, 1))
@@ -60,7 +60,7 @@ def guided(
     guidance: float,
     guidance_rescale: float = 0.0,
 ) -> Tensor:
-    """Run the network on rows that share one guidance. Guided rows go through it twice, in one pass."""
+    """Run the network on rows with the same guidance. A guided row is in the batch twice, with and without class."""
     if guidance == 1.0 or class_labels is None or null_class is None:
         return net(x, t, class_labels)
     both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])

@@ -1,7 +1,7 @@
-"""Checkpoints of the Hugging Face hub by their ids: `owner/name`, or `owner/name@revision`.
+"""Checkpoints of the Hugging Face hub, with ids `owner/name` or `owner/name@revision`.
 
-huggingface_hub, an extra, downloads them into its own cache. This module chooses the files of a checkpoint, checks
-that none is missing, and uses the newest cached commit if the hub is unreachable.
+huggingface_hub, an optional dependency, downloads checkpoints into its cache. This module chooses the files of a
+checkpoint and checks that no file is missing. If the hub is unreachable, it uses the newest cached commit.
 """
 
 import errno
@@ -24,7 +24,7 @@ JSON_FILES = (
     *("model_index.json", "tminus.json", "scheduler_config.json", "scheduler/scheduler_config.json", "samplers/*.json"),
     *(f"{part}{name}" for part in PARTS for name in ("config.json", f"{WEIGHTS_NAME}*.index*.json")),
 )
-# Patterns of files, tried until no part is missing. A variant such as .fp16 comes after plain weights, and .bin last.
+# Patterns of weights files, tried in order until no part is missing: plain weights, variants such as .fp16, then .bin.
 WEIGHTS = (
     (f"{WEIGHTS_NAME}.safetensors", f"{WEIGHTS_NAME}-*-of-*.safetensors"),
     (f"{WEIGHTS_NAME}*.safetensors",),
@@ -34,14 +34,14 @@ WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """The id of a checkpoint."""
+    """The id of a checkpoint on the hub."""
 
     repository: str  # owner/name
     revision: str | None  # a branch, a tag or a commit; None for the newest
 
     @classmethod
     def parse(cls, text: str) -> "HubId | None":
-        """Parse an id; None where the text is not one."""
+        """Parse an id. Return None if the text is not an id."""
         found = HUB_ID.fullmatch(text)
         return cls(found[1], found[2]) if found is not None and ".." not in text and "--" not in text else None
 
@@ -52,7 +52,7 @@ class HubId:
 
     @property
     def commit(self) -> str | None:
-        """The commit, if the revision is one. Its files never change."""
+        """The commit hash, if the revision is a commit. A commit's files never change."""
         return self.revision if self.revision is not None and COMMIT.fullmatch(self.revision) else None
 
     def __str__(self) -> str:
@@ -60,14 +60,14 @@ class HubId:
 
 
 def path_or_id(name: str | Path) -> Path | HubId:
-    """Read the name of a checkpoint as a path or an id. It is a path if it exists, or if its folder does."""
+    """Parse the name of a checkpoint. The name is a path if the path or its parent exists, or if it is not an id."""
     path = Path(name)
     hub_id = HubId.parse(str(name))
     return path if hub_id is None or path.exists() or path.parent.exists() else hub_id
 
 
 def checkpoint_folder(name: str | Path | HubId) -> Path:
-    """Return the folder of a checkpoint from its path or hub id; downloads missing files. Raises CheckpointError."""
+    """Return the folder of a checkpoint path or hub id. Downloads missing files. Raises CheckpointError."""
     found = name if isinstance(name, HubId) else path_or_id(name)
     return _fetched(found) if isinstance(found, HubId) else found
 
@@ -83,14 +83,14 @@ def hub_name(folder: Path) -> str | None:
 def _fetched(hub_id: HubId) -> Path:
     """Download missing files, and return the folder in the cache.
 
-    Only a checkpoint's JSON files and weights are downloaded, no code.
+    Only JSON files and weights are downloaded, no code.
     """
     hub = _client(hub_id)
     if hub_id.commit is not None and (folder := _cached(hub_id)) is not None:
         log.info("%s is in the cache: %s", hub_id, folder)
         return folder
     try:
-        # snapshot_download waits for ever for a hub that does not answer.
+        # Ask the hub first: snapshot_download waits forever for a hub that does not answer.
         hub.HfApi().model_info(hub_id.repository, revision=hub_id.revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
         for weights in WEIGHTS:
             patterns = [*JSON_FILES, *(f"{part}{name}" for part in PARTS for name in weights)]
@@ -110,7 +110,7 @@ def _fetched(hub_id: HubId) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """Return the cached folder of a revision, without asking the hub; None if a part is missing."""
+    """Return the cached folder of a revision, without contacting the hub; None if a part is missing."""
     hub = _client(hub_id)
     try:
         folder = hub.snapshot_download(
@@ -122,7 +122,7 @@ def _cached(hub_id: HubId) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a cached folder has all parts of a checkpoint. A download may have stopped half way.
+    """Return True if a cached folder has all parts of a checkpoint. A download may have stopped halfway.
 
     Each present file is complete: huggingface_hub moves a file into place after the last byte.
     """
@@ -145,7 +145,7 @@ def _part_is_whole(folder: Path) -> bool:
 def _client(hub_id: HubId) -> Any:
     """Import huggingface_hub. Raises CheckpointError if it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("httpx", "httpx2"):  # these log a line for each request
+    for name in ("httpx", "httpx2"):  # these libraries log every request
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         import huggingface_hub
@@ -159,13 +159,14 @@ def _client(hub_id: HubId) -> Any:
 
 
 def _why_unreachable(hub_id: HubId, error: Exception) -> str:
-    """Return why the hub is unreachable. Raises CheckpointError if the hub answered with a refusal.
+    """Return the reason why the hub is unreachable.
 
-    huggingface_hub raises its own errors and those of its HTTP client.
+    Raises CheckpointError if the hub refused the request, or if the cache cannot be written. huggingface_hub raises its
+    own errors and the errors of its HTTP client.
     """
     errors = _client(hub_id).errors
     while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the request's own failure
+        error = error.__cause__  # the error of the request
     endpoint = _client(hub_id).constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     refusal = None

@@ -1,4 +1,4 @@
-"""The layers of a denoising U-Net. Module names are diffusers', so that its state dicts load unchanged."""
+"""Layers of a denoising U-Net. Modules have diffusers' names, so diffusers' state dicts load unchanged."""
 
 import math
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
 class FourierFeatures(nn.Module):
     """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once in training.
 
-    (Song et al. 2021, appendix C.) The result is finite for every t: a t of 0 or less counts as the smallest number
-    above 0.
+    Source: Song et al. 2021, appendix C. The result is finite for every t: a t of 0 or less counts as the smallest
+    positive number.
     """
 
     def __init__(self, count: int) -> None:
@@ -45,7 +45,7 @@ class FourierFeatures(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP that turns a timestep's embedding [B, dim] into temb [B, temb_dim]."""
+    """The two-layer MLP that maps a timestep's embedding [B, dim] to temb [B, temb_dim]."""
 
     def __init__(self, dim: int, temb_dim: int) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ def nearest_up(x: Tensor) -> Tensor:
 
 
 def average_down(x: Tensor) -> Tensor:
-    """Halve H and W by averaging each 2x2 pixels."""
+    """Halve H and W by averaging blocks of 2x2 pixels."""
     return F.avg_pool2d(x, 2)
 
 
 class FirResample(nn.Module):
-    """Double or halve H and W, filtered by (1, 3, 3, 1) in both directions (Karras et al. 2019).
+    """Double or halve H and W with the filter (1, 3, 3, 1) in both directions (Karras et al. 2019).
 
-    x is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices, or as three
+    x is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices or three
     averages of neighbours.
     """
 
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        # No file holds the filter. It has its values even in a network built on the meta device.
+        # Create the filter on the CPU even for a network on the meta device: no checkpoint file contains the filter.
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu") / (4 if up else 8)
         kernel = taps.outer(taps).expand(channels, 1, 4, 4).contiguous()
         self.register_buffer("kernel", kernel, persistent=False)
@@ -91,9 +91,9 @@ class FirResample(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
 
-    x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'].
+    x [B, in, H, W], act_temb [B, temb] (after the activation) -> [B, out, H', W'].
 
-    resample doubles or halves H and W. groups_out: the groups of the second norm, if not `groups`. always_project: put
+    resample: doubles or halves H and W. groups_out: groups of the second norm; None means `groups`. always_project: put
     a convolution on the residual connection even if the channels stay the same. scale_shift=True: the timestep scales
     and shifts the second norm (Dhariwal & Nichol 2021, AdaGN). temb_dim=None: no timestep, as in autoencoders.
     """
@@ -154,7 +154,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
 
-    `groups=None` leaves out the group norm, as in the mid block of a scale_shift net. There are C // head_dim heads.
+    groups=None omits the group norm, as in the mid block of a scale_shift network. There are C // head_dim heads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The training objective L_simple, and the variational bound from which it is derived."""
+"""The training objective L_simple, and the variational bound from which L_simple is derived."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.rng import philox, row_noise, split_seed
 
 HALF_BIN = 1 / 255  # neighbouring pixel values differ by 2/255 on [-1, 1]
-EDGE = 0.999  # beyond it a pixel is 0 or 255, and its bin is unbounded
+EDGE = 0.999  # pixels beyond EDGE are 0 or 255, and their bins are unbounded
 MIN_PROBABILITY = 1e-12
 MAX_WEIGHT = 200.0
 LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # mean and deviation of ln(sigma / alpha) for timesteps drawn by noise level
@@ -24,8 +24,8 @@ _PICK = 1  # philox's last counter word for drawing timesteps; row_noise uses 0,
 def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Return the target: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or out in x_0 = p x_t + q out.
 
-    In the last case the target is eps - x_0 for flow matching (Lipman et al. 2023), and for EDM the target in eq. 8 of
-    Karras et al. 2022. A consistency model has no such target: raises ValueError.
+    The last case gives eps - x_0 for flow matching (Lipman et al. 2023), and the target of Karras et al. 2022, eq. 8,
+    for EDM. Raises ValueError for a consistency model, which has no such target.
     """
     if noise.is_consistency:
         raise ValueError("prediction_type must not be consistency: its target is a trajectory's end")
@@ -44,7 +44,7 @@ def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t:
 def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return L_simple, the squared error of the prediction [B, C, H, W] (Ho et al. 2020, eq. 14), in float32.
 
-    weights [B]: the weight of each row; None weighs all alike.
+    weights [B]: the weight of each row; None means equal weights.
     """
     if weights is None:
         return F.mse_loss(out.to(torch.float32), target)
@@ -54,34 +54,33 @@ def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tens
 def velocity_weights(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
     """Return weights that turn an error of the prediction into an error of v: float64 [T], at most MAX_WEIGHT.
 
-    (Salimans & Ho 2022, sec. 4: SNR + 1 weighting.) An error of eps is 1 / alpha_bar times as large in v. Near t = T,
-    where L_simple has almost nothing to gain, brightness and shape are decided.
+    Source: Salimans & Ho 2022, sec. 4, SNR + 1 weighting. An error of eps is 1 / alpha_bar times as large in v.
+    Brightness and shape are decided near t = T, where L_simple changes little.
     """
     alpha_bar = schedule.alpha_bar
-    # The factor for x_0; for v it is sqrt(1 - alpha_bar).
+    # q is the factor from the output to x_0. The factor from v to x_0 is sqrt(1 - alpha_bar).
     q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q
     return (q**2 / (1 - alpha_bar)).clamp(max=MAX_WEIGHT)
 
 
 def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
-    """Return the probability of each t for which ln(sigma / alpha) is N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], of sum
-    1.
+    """Return the probability of each t if ln(sigma / alpha) is N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], sum 1.
 
-    (Karras et al. 2022, table 1 and sec. 5, with -1.2 and 1.2 for images of standard deviation 0.5.) In half of a
-    linear schedule's timesteps there is over three times as much noise as image, and gradients are noisiest. A level
-    without signal is not drawn.
+    Source: Karras et al. 2022, table 1 and sec. 5, with -1.2 and 1.2 for images of standard deviation 0.5. In half of a
+    linear schedule's timesteps, noise is over three times as large as the image, and gradients are noisiest. A level
+    without signal has probability 0.
     """
     level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2
-    edges = (level[1:] + level[:-1]) / 2  # each t counts for the levels half way to its neighbours
+    edges = (level[1:] + level[:-1]) / 2  # each t covers the levels halfway to its neighbours
     below = torch.special.ndtr((edges - LEVEL_MEAN) / LEVEL_STD)
     return torch.cat([below.new_zeros(1), below, below.new_ones(1)]).diff()
 
 
 def draw_timesteps(share: Tensor, count: int) -> Tensor:
-    """Draw `count` timesteps by their probabilities [T]: int64 [count], on the same device.
+    """Draw `count` timesteps with the probabilities `share` [T]: int64 [count], on the same device.
 
-    One random offset spreads them evenly over the cumulative probability (Kingma et al. 2021, appendix I.1); their
-    order is random.
+    One random offset spreads the timesteps evenly over the cumulative probability (Kingma et al. 2021, appendix I.1).
+    Their order is random.
     """
     device = share.device
     spread = (torch.randperm(count, device=device) + torch.rand((), device=device)).to(share) / count
@@ -105,7 +104,6 @@ class VariationalBound:
 
     @property
     def total(self) -> Tensor:
-        """The bound itself [B]."""
         return self.L_T + self.L_steps + self.L_0
 
 
@@ -123,10 +121,10 @@ def variational_bound(
 ) -> VariationalBound:
     """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], with one sample of x_t for each term.
 
-    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are divided into S
-    runs, and one term is drawn uniformly from each and multiplied by the run's length, so the mean over seeds is the
-    full sum. Each image draws its own terms. A run's length is roughly proportional to its timestep, as terms fall
-    about that fast: with 100 runs on the bundled checkpoint the first 29 terms are all taken.
+    timesteps=None computes every L_{t-1} in T passes. timesteps=S takes S + 1 passes: the T - 1 terms are divided into
+    S runs. One term is drawn uniformly from each run and multiplied by the run's length, so the mean over seeds is the
+    full sum. Each image draws its own terms. A run's length is roughly proportional to its timestep, because terms
+    decrease about that fast. With 100 runs on the bundled checkpoint, the first 29 terms are all computed.
 
     All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The network
     runs in x_0's dtype, everything else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
@@ -207,7 +205,7 @@ def gaussian_kl(mean_difference: Tensor, variance_q: Tensor, variance_p: Tensor)
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Return the log of N(mean, variance)'s mass in each pixel value's bin (Ho et al. 2020, eq. 13), in nats.
 
-    x_0 [B, C, H, W] float64, each one of the 256 values k / 127.5 - 1. The outermost bins are unbounded.
+    x_0 [B, C, H, W] float64: each value is one of the 256 values k / 127.5 - 1. The outermost bins are unbounded.
     """
     std = variance.sqrt()
     below = torch.special.ndtr((x_0 - HALF_BIN - mean) / std).masked_fill(x_0 < -EDGE, 0.0)
@@ -221,7 +219,7 @@ def _runs(last: int, count: int) -> list[tuple[int, int]]:
 
     Runs of equal length rarely draw the first timesteps, which make up most of the bound. On 100 images, with a
     network that predicts eps and 100 runs, the standard error of L_steps is 0.105 with equal runs and 0.048 with
-    these; most of the rest is the difference between images.
+    these runs. Most of the remaining error is the difference between images.
     """
     runs, low = [], 1
     for left in range(min(count, last), 0, -1):

@@ -1,6 +1,6 @@
-"""The memory and the cores that are free for this process, and the number of torch's threads that follows.
+"""Free memory and free cores of the machine or container, and the number of torch's threads.
 
-torch gets one thread if an executor has its own, and few on a busy machine.
+torch gets one thread if an executor has its own threads, and few threads on a busy machine.
 """
 
 import logging
@@ -37,7 +37,7 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """Return the free memory of the container (cgroup v2). Cached files count as free: they are dropped when needed."""
+    """Return the free memory of the container (cgroup v2). Cached files count as free: the kernel can drop them."""
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" means no limit
         used = int((CGROUP / "memory.current").read_text())
@@ -59,7 +59,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def threads_left(usual: int) -> int:
-    """Return torch's usual number of threads, or the number of free cores if lower, which is then logged."""
+    """Return `usual`, or the number of free cores if that is lower. A lower number is logged."""
     threads = min(usual, free_cores()) if usual > 1 else 1
     if threads < usual:
         log.info(
@@ -70,10 +70,10 @@ def threads_left(usual: int) -> int:
 
 
 def free_cores() -> int:
-    """Count the cores that other programs leave free, at least 1. This measures for half a second.
+    """Return the number of cores that other programs leave free, at least 1. Takes half a second.
 
-    In every layer torch's threads wait for one another. If another program keeps one thread from running, all wait: on
-    a shared core two threads are several times slower than one.
+    torch's threads wait for each other in every layer. If another program delays one thread, all threads wait: on a
+    shared core two threads are several times slower than one thread.
     """
     cores = os.sched_getaffinity(0)
     # The load average still counts programs that have just ended, and a half-second measurement counts programs that
@@ -84,7 +84,7 @@ def free_cores() -> int:
 
 
 def _idle_cores(cores: Set[int]) -> float:
-    """Measure how many of these cores are idle, as a fraction; all of them if the system does not report it."""
+    """Measure the average number of idle cores; all cores if the system does not report it."""
     try:
         before, begun_s = _idle_s(cores), time.monotonic()
         time.sleep(LOOK_S)
@@ -94,7 +94,7 @@ def _idle_cores(cores: Set[int]) -> float:
 
 
 def _idle_s(cores: Set[int]) -> float:
-    """Return these cores' total idle seconds since the machine started. Waiting for a disk is idle."""
+    """Return the total idle seconds of these cores since the machine started. Waiting for a disk counts as idle."""
     ticks = 0
     for line in STAT.read_text().splitlines():
         name, *fields = line.split()
@@ -104,7 +104,7 @@ def _idle_s(cores: Set[int]) -> float:
 
 
 def _quota() -> int:
-    """Return a container's CPU limit (cgroup v2) in cores, rounded up; no bound if there is none."""
+    """Return a container's CPU limit (cgroup v2) in cores, rounded up; the number of CPUs if there is no limit."""
     try:
         limit, period = (CGROUP / "cpu.max").read_text().split()
         return math.ceil(int(limit) / int(period))

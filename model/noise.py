@@ -1,7 +1,7 @@
 """The noise schedule: beta_t, alpha_bar_t, the closed form q(x_t|x_0) and the posterior q(x_{t-1}|x_t, x_0).
 
 Timesteps start at 0: t = 0 is the least noisy step, t = T - 1 the noisiest. Tables are float64 on the host, and are
-cast once, when they are used. The *noise schedule* is here; the scheduler, which picks rows, is in service/.
+cast once, when they are used. The scheduler, which picks rows, is in service/.
 """
 
 import dataclasses
@@ -76,14 +76,14 @@ class NoiseSchedule:
 
     @classmethod
     def of_formula(cls, alpha_bar_of: Callable[[Tensor], Tensor], num_timesteps: int) -> "NoiseSchedule":
-        """Make the tables of noise levels that are a formula of t. The formula holds for fractional t too."""
+        """Make the tables from a formula of t. The formula also holds for fractional t."""
         alpha_bar = alpha_bar_of(torch.arange(num_timesteps, dtype=torch.float64))
         schedule = cls(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
         schedule.alpha_bar, schedule._formula = alpha_bar, alpha_bar_of
         return schedule
 
     def to(self, device: torch.device) -> "NoiseSchedule":
-        """Copy the tables to a device, so that a training step never waits for the host."""
+        """Copy the tables to a device, so a training step never waits for the host."""
         copy = NoiseSchedule(self.betas.to(device))
         copy.alpha_bar, copy._formula = self.alpha_bar.to(device), self._formula
         return copy
@@ -100,7 +100,10 @@ class NoiseSchedule:
         return log_sigmas
 
     def alpha_bar_at(self, timesteps: Sequence[float]) -> Tensor:
-        """Return alpha_bar [S] at timesteps. Fractional ones use the formula, or for betas a line in log sigma."""
+        """Return alpha_bar [S] at timesteps.
+
+        Fractional timesteps use the schedule's formula, or for betas linear interpolation in log sigma.
+        """
         t = torch.tensor(timesteps, dtype=torch.float64)
         if self._formula is not None:
             return self._formula(t)
@@ -121,27 +124,27 @@ class NoiseSchedule:
         return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
 
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4); see q_sample for
-        shapes.
+        """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4).
+
+        The shapes are those of `q_sample`.
         """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
 
     def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the coefficients of q(x_{t-1}|x_t, x_0): mean = coef_x0 x_0 + coef_xt x_t, and its variance beta~ (eq.
-        6, 7).
+        """Return coef_x0, coef_xt and beta~ of q(x_{t-1}|x_t, x_0), each float64 [T] (Ho et al. 2020, eq. 6 and 7).
 
-        Each is float64 [T]. At t = 0 the mean is x_0 and the variance 0.
+        The mean is coef_x0 x_0 + coef_xt x_t, and the variance is beta~. At t = 0 the mean is x_0 and the variance 0.
         """
         prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         return posterior_between(self.alpha_bar, prev)
 
 
 def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7, for any pair of steps).
+    """Return the posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7, for any two steps).
 
-    Returns coef_x0, coef_xt and the variance, of the inputs' shape. With neighbouring timesteps this is the posterior
-    of the full chain; with a respaced pair, that of the shorter chain (Nichol & Dhariwal 2021, sec. 4).
+    Returns coef_x0, coef_xt and the variance, in the inputs' shape. Neighbouring timesteps give the posterior of the
+    full chain. A respaced pair gives the posterior of the shorter chain (Nichol & Dhariwal 2021, sec. 4).
     """
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
@@ -151,14 +154,14 @@ def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor
 
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Take table[t] as [B, 1, 1, 1] in the dtype and on the device of `like`."""
+    """Return table[t] as [B, 1, 1, 1], with the dtype and the device of `like`."""
     values = table[t.to(table.device)].to(device=like.device, dtype=like.dtype)
     return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseConfig(Checked):
-    """A checkpoint's scheduler_config.json: the noise schedule of its training, and how to sample it.
+    """A checkpoint's scheduler_config.json: the noise schedule of training, and the settings for sampling.
 
     Most field names and defaults are those of diffusers' schedulers. Raises ValueError, naming field and value.
     """
@@ -211,7 +214,7 @@ class NoiseConfig(Checked):
         steps = self.num_train_timesteps
         require(1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
         among("beta_schedule", *BETA_SCHEDULES)
-        # `learned` means the log variance in OpenAI's code, and the variance itself in diffusers'.
+        # `learned` means the log variance in OpenAI's code, but the variance in diffusers.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
         of_ddpm = self.variance_type in ("fixed_small", "fixed_large", "learned_range")
         of_ve = self.variance_type == "reverse_diffusion" and self.prediction_type == "score"
@@ -242,7 +245,7 @@ class NoiseConfig(Checked):
         require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
-            # With one step the first beta would be the last.
+            # With one timestep, the first beta is also the last.
             require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
@@ -251,35 +254,35 @@ class NoiseConfig(Checked):
 
     @property
     def family(self) -> Family:
-        """The family of its noise levels, which follows from the prediction type."""
+        """Family of the noise levels, which depends only on the prediction type."""
         return FAMILY_OF[self.prediction_type]
 
     @property
     def is_continuous(self) -> bool:
-        """Whether the noise levels are a formula of t instead of betas."""
+        """True if the noise levels are a formula of t instead of betas."""
         return self.family != "betas"
 
     @property
     def levels(self) -> str:
-        """The noise schedule's name for people: the name of its betas, or of its formula."""
+        """The noise schedule's name for users: the name of its betas, or of its formula."""
         if not self.is_continuous:
             return self.beta_schedule if self.trained_betas is None else "trained_betas"
         return {"edm": self.sigma_schedule, "flow": "flow", "ve": "geometric"}.get(self.family, "karras")
 
     @property
     def is_consistency(self) -> bool:
-        """Whether it belongs to a consistency model (Song et al. 2023)."""
+        """True for a consistency model (Song et al. 2023)."""
         return self.prediction_type == "consistency"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
         """Read a scheduler_config.json. Raises ValueError for an unsupported field that changes images.
 
-        A field of another class has no effect, as in diffusers: configs keep such fields when the class is swapped.
-        class_name: from model_index.json; as in diffusers, it overrides the config's own.
+        A field of a different class has no effect, as in diffusers: configs keep such fields when the class is swapped.
+        class_name: the class in model_index.json. As in diffusers, it overrides the class in the config.
 
-        Most solver classes have no clip_sample. Without it x_0 is clipped, as for DDPM: near t = T an error in eps is
-        a hundred times larger in x_0, and unclipped DPM-Solver++ makes white and black squares on pixel models.
+        Most solver classes have no clip_sample. x_0 is then clipped, as for DDPM: near t = T an error in eps is a
+        hundred times larger in x_0, and DPM-Solver++ without clipping makes white and black squares on pixel models.
         (`"clip_sample": false` turns clipping off.)
         """
         name = class_name or config.get("_class_name", "DDPMScheduler")
@@ -287,7 +290,7 @@ class NoiseConfig(Checked):
         kind = scheduler_kind(name, given)
         if "predict_epsilon" in given:  # files of 2022 have this instead of prediction_type
             given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
-        if given.get("variance_type", "") is None:  # a solver's config: the network's variance is not learned
+        if given.get("variance_type", "") is None:  # null in a solver's config: the network's variance is not learned
             del given["variance_type"]
         fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
         values = {key: value for key, value in kind.defaults.items() if key in fields}
@@ -297,18 +300,18 @@ class NoiseConfig(Checked):
             values |= {"clip_sample": True, "clip_sample_range": 1.0}
             given = {key: value for key, value in given.items() if key not in ("clip_sample", "clip_sample_range")}
         T = given.get("num_train_timesteps", values.get("num_train_timesteps", DEFAULT_TIMESTEPS))
-        if (repeated := given.pop("timesteps", None)) not in (None, T):  # in files of 2022 it may repeat T
+        if (repeated := given.pop("timesteps", None)) not in (None, T):  # files of 2022 may repeat T here
             raise ValueError(f"scheduler config: timesteps must be num_train_timesteps, {T}, got {repeated!r:.100}")
         for key, value in given.items():
             if key in kind.fields:
                 values[kind.other_names.get(key, key)] = value
             elif key in kind.must:
-                continue  # it has the only valid value
+                continue  # scheduler_kind has checked the value
             elif is_off(value) or key in FIELDS_OF_ANY:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not a known setting of {name}")
-        if "prediction_type" in kind.fields:  # for other classes it follows from the class
+        if "prediction_type" in kind.fields:  # in other classes, the class determines the prediction type
             told = values.get("prediction_type", "epsilon")
             if not (isinstance(told, str) and told in kind.predictions):
                 wanted = f"among {', '.join(kind.predictions)} for {name}"
@@ -332,18 +335,18 @@ class NoiseConfig(Checked):
             fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
             fields.pop("variance_type", None)  # only DDPM has different fixed variances
-        # Written in that class's fields.
+        # Express the clip in the fields of this class.
         if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:
             fields = {name: value for name, value in fields.items() if name not in ("clip_sample", "clip_sample_range")}
             fields |= {"thresholding": True, "sample_max_value": 1.0}
-        # lambda_min_clipped is infinite, which JSON cannot express.
+        # JSON cannot express the infinite lambda_min_clipped.
         must = {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
         return {"_class_name": kind.class_name, **fields, **must}
 
     def default_spacing(self, sampler: str) -> str:
-        """Return the default spacing of requests: the config's own, if the config is for this kind of sampler.
+        """Return the default spacing of a sampler: the config's spacing, if the config is for this kind of sampler.
 
-        A DDPM or DDIM config says nothing about the other solvers. They use the spacing that suits them best.
+        A DDPM or DDIM config says nothing about other solvers, so they use the spacing in SAMPLER_FACTS.
         """
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
         if self.is_continuous:
@@ -352,7 +355,6 @@ class NoiseConfig(Checked):
         return self.timestep_spacing if facts.spacing is None or alike else facts.spacing
 
     def schedule(self) -> NoiseSchedule:
-        """Make the tables."""
         if self.is_continuous:
             return NoiseSchedule.of_formula(self._alpha_bar_of, self.num_train_timesteps)
         if self.trained_betas is not None:
@@ -365,8 +367,8 @@ class NoiseConfig(Checked):
         """Return alpha_bar at any t in 0..T-1 for a schedule that is a formula.
 
         edm, consistency: sigma follows the ramp of Karras et al. 2022, eq. 5, or is even in log sigma. flow: Lipman et
-        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), with images in [0, 1]; ours are in [-1,
-        1], so the same noise is twice the sigma.
+        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), with images in [0, 1]. Images here are in
+        [-1, 1], so the same noise is twice the sigma.
         """
         share = t / (self.num_train_timesteps - 1)
         if self.family == "flow":

@@ -1,7 +1,7 @@
-"""The network's inputs for each kind of model, and x_0 from its output, as coefficients of the noise level.
+"""Coefficients for each kind of network: its inputs from x, and x_0 from its output, at a noise level.
 
-x is the same for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x of a model's own training
-differs from it by a factor:
+This project uses the same x for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x of a model's
+training differs from this x by a factor:
 
     EDM, consistency    x_0 + sigma eps                     = x / sqrt(alpha_bar),     alpha_bar = 1 / (1 + sigma^2)
     flow matching       (1 - sigma) x_0 + sigma eps         = x sqrt((1 - sigma)^2 + sigma^2)
@@ -46,7 +46,7 @@ def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Par
 
 
 def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forward:
-    """Return the network as a function of our x and integer timesteps t [B], on the schedule's device."""
+    """Return the network as a function of this project's x and integer timesteps t [B], on the schedule's device."""
     if not noise.is_continuous:
         return net
     at = parametrize(noise, schedule.alpha_bar, torch.arange(schedule.num_timesteps, device=schedule.alpha_bar.device))
@@ -78,7 +78,7 @@ def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Param
 
 
 def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; for v minus c_out, as in diffusers."""
+    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; with -c_out for v, as in diffusers."""
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root = (sigma**2 + data**2).sqrt()
     sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
@@ -95,16 +95,19 @@ def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -
 
 
 def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Lipman et al. 2023 and Liu et al. 2023: out = eps - x_0, so x_0 is their x minus sigma out."""
+    """Return the coefficients for out = eps - x_0 (Lipman et al. 2023, Liu et al. 2023).
+
+    x_0 is their x minus sigma out.
+    """
     sigma = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
     scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
     return Parametrization(scale, -sigma, scale, noise.num_train_timesteps * sigma)
 
 
 def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Song et al. 2021 (SDE): out = (y_0 - y) / s^2 is the score, and s is the network's time.
+    """Return the coefficients for the score, out = (y_0 - y) / s^2 (Song et al. 2021, SDE). The network's time is s.
 
-    diffusers gives the network the s of a continuous time that ends at sampling_eps, but steps at integer levels.
+    As in diffusers, the network's s is of a continuous time that ends at sampling_eps, but steps use integer levels.
     """
     s = sigma_of(alpha_bar) / 2
     whole = math.log(noise.sigma_max / noise.sigma_min)

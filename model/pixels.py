@@ -2,8 +2,8 @@
 
 This module also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
 
-Training pictures and uploads are prepared by the same function, so a model sees both alike. No torch: the service
-decodes uploads with it.
+The same function prepares training pictures and uploads, so a model sees both alike. No torch, because the service
+decodes uploads with this module.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ BLACK: Colour = (0, 0, 0)
 VALUE_RANGE = (-1.0, 1.0)  # the smallest and the largest value of a model's channel
 MAX_CHANNELS = 64  # bound for an image; picture files have four at most
 RGBA = 4
-MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's modes by the number of channels
+MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's modes, keyed by number of channels
 
 
 def to_model_range(images: "Tensor") -> "Tensor":
@@ -35,7 +35,7 @@ def to_uint8(x: "Tensor") -> "Tensor":
 
 
 def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Do the same as `to_uint8`, bit for bit, for a NumPy array."""
+    """Convert a NumPy array as `to_uint8` does, with identical results."""
     whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     return whole
 
@@ -46,10 +46,10 @@ def to_uint16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def shown_channels(channels: int, *, alpha: bool) -> int:
-    """Return how many of an image's first channels its picture shows: 1 for grey, 3 for RGB, 4 for RGBA.
+    """Return the number of an image's first channels that a picture shows: 1 for grey, 3 for RGB, 4 for RGBA.
 
-    alpha: whether the last of four channels is alpha. A picture shows the first of two channels, and the first three
-    of four without alpha, or of more.
+    alpha: the last of four channels is alpha. Without alpha, a picture shows the first channel of one or two channels,
+    and the first three channels of three or more.
     """
     if alpha:
         return RGBA
@@ -63,11 +63,11 @@ def fit_picture(
     background: Colour = BLACK,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """Make a picture ready for a model: uint8 [height, width, channels], for a size of (width, height).
+    """Prepare a picture for a model: uint8 [height, width, channels], for a size of (width, height).
 
     The picture is rotated by its EXIF orientation and converted to grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA
     (4, straight alpha). For grey and RGB, transparent pixels are laid over the background. CMYK becomes RGB by the
-    complement; colour profiles are ignored. A picture of another size is cropped about its centre to the target's
+    complement; colour profiles are ignored. A picture of a different size is cropped about its centre to the target's
     shape, then resampled, with colours weighted by alpha. Raises OSError and other errors of Pillow for an undecodable
     picture.
     """
@@ -101,8 +101,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def may_be_transparent(image: Image.Image) -> bool:
-    """Whether some pixels may be transparent. Raises OSError if the pixels need a palette and it is missing."""
-    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, and fails an assertion later
+    """Return True if some pixels may be transparent. Raises OSError if the picture's palette is missing."""
+    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, but later fails an assertion
         raise OSError("it has no palette")
     return image.has_transparency_data
 
@@ -111,7 +111,7 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     """Convert 16 bits to 8, and lay transparent pixels over the background."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        # This rounds; Pillow's own conversion clips at 255.
+        # Round here: Pillow's own conversion clips at 255.
         grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is None:
             return grey
@@ -120,6 +120,6 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     if not may_be_transparent(image):
         return image
     if background == BLACK:
-        # Over black a colour is multiplied by its alpha. (alpha_composite would hold the interpreter for 90 ms.)
+        # Over black, multiply each colour by its alpha. (alpha_composite would hold the GIL for 90 ms.)
         return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))

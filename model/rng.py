@@ -32,8 +32,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
 def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Run Philox on both lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
 
-    For small images dispatch takes most of the time, so this uses few operations. 64-bit products wrap to the right
-    bits; bits above a word's 32 are removed once a round, before they have an effect.
+    For small images, dispatch takes most of the time, so this function uses few operations. 64-bit products overflow
+    without an error in the bits used. Bits above a word's 32 are removed once a round, before they have an effect.
     """
     multipliers, key_steps = _constants(even.device)
     for round_key in (key + key_steps.reshape(_ROUNDS, *([1] * (key.ndim - 2)), 2, 1)).unbind(0):
@@ -45,7 +45,7 @@ def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached, because making a tensor from Python numbers synchronises with the GPU.
+    # Cached, because creating a tensor from Python numbers synchronises with the GPU.
     key_steps = [[r * step & WORD for step in _KEY_STEPS] for r in range(_ROUNDS)]
     return torch.tensor(_MULTIPLIERS, device=device)[:, None], torch.tensor(key_steps, device=device)
 
@@ -53,8 +53,8 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[int]) -> Tensor:
     """Draw standard normals [B, *shape] in float32, on the device of the arguments.
 
-    seed_words [B, 2] int64, see `split_seed`; index [B] int64, the image's place in its request; draw [B] int64: 0 is
-    x_T, k + 1 the z of step k.
+    seed_words [B, 2] int64, see `split_seed`; index [B] int64: the image's index in its request; draw [B] int64: 0 for
+    x_T, k + 1 for the z of step k.
     """
     size, rows = math.prod(shape), len(index)
     blocks = (size + 3) // 4
@@ -78,11 +78,11 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def arc_weights(mix: float) -> tuple[float, float]:
-    """Return the weights of two independent normals whose sum is normal and goes from the first (mix 0) to the second
-    (1).
+    """Return the weights of two independent normals in a blend: mix 0 gives the first, mix 1 the second.
 
-    They are cos and sin of mix * pi / 2, a quarter of a circle. This is close to the spherical interpolation of Song
-    et al. 2021 (DDIM, D.5), as independent normals in many dimensions are almost orthogonal. The ends are exact.
+    The blend is a standard normal too. The weights are cos and sin of mix * pi / 2, a quarter of a circle. The blend is
+    close to the spherical interpolation of Song et al. 2021 (DDIM, D.5), because independent normals in many dimensions
+    are almost orthogonal. The weights at mix 0 and 1 are exact.
     """
     if mix == 1:
         return 0.0, 1.0

@@ -1,7 +1,7 @@
 """Tables of coefficients that belong to a checkpoint: fitted by `tminus tune`, or written for a student.
 
-A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. It
-holds plain numbers, without torch: the service counts with them, and the engine compiles them to a plan.
+A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. Tables
+are plain numbers without torch: the service counts passes with them, and the engine compiles them to a plan. The rule:
 
     x' = a x + b x0 + c x0_previous + d (the x0 before that) + s z
 """
@@ -39,17 +39,15 @@ class Table:
     guidance: float
     timesteps: tuple[float, ...]
     lines: tuple[tuple[float, ...], ...]
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss and figures, for people
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss and figures, for users
 
     @property
     def hash(self) -> str:
-        """The hash of everything that changes an image."""
+        """Hash of all fields that change an image."""
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
-        """Return the table without its first `start` lines. The first remaining x0 stands in for the
-        missing lines' x0.
-        """
+        """Return the lines from `start` on. The first remaining x0 replaces the x0 of the missing lines."""
         lines = [list(line) for line in self.lines[start:]]
         if start and lines:
             a, b, c, d, s = lines[0]
@@ -86,7 +84,7 @@ def table_file(folder: Path, sampler: str, steps: int, guidance: float) -> Path:
 
 
 def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
-    """Write a table atomically into a checkpoint's folder; returns the file."""
+    """Write a table atomically into a checkpoint's folder. Return the file's path."""
     (folder / FOLDER).mkdir(exist_ok=True)
     file = table_file(folder, table.sampler, table.steps, table.guidance)
     value = {
@@ -107,9 +105,9 @@ def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[st
 def read_tables(
     folder: Path, weights_hash: str, noise: Mapping[str, Any], *, num_timesteps: int, null_class: bool, fractional: bool
 ) -> tuple[tuple[Table, ...], tuple[str, ...]]:
-    """Read a checkpoint's tables. Returns them, and for each refused file a line with its name and the reason.
+    """Read a checkpoint's tables. Return the tables, and a line with name and reason for each refused file.
 
-    A refused file does not affect the others: the server works without it.
+    A refused file does not affect the other files: the server works without it.
     """
     tables: dict[tuple[str, int, float], Table] = {}
     refused: list[str] = []

@@ -1,11 +1,11 @@
-"""Samplers as tables: each compiles to a plan with one line of coefficients per pass, and one update rule runs all
-plans.
+"""Samplers as tables. Each compiles to a plan with one line of coefficients per pass. One update rule runs all plans:
 
-x0 = clip(p x + q out) only p and q depend on what the network predicts (x', h1', ..., h4') = M (x, x0, x0_previous, z,
-h1, ..., h4)
+    x0 = clip(p x + q out)
+    (x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
 
-Most samplers need no register h. Their rule is x' = a x + b x0 + c x0_previous + s exp(r v) z. With a learned variance
-v is the second half of the network's output channels; otherwise exp(r v) is 1.
+Only p and q depend on the network's prediction type. Most samplers need no register h. Their rule is
+x' = a x + b x0 + c x0_previous + s exp(r v) z. With a learned variance, v is the second half of the network's output
+channels. Otherwise exp(r v) is 1.
 """
 
 from collections import deque
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def adds_noise(self) -> bool:
-        """Whether any pass needs z. ddim with eta 0 and most solvers draw no noise after x_T."""
+        """True if any pass needs z. ddim with eta 0 and most solvers draw no noise after x_T."""
         return bool((self.lines[:, 5] > 0).any())
 
     @property
@@ -103,12 +103,12 @@ def compile_plan(
     start: int = 0,
     fractional: bool = False,
 ) -> Plan:
-    """Compile a sampler for this model. clip=None takes the checkpoint's own clip_sample, spacing=None its spacing.
+    """Compile a sampler for this model. None means the config's clip_sample for `clip`, and its spacing for `spacing`.
 
-    model/solvers.py has the coefficients. A step goes to the noise level of the next step; the last goes to no noise
-    and adds none. start: leave out this many first steps; the first remaining step then has no earlier prediction.
-    fractional: the network takes fractional timesteps. Raises ValueError for an unknown sampler or spacing, an invalid
-    number of steps, and for a combination that this schedule does not allow.
+    model/solvers.py has the coefficients. A step ends at the noise level of the next step. The last step ends without
+    noise and adds none. start: leave out this many first steps. The first remaining step then has no earlier
+    prediction. fractional: the network accepts fractional timesteps. Raises ValueError for an unknown sampler or
+    spacing, an invalid number of steps, and for a combination that this schedule does not allow.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -195,9 +195,9 @@ class Denoised(NamedTuple):
 
 
 def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tensor) -> Denoised:
-    """Apply the update rule without registers, each row by its own line: lines [B, 8], the rest [B, C, H, W].
+    """Apply the update rule without registers to each row: lines [B, 8], the other tensors [B, C, H, W].
 
-    out may be [B, 2C, H, W]: the prediction and the v of a learned variance. x0 is right for every sampler.
+    out may be [B, 2C, H, W]: the prediction and the v of a learned variance. x0 is correct for every sampler.
     """
     p, q, a, b, c, s, clip, r = lines.reshape(len(lines), NUM_COEFFICIENTS, 1, 1, 1).unbind(1)
     channels = x.shape[1]
@@ -211,7 +211,7 @@ def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tenso
 def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
     """Multiply each row's state by M: matrices [B, 1 + R, 4 + R], state 4 + R of [B, C, H, W] -> [B, 1 + R, C, H, W].
 
-    The state is x, x0, x0_previous, z and the registers. They are summed one by one, in this order, so that a row's
+    The state is x, x0, x0_previous, z and the registers. The products are added one by one in this order, so a row's
     bits do not depend on the other rows.
     """
     M = matrices.reshape(*matrices.shape, 1, 1, 1)
@@ -249,12 +249,12 @@ def sample_passes(
     guidance_interval: tuple[int, int] | None = None,
     guidance_rescale: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x after each pass, the last one x_0.
+    """Run a plan on a batch of rows at the same step: x_T [B, C, H, W] -> x after each pass. The last x is x_0.
 
     z_of(k) returns the noise of step k. Training sheets and evaluation use this; the server's engine has its own loop.
 
-    Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None means all. For
-    rescaled guidance see `rescale`.
+    Guidance is on at the timesteps lo <= t <= hi of guidance_interval (Kynkäänniemi et al. 2024); None means all
+    timesteps. For guidance_rescale see `rescale`.
     """
     x, x0, registers = x_T, torch.zeros_like(x_T), [torch.zeros_like(x_T)] * plan.num_registers
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
@@ -285,7 +285,7 @@ def solve(
 ) -> Tensor:
     """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], x_0 last.
 
-    The plan must draw no noise, so that each point determines the end.
+    The plan must add no noise, so each x determines x_0.
     """
     points: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that are served, and the sampler for each class and scheduler_config.json."""
+"""The supported scheduler classes of diffusers, and the sampler for each class and scheduler_config.json."""
 
 import math
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _OF_BETAS = (
 )
 _OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
 _CLIP = ("clip_sample", "clip_sample_range")
-# The fields that NoiseConfig shares with each class of diffusers, by the class's names.
+# The fields that NoiseConfig shares with each class of diffusers, in the class's own names.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
     "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
@@ -47,8 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": ("num_train_timesteps", "shift"),
     "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
-# Read for every class with betas, even if the class lacks them: any sampler may clip, and variance_type tells what the
-# network's output channels are.
+# Fields that are read for every class with betas, even if the class lacks them. Any sampler may clip, and variance_type
+# determines the network's output channels.
 READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -76,14 +76,14 @@ _DPM_SOLVER = {
 
 
 # These fields change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if these
-# are on, and then the config is refused. tensor_format belongs to another tensor library. A solver's last step, to no
-# noise, is of first order in any case.
+# features are on, and then the config is refused. tensor_format belongs to another tensor library. A solver's last step
+# ends without noise, and is always of first order.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
     | {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "s_tmin", "s_tmax"}
 )
-# Fields of classes that are not served: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
+# Fields of unsupported classes: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
 OF_OTHER_CLASSES = frozenset(
     {"original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "eta"}
     | {"noise_sampler_seed", "s_min", "s_max", "beta_min", "beta_max", "set_alpha_to_zero", "snr_shift_scale"}
@@ -111,13 +111,14 @@ class SchedulerKind:
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that are read from a config, by the class's names."""
+        """The fields that are read from a config, in the class's own names."""
         return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
 
     @property
     def clips_by_threshold(self) -> bool:
-        """Whether dynamic thresholding replaces clip_sample in the class. With sample_max_value 1 it is the
-        same clip.
+        """True if the class has dynamic thresholding instead of clip_sample.
+
+        With sample_max_value 1, thresholding equals this clip.
         """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own
@@ -263,13 +264,13 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
-# diffusers' from_config keeps the fields of the config's former class, and a class ignores fields of others.
+# A class of diffusers ignores fields of other classes. from_config keeps the fields of a config's former class.
 FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:
-    """Find the kind of a class with these fields. Raises ValueError for a class or a value that is not served."""
+    """Return the kind for a class and its config fields. Raises ValueError for an unsupported class or value."""
     name = SAME_AS.get(class_name, class_name) if isinstance(class_name, str) else None
     of_class = [kind for kind in KINDS if kind.class_name == name]
     if not of_class:
@@ -277,7 +278,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
             f"scheduler config: {class_name!r:.100} is not served; those that are: {', '.join(CLASS_NAMES)}. If the "
             "network was trained with the same betas, the config of one of these can take its place"
         )
-    # A class may be several samplers. Take the one with the most right fields before the first wrong one.
+    # A class may have several samplers. Take the sampler with the most matching fields before the first mismatch.
     kind = max(of_class, key=lambda kind: len(_right(kind, given)))
     wrong = list(kind.must)[len(_right(kind, given)) :]
     if wrong:
@@ -287,7 +288,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
-    """Return the required fields up to the first wrong one; null counts as left out."""
+    """Return the required fields before the first mismatch. A null field counts as missing."""
     told = {key: value for key, value in given.items() if value is not None}
     read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
     values = {**kind.must, **kind.defaults, **told, **read}

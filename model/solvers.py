@@ -1,7 +1,7 @@
-"""The coefficients of each sampler: one small matrix a pass.
+"""The coefficients of each sampler: one small matrix per pass.
 
 (x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4). x0 is the network's current prediction, x0_previous the
-prediction of the pass before, z fresh noise. The registers h hold whatever else a solver keeps. For a solver without
+prediction of the pass before, z fresh noise. The registers h hold a solver's other state. For a solver without
 registers M has one row: a, b, c, s.
 
 Everything is float64 [S], by pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma).
@@ -54,7 +54,7 @@ class Levels:
         return (self.alpha_next / self.sigma_next).log() - (self.alpha / self.sigma).log()
 
     def before(self, values: Tensor, by: int = 1) -> Tensor:
-        """Shift values by `by` steps: each step gets the value of an earlier one; infinite if there is none."""
+        """Shift values by `by` steps: each step gets the value of an earlier step, or infinity if there is none."""
         return torch.cat([torch.full((min(by, len(values)),), torch.inf, dtype=values.dtype), values[:-by]])
 
 
@@ -64,7 +64,7 @@ def matrices(num_passes: int, registers: int = 0) -> Tensor:
 
 
 def towards(levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return a and b of x' = a x + b x0, every solver's first order in x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
+    """Return a and b of the first-order step in x0, x' = a x + b x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
 
     This is DDIM's step (Song et al. 2021, eq. 12), in a form that allows alpha = 0, where h is infinite.
     """
@@ -73,8 +73,7 @@ def towards(levels: Levels) -> tuple[Tensor, Tensor]:
 
 
 def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2). Returns M, and r in the standard deviation s exp(r
-    v).
+    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2). Return M and r: the standard deviation is s exp(r v).
 
     The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
     log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is the
@@ -104,7 +103,7 @@ def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
     M = matrices(len(alpha_bar))
     s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     s[-1] = 0
-    # Multiplied by eps = (x - sqrt(abar) x0) / sqrt(1-abar).
+    # The factor of eps = (x - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar).
     towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()
     a = towards_x_t / levels.sigma
     M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
@@ -134,7 +133,7 @@ def dpmpp_2m(levels: Levels) -> Tensor:
 
 
 def dpmpp_2m_sde(levels: Levels) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19): as 2M, with fresh noise at each step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19): like 2M, with fresh noise at each step."""
     M = matrices(len(levels.alpha_bar))
     w = extrapolation(levels)
     decay = levels.alpha * levels.sigma_next / (levels.alpha_next * levels.sigma)  # e^-h
@@ -148,8 +147,8 @@ def dpmpp_2m_sde(levels: Levels) -> Tensor:
 def dpmpp_3m(levels: Levels) -> Tensor:
     """DPM-Solver++(3M) (Lu et al. 2022, appendix B). h1 holds the x0 of two passes ago.
 
-    As in diffusers the order grows by one a step at the beginning. The last step is of first order; with fewer than 15
-    steps the one before it is of second order.
+    As in diffusers, the order grows by one per step at the beginning. The last step is of first order. With fewer than
+    15 steps, the step before it is of second order.
     """
     S = len(levels.alpha_bar)
     M = F.pad(dpmpp_2m(levels), (0, 1, 0, 1))
@@ -157,8 +156,8 @@ def dpmpp_3m(levels: Levels) -> Tensor:
     third = slice(2, max(2, S - 1 if S >= 15 else S - 2))
     h, h_1, h_2 = (each[third] for each in (levels.h, levels.before(levels.h), levels.before(levels.h, 2)))
     b, alpha_next = towards(levels)[1][third], levels.alpha_next[third]
-    # x' = a x + b x0 + c_1 D_1 + c_2 D_2. The differences D are made from (x0 - x0_previous) h / h_1 and (x0_previous -
-    # h1) h / h_2.
+    # x' = a x + b x0 + c_1 D_1 + c_2 D_2. The differences D are combinations of (x0 - x0_previous) h / h_1 and
+    # (x0_previous - h1) h / h_2.
     c_1 = alpha_next - b / h
     c_2 = alpha_next / 2 - c_1 / h
     share, curve = h_1 / (h_1 + h_2), h / (h_1 + h_2)
@@ -171,8 +170,8 @@ def dpmpp_3m(levels: Levels) -> Tensor:
 def unipc(levels: Levels) -> Tensor:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (Zhao et al. 2023, algorithm 1 and 2), in x0.
 
-    The predictor is DPM-Solver++(2M)'s. The corrector repeats the step to x, now that x0 at its end is known. h1 keeps
-    all that it needs of earlier passes, so the corrected x is h1 + correct x0.
+    The predictor is DPM-Solver++(2M)'s. The corrector repeats the step to x, with the now known x0 at the step's end.
+    h1 holds the terms of earlier passes, so the corrected x is h1 + correct x0.
     """
     S = len(levels.alpha_bar)
     M, (a, b), w = matrices(S, registers=1), towards(levels), extrapolation(levels)
@@ -255,11 +254,11 @@ def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
     (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
     # Coefficients of x and x0.
     at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)
-    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # each as its own coefficients
+    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # the coefficients of each input itself
     passes: list[Tensor] = []
     for k in range(K):
         eps_1, eps_3, eps_4 = (of_x * x + of_x0 * x0 for of_x, of_x0 in (at_step[k], at_middle[k], at_step[k + 1]))
-        eps_2 = eps_3  # the same formula, a pass earlier
+        eps_2 = eps_3  # the same formula, one pass earlier
         passes.append(torch.stack([half_gain[k] * x + half_move[k] * eps_1, eps_1, h1, h2, x]))
         passes.append(torch.stack([half_gain[k] * h4 + half_move[k] * eps_2, h1, h2, h3, h4]))
         eps_2 = (x - half_gain[k] * h4) / half_move[k]
@@ -300,7 +299,7 @@ def heun(levels: Levels) -> Tensor:
     M, (a, b) = matrices(2 * steps - 1, registers=1), towards(levels)
     M[0::2, 0, X], M[0::2, 0, X0] = a, b
     rho, alpha_next = (levels.sigma / levels.alpha), levels.alpha_next[:-1]
-    half = (rho[1:] - rho[:-1]) / 2  # multiplied by the slope (x / alpha - x0) / rho
+    half = (rho[1:] - rho[:-1]) / 2  # factor of the slope (x / alpha - x0) / rho
     M[0:-1:2, 1, X] = alpha_next / levels.alpha[:-1] * (1 + half / rho[:-1])
     M[0:-1:2, 1, X0] = -alpha_next * half / rho[:-1]
     M[1::2, 0, X], M[1::2, 0, X0], M[1::2, 0, H1] = half / rho[1:], -alpha_next * half / rho[1:], 1

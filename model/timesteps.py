@@ -10,7 +10,7 @@ import numpy as np
 from tminus.model.catalogue import SAMPLER_FACTS
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
-# A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
+# A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5), so lower steps are wasted.
 SIGMA_MIN = 0.03
 # In Ho et al.'s schedule t = T - 1 has sigma 157. A cosine schedule goes on to 20,000, but above 157 x_t is noise.
 SIGMA_MAX = 160.0
@@ -28,18 +28,18 @@ def make_timesteps(
     fractional: bool = False,
     continuous: bool = False,
 ) -> list[float]:
-    """Choose `steps` of the T timesteps, falling. leading, trailing, linspace as in Lin et al. 2024, table 2.
+    """Choose `steps` of the T timesteps, in descending order. leading, trailing, linspace: Lin et al. 2024, table 2.
 
     karras is one ramp for all samplers (Karras et al. 2022, eq. 5). It needs log_sigmas: log sqrt((1 - alpha_bar) /
-    alpha_bar) of t = 0..T-1, ascending. It takes no offset; only leading does.
+    alpha_bar) of t = 0..T-1, ascending. Only leading uses the offset.
 
-    fractional: the network takes fractional timesteps. A sampler that visits them gets them unrounded with linspace
-    and karras. continuous: noise levels are a formula of t, as for EDM and flow matching. Every sampler then gets
-    timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
+    fractional: the network accepts fractional timesteps. A sampler with fractional timesteps then gets them unrounded
+    with linspace and karras. continuous: noise levels are a formula of t, as for EDM and flow matching. Every sampler
+    then gets timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
 
     A multistep solver ends in a jump from its last timestep to no noise, so leading and linspace spread steps + 1
-    points and leave out the cleanest. These three give diffusers' timesteps, with three exceptions. There are always
-    `steps` different ones: with steps = T a multistep solver visits every timestep (diffusers repeats some). trailing
+    points and leave out the cleanest. leading, trailing and linspace give diffusers' timesteps, with three exceptions.
+    All timesteps differ: with steps = T a multistep solver visits every timestep (diffusers repeats some). trailing
     never has timestep -1 (diffusers' arange goes one too far for some steps). The offset never leads past T - 1.
 
     Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T, or a lower
@@ -78,10 +78,10 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """Return the timestep of each pass through the network, from the falling timesteps of the steps.
+    """Return the timestep of each pass through the network, from the descending timesteps of the steps.
 
-    heun and plms revisit some. A Runge-Kutta step of pndm takes four passes: one at its start, two in its middle, and
-    one at its end.
+    heun and plms revisit some timesteps. A Runge-Kutta step of pndm takes four passes: one at its start, two in its
+    middle, and one at its end.
     """
     facts = SAMPLER_FACTS[sampler]
     if len(timesteps) < 2:
@@ -96,17 +96,17 @@ def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]
 
 
 def middles(timesteps: Sequence[float]) -> list[float]:
-    """Return the integer timestep in the middle of each of pndm's Runge-Kutta steps; of two, the cleaner one.
+    """Return the integer timestep in the middle of each Runge-Kutta step of pndm; of two middles, the cleaner one.
 
-    If a Runge-Kutta step would end at the cleanest timestep, the list is empty: there an error in x_0 is divided by a
-    small sigma to become an error in eps, and multiplied by the sigma at the step's start.
+    The list is empty if a Runge-Kutta step would end at the cleanest timestep. Such a step would divide an error in x_0
+    by a small sigma, to get an error in eps, and multiply it by the sigma at the step's start.
     """
     count = SAMPLER_FACTS["pndm"].steps_to_start
     return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
 
 
 def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
-    """Return log sigma at a timestep; fractional ones are interpolated linearly."""
+    """Return log sigma at a timestep. Fractional timesteps are interpolated linearly."""
     low = int(t)
     if t == low:
         return log_sigmas[low]
@@ -114,7 +114,7 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
 
 
 def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
-    """Return the timestep at a noise level, interpolated linearly in log sigma; the nearest one with a finite sigma."""
+    """Return the timestep at a noise level, interpolated in log sigma, or the nearest timestep with a finite sigma."""
     high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
     low, above = log_sigmas[high - 1], log_sigmas[high]
     if not math.isfinite(above):
@@ -139,20 +139,20 @@ def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
 
 
 def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Round noise levels to timesteps, nearest in log sigma, then make all of them different.
+    """Round noise levels to the nearest timesteps in log sigma, then make all timesteps different.
 
-    A timestep that is taken already is replaced by the next cleaner one, or by a noisier one if the remaining steps
-    would not fit otherwise. The first is always T - 1.
+    A repeated timestep is replaced by the next cleaner one, or by a noisier one if the remaining steps would not fit
+    otherwise. The first is always T - 1.
     """
     nearest, steps = len(log_sigmas) - 1, len(ramp)
     t = [nearest]
     for k, log_sigma in enumerate(ramp[1:], 1):
         while nearest and abs(log_sigmas[nearest - 1] - log_sigma) <= abs(log_sigmas[nearest] - log_sigma):
-            nearest -= 1  # the ramp falls, so the search continues from the last one
+            nearest -= 1  # the ramp falls, so continue the search from the last timestep
         t.append(max(min(nearest, t[-1] - 1), steps - 1 - k))
     return [*t]
 
 
 def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Return the fractional timesteps at exactly these noise levels, interpolated in log sigma. The first is T - 1."""
+    """Return the fractional timesteps at these noise levels, interpolated in log sigma. The first is always T - 1."""
     return [float(len(log_sigmas) - 1), *(timestep_at(log_sigma, log_sigmas) for log_sigma in ramp[1:])]

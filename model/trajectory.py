@@ -2,8 +2,8 @@
 
 A pass that adds noise draws x' from N(mean, s^2), each value independently. The mean is the update rule of samplers.py
 without its noise, a x + b x0 + c x0_previous, plus one more term for a table that looks back twice. s is the factor of
-the noise, or s exp(r v) if the network learned its variance. The plan, x_t and the predictions x0 determine all of it,
-so float64 is exact here, whatever the precision of the steps.
+the noise, or s exp(r v) if the network learned its variance. The plan, x_t and the x0 predictions determine mean and s,
+so float64 results are exact for any precision of the steps.
 """
 
 import math
@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 A, B, C, S, R = 2, 3, 4, 5, 7
 X0_PREVIOUS, H = 2, 4
 
-# The least eta of ddim for a useful log p. Below it s is close to the rounding of x in float32: at 1e-4 log p is off by
-# 0.01 nats a value, at 1e-6 by 3.
+# The least eta of ddim for a useful log p. Below LEAST_ETA, s is close to the rounding of x in float32: log p is off by
+# 0.01 nats per value at 1e-4, and by 3 at 1e-6.
 LEAST_ETA = 0.01
 
 
@@ -31,7 +31,7 @@ class PlanNumbers:
     """A compiled sampler of P passes, all float64; see `Plan`.
 
     timesteps [P]. lines [P, 8]. inputs [P, 2]: the scale of x at the network's input, and the network's timestep.
-    matrices [P, 1 + R, 4 + R] for a sampler with R registers, else None.
+    matrices [P, 1 + R, 4 + R] for a sampler with R registers, otherwise None.
     """
 
     timesteps: Float64
@@ -41,17 +41,18 @@ class PlanNumbers:
 
     @property
     def noisy(self) -> npt.NDArray[np.int64]:
-        """The numbers of the K passes that add noise."""
+        """Numbers of the K passes that add noise."""
         return np.flatnonzero(self.lines[:, S] > 0)
 
     @property
     def learned(self) -> bool:
-        """Whether s differs between values: the network learned its variance, and the sampler uses it."""
+        """True if s differs between values, because the network learned its variance and the sampler uses it."""
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """Return the factor of the register, the x0 of two passes before, in the mean of pass k; 0 without
-        registers.
+        """Return the factor of the register in the mean of pass k; 0 without registers.
+
+        The register holds the x0 of two passes before.
         """
         if self.matrices is None:
             return 0.0
@@ -76,9 +77,9 @@ class Selection:
 
     @classmethod
     def of(cls, passes: Sequence[int], num_passes: int, looks_back: int) -> "Selection":
-        """Select passes out of `num_passes`. looks_back: how many earlier predictions a mean may depend on.
+        """Select passes out of `num_passes`. looks_back: the number of earlier predictions that a mean may depend on.
 
-        Raises ValueError, with the bound, if there are none, or if they are not ascending or not in 0..num_passes - 1.
+        Raises ValueError if `passes` is empty, not ascending, or not in 0..num_passes - 1. The message is the bound.
         """
         if not passes or not all(a < b for a, b in zip((-1, *passes), (*passes, num_passes), strict=True)):
             raise ValueError(f"one or more numbers of passes in 0..{num_passes - 1}, each greater than the one before")
@@ -88,7 +89,6 @@ class Selection:
 
     @classmethod
     def whole(cls, num_passes: int) -> "Selection":
-        """Select all passes."""
         return cls.of(range(num_passes), num_passes, 0)
 
 
@@ -109,7 +109,6 @@ class Trajectory:
 
     @property
     def selected(self) -> Selection:
-        """The passes it contains."""
         return self.selection or Selection.whole(len(self.plan.lines))
 
 
@@ -128,7 +127,7 @@ class Transitions:
 
 
 def transitions(trajectory: Trajectory) -> Transitions:
-    """Compute mean, s and log p of every pass that adds noise, in float64; mean is rounded once log p is known."""
+    """Compute mean, s and log p of every pass that adds noise, in float64. log p uses the mean before rounding."""
     plan, selected, row = trajectory.plan, trajectory.selected, trajectory.x_0.shape[1:]
     passes = np.intersect1d(plan.noisy, selected.passes)
     mean = np.empty((len(passes), *row), trajectory.x_t.dtype)

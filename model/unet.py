@@ -1,7 +1,7 @@
 """The U-Net that predicts eps (Ho et al. 2020), with the module names of diffusers' `UNet2DModel`.
 
-The Skip blocks are those of NCSN++ (Song et al. 2021, appendix H): a small image goes down beside the feature maps,
-and each level learns from it; another image goes up, and each level adds to it.
+Skip blocks are those of NCSN++ (Song et al. 2021, appendix H). Down blocks also read a downsampled copy of the input
+image. Up blocks also add to an output image, which is upsampled between levels.
 """
 
 import math
@@ -114,7 +114,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet more than the down block, each with a skip connection, then an upsampler unless this is the last."""
+    """One resnet more than the down block, each with a skip connection, then an upsampler except in the last block."""
 
     def __init__(self, kind: str, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -142,9 +142,7 @@ class UpBlock(nn.Module):
 
 
 class SkipDownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then a level of half the size, except in the
-    last block.
-    """
+    """Resnets (each followed by attention in an Attn block), then downsampling unless this is the last block."""
 
     def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -177,7 +175,7 @@ class SkipDownBlock(nn.Module):
 
 
 class SkipUpBlock(nn.Module):
-    """One resnet more than the down block (attention after the last in an Attn block), then a level twice the size."""
+    """One resnet more than the down block, attention after the last resnet in an Attn block, then upsampling."""
 
     def __init__(self, attends: bool, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -298,7 +296,7 @@ class UNet2D(Denoiser):
 
     @property
     def fractional(self) -> bool:
-        """Whether it takes fractional timesteps; a learned embedding does not."""
+        """True unless the timestep embedding is learned."""
         return not isinstance(self.time_proj, nn.Embedding)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:

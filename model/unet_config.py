@@ -15,19 +15,19 @@ log = logging.getLogger(__name__)
 CLASS_NAME = "UNet2DModel"
 OWN_CLASS_NAME = "TminusUNet2DModel"  # the class of networks with OWN_FIELDS, which diffusers would run wrongly
 MAX_LAYERS = 64  # far above any known net, and quick enough to build
-MAPS_PER_LAYER = 3  # feature maps in memory at once: a layer's input, its output, and one between
-# Fields of training without effect on the network: the EMA's, from diffusers' training scripts.
+MAPS_PER_LAYER = 3  # feature maps in memory at once: a layer's input and output, and one between
+# Training settings without effect on the network: settings of the EMA in diffusers' training scripts.
 OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # a network with one of these has no others
-# Fields that UNet2DModel lacks, and the values with which a network is a UNet2DModel.
+SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # a network with a Skip block has only Skip blocks
+# Fields that UNet2DModel lacks, with the values of a network that is a UNet2DModel.
 OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 SKIP_UP_BLOCKS = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
-IMAGE_CHANNELS = 3  # the only number in diffusers' Skip blocks
-WIDTH_MULTIPLE = 32  # for Skip blocks
+IMAGE_CHANNELS = 3  # the only number that diffusers' Skip blocks support
+WIDTH_MULTIPLE = 32  # divisor of the widths of Skip blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,6 @@ class UNetConfig(NetConfig):
 
     @property
     def has_skip_blocks(self) -> bool:
-        """Whether it has Skip blocks."""
         lists = (self.down_block_types, self.up_block_types)
         named = (name for names in lists if isinstance(names, tuple) for name in names)
         return any(name in SKIP_DOWN_BLOCKS + SKIP_UP_BLOCKS for name in named)
@@ -139,7 +138,7 @@ class UNetConfig(NetConfig):
 
     @property
     def time_width(self) -> int:
-        """The width of the timestep's sines and cosines."""
+        """Number of the timestep's sines and cosines."""
         width = self.time_proj_dim or self.block_out_channels[0]
         return 2 * width if self.time_embedding_type == "fourier" else width
 
@@ -150,7 +149,7 @@ class UNetConfig(NetConfig):
 
     @property
     def class_name(self) -> str:
-        """UNet2DModel for a network that diffusers can run too, else OWN_CLASS_NAME."""
+        """UNet2DModel for a network that diffusers can run too, otherwise OWN_CLASS_NAME."""
         own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
         return OWN_CLASS_NAME if own else CLASS_NAME
 
@@ -167,7 +166,7 @@ class UNetConfig(NetConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The divisor of height and width. Every block but the last halves them."""
+        """The divisor of height and width: every block except the last halves them."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -194,7 +193,7 @@ class UNetConfig(NetConfig):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config.json of diffusers' UNet2DModel, or of a network that is not one."""
+        """Return the content of config.json, without OWN_FIELDS for a network that is a UNet2DModel."""
         fields = dataclasses.asdict(self)
         if self.class_name == CLASS_NAME:
             fields = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
@@ -202,5 +201,5 @@ class UNetConfig(NetConfig):
 
 
 def groups_of(channels: int) -> int:
-    """The default number of groups in a group norm over this many channels."""
+    """Return the default number of groups in a group norm."""
     return min(channels // 4, 32)

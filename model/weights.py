@@ -1,4 +1,4 @@
-"""The weights of a U-Net folder, whole or in shards, or of one file: finds, reads, hashes and writes them.
+"""Finds, reads, hashes and writes the weights of a U-Net folder, whole or in shards, or of one file.
 
 Only tensors are unpickled.
 """
@@ -22,7 +22,7 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # includes dtypes that are refused for weights, so that the message has torch's name
+SAFETENSORS_DTYPES = {  # includes dtypes refused for weights, so that error messages have torch's names
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -79,7 +79,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Return why weights do not fit this network, with the first name or shape that differs; None if they fit."""
+    """Return an error message if the weights do not fit this network, with the first name or shape that differs."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -96,7 +96,7 @@ def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tens
     """Cast weights of known shapes. Raises CheckpointError for values that are not finite."""
     cast = {key: value.to(torch.float32) for key, value in state.items()}
     for key, value in cast.items():
-        # A sum is quick and keeps NaN and infinity. Only if it is not finite, each value is checked.
+        # A sum is quick and keeps NaN and infinity. Check each value only if the sum is not finite.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
     return cast
@@ -108,12 +108,10 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename attention weights from before 2023 (query, key, value, proj_attn) and Fourier features to
-    current names.
-    """
+    """Rename weights to diffusers' current names: Fourier features, and attention weights from before 2023."""
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # written under both names
+        if key == OLD_FOURIER:  # such files have both names
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
@@ -161,10 +159,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors into our own memory.
+    """Read the tensors into memory of this process.
 
-    The library would map the file, so that overwriting it would change the served weights and truncating it would end
-    the process, or would need twice the memory. Raises ValueError for a file that changes while it is read.
+    safetensors would map the file, or need twice the memory. If a mapped file is overwritten, the served weights
+    change. If it is truncated, the process ends. Raises ValueError for a file that changes while it is read.
     """
     with safe_open(file, "pt"):  # checks the whole header
         pass

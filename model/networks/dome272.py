@@ -68,14 +68,14 @@ class _DoubleConv(nn.Module):
 
 
 class _Resampling(nn.Module):
-    """A level down or up: convolutions, and the timestep's embedding added to each pixel."""
+    """Base of a down or up block: adds the timestep's embedding to each pixel."""
 
     def __init__(self, temb: int, cout: int) -> None:
         super().__init__()
         self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(temb, cout))
 
     def add_time(self, h: Tensor, act_temb: Tensor) -> Tensor:
-        emb: Tensor = self.emb_layer[1](act_temb)  # act_temb has gone through SiLU already
+        emb: Tensor = self.emb_layer[1](act_temb)  # act_temb has passed SiLU already
         return h + emb[:, :, None, None]
 
 
@@ -162,7 +162,7 @@ class Dome272UNet(Denoiser):
         self.outc = nn.Conv2d(a, config.out_channels, 1)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """Sines and cosines, without an MLP."""
+        """Return sines and cosines, without an MLP."""
         return partial(_sines_and_cosines, self.config.time_dim)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:

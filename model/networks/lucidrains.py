@@ -17,7 +17,7 @@ from tminus.model.layers import sinusoidal_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LucidrainsConfig(NetConfig):
-    """The arguments of the network. Each argument of a level is a list over all levels."""
+    """The arguments of the network. Arguments of a level are lists with one value per level."""
 
     CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
     KIND: ClassVar[str] = "LucidrainsUnet config: "
@@ -91,7 +91,7 @@ class _Resnet(nn.Module):
         self.res_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # act_temb has gone through SiLU already
+        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # act_temb has passed SiLU already
         out: Tensor = self.block2(self.block1(x, scale, shift)) + self.res_conv(x)
         return out
 
@@ -108,7 +108,7 @@ class _LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _RMSNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # x.shape, not len(x), which tracing would make a constant
+        # Use x.shape instead of len(x): tracing would make len(x) a constant.
         qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         q, k, v = (each.reshape(x.shape[0], self.heads, -1, each.shape[2]) for each in qkv)  # [B, heads, width, HW]
         mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
@@ -153,7 +153,7 @@ class LucidrainsUnet(Denoiser):
         self.init_conv = nn.Conv2d(config.in_channels, start, 7, padding=3)
         self.time_mlp = nn.Sequential(
             nn.Identity(), nn.Linear(config.dim, temb), nn.GELU(), nn.Linear(temb, temb)
-        )  # the first has no parameters
+        )  # the identity has no parameters
 
         def attention(level: int, channels: int) -> nn.Module:
             kind = _Attention if config.full_attn[level] else _LinearAttention

@@ -1,1 +1,1 @@
-"""Chooses the rows of each tick, accepts jobs, and predicts their ends. Pure: no torch, no asyncio, no clock."""
+"""The choice of each tick's rows, the admission of jobs, and forecasts. Pure: no torch, no asyncio, no clock."""

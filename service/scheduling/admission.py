@@ -1,6 +1,6 @@
-"""Accepts or refuses jobs. A job's cost is known on arrival, so a refusal can say when to try again. No torch.
+"""Accepts or refuses jobs. A job's cost is known on arrival, so a refusal can say when to retry. No torch.
 
-Any thread may call it; the worker's thread removes finished work. Times are arguments, in seconds of a monotonic
+Any thread may admit a job. The worker's thread removes finished work. Times are arguments, in seconds of a monotonic
 clock.
 """
 
@@ -27,13 +27,13 @@ from tminus.service.scheduling.room import (
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
 
-RENEW_S = 5.0  # maximum age of a room forecast: jobs that have left since only make it more careful
+RENEW_S = 5.0  # maximum age of a room forecast; jobs that ended since then only make it more cautious
 ROUNDING = 1e-6  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """The accepted jobs at one moment, in order of arrival, and the duration of ticks."""
+    """A copy of the ledger: the accepted jobs in order of arrival, their load, and the models' speeds."""
 
     jobs: Sequence[Pending]
     load: Load
@@ -42,29 +42,29 @@ class _Moment:
 
 
 class Admission:
-    """Owns the ledger of accepted work and the speed of ticks. Refuses jobs that exceed a limit or would end too late.
+    """Holds the ledger of accepted work and the speed of each model. Refuses jobs that exceed a limit or end too late.
 
-    Jobs and backlog are limited over all models together. Each model has its own slots for rows.
+    The limits on jobs and backlog apply to all models together. Each model has separate slots for rows.
     """
 
     def __init__(self, limits: Limits, times: OwnerTimes | None = None, *, shared: bool = False) -> None:
         """limits: only max_jobs and max_backlog_s are used. times: shared with the schedulers.
 
-        shared: whether jobs may have several owners.
+        shared: the server may have several owners of jobs.
         """
         self._limits, self._times, self._shared = limits, times or OwnerTimes(), shared
-        # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
+        # Guards the ledger and the speeds. Make no forecast under this lock, because the worker must not wait for one.
         self._lock = threading.Lock()
-        # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread and only
-        # after a job has begun. Here a job counts from its admission, in another thread.
+        # The ledger, keyed by job id, in order of arrival. The schedulers count the same work, but only in the worker's
+        # thread, and only after a job has begun. The ledger counts a job from its admission, in another thread.
         self._jobs: dict[str, Pending] = {}
         self._speeds: dict[int, Speed] = {}  # keyed by model
-        # Held while one request is being admitted; guards the attributes below. Taken before _lock.
+        # Held during the admission of one request. Guards the attributes below. Acquire it before _lock.
         self._admitting = threading.Lock()
-        # Keyed by owner; None is for all.
+        # Keyed by owner. The key None is for limits of the whole server.
         self._retry_queues: defaultdict[str | None, RetryQueue] = defaultdict(RetryQueue)
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
-        # Room forecasts by owner, each with its time; emptied when a job comes in.
+        # (forecast, time of the forecast), keyed by owner. Cleared when a job is accepted.
         self._forecasts: dict[str | None, tuple[BacklogForecast, float]] = {}
 
     # --- from any thread ---
@@ -79,12 +79,12 @@ class Admission:
         deadline_s: float | None = None,
         has_picture: bool = False,
     ) -> Outlook:
-        """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
+        """Accept a job and add it to the ledger. Raises Overloaded, DeadlineUnmeetable or InvalidField.
 
-        has_picture: whether it starts from a picture.
+        has_picture: the job starts from a picture.
 
-        An idle server accepts any job within the bounds. Overloaded carries a Retry-After that differs between
-        clients; it reserves no place.
+        An idle server accepts any valid job. Overloaded has a Retry-After that differs between clients, but it reserves
+        no capacity.
         """
         with self._admitting:
             server = self._now(owner)
@@ -108,7 +108,7 @@ class Admission:
         deadline_s: float | None = None,
         has_picture: bool = False,
     ) -> Outlook:
-        """Predict a job that any replica with room may run. It is not counted here. Raises as `enter` does."""
+        """Return the outlook of a job that any replica may run, without counting the job. Raises as `enter` does."""
         with self._admitting:
             server = self._now()
             job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
@@ -122,9 +122,9 @@ class Admission:
             return Outlook(load.jobs, eta_s)
 
     def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
-        """Count a job that an earlier process accepted, whatever the backlog and its deadline.
+        """Add a job that an earlier process accepted, regardless of the backlog and the job's deadline.
 
-        Raises Overloaded while there are no slots for it. Its Retry-After is not a forecast.
+        Raises Overloaded if the limits leave no slots for the job. The Retry-After is always 1 s, not a forecast.
         """
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
@@ -139,7 +139,7 @@ class Admission:
         return forecast(server.jobs, server.speeds, job_id, server.service_time_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
-        """Predict the end of every job, by its id."""
+        """Return the outlook of each job, keyed by job id."""
         server = self._now()
         outlooks = forecast(server.jobs, server.speeds, service_time_s=server.service_time_s)
         with self._admitting:
@@ -150,12 +150,12 @@ class Admission:
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds of remaining accepted work, at the rate of full ticks."""
+        """Predicted seconds of the remaining accepted work, at the speed of full ticks."""
         load = self._now().load
         return load.ticks_s + load.autoencoder_s
 
     def places_per_s(self, model: int) -> float:
-        """Return the places per second of a model in full ticks."""
+        """Return a model's places per second in full ticks; infinite if the model's speed was not measured."""
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
@@ -166,7 +166,7 @@ class Admission:
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return a model's Intake. At most `ahead_s` seconds of work go before a job that it takes."""
+        """Return a model's Intake, which takes jobs with less than `ahead_s` seconds of work before them."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)
@@ -175,7 +175,7 @@ class Admission:
 
     @property
     def tick_time_ratio(self) -> float:
-        """The duration of ticks relative to the start, for the model that has slowed down most."""
+        """Current duration of ticks relative to the start, for the model that has slowed down most."""
         with self._lock:
             return max((speed.correction for speed in self._speeds.values()), default=1.0)
 
@@ -187,18 +187,18 @@ class Admission:
 
     @property
     def rows(self) -> int:
-        """Rows accepted and not yet delivered."""
+        """Rows of all accepted jobs that have not ended."""
         return sum(job.work.rows for job in self._read()[0])
 
-    # --- of models ---
+    # --- models ---
 
     def put(self, model: int, speed: Speed) -> None:
-        """Set the speed of a model, which may be new."""
+        """Add a model, or replace its speed."""
         with self._lock:
             self._speeds[model] = speed
 
     def remove(self, model: int) -> None:
-        """Forget a model that has no jobs and will get none."""
+        """Remove a model that has no jobs and gets no more jobs."""
         with self._lock:
             assert all(job.work.model != model for job in self._jobs.values())
             self._speeds.pop(model, None)
@@ -208,9 +208,9 @@ class Admission:
     def stepped(
         self, model: int, jobs: Iterable[JobRows], places: int, seconds: float, *, overlaps: bool = False
     ) -> None:
-        """Remove a tick's work from the ledger, and learn the machine's present speed.
+        """Remove a tick's work from the ledger, and update the model's speed.
 
-        places: 0 if the seconds are no measurement. overlaps: whether it began while another tick was in flight.
+        places: 0 if `seconds` is not a measurement. overlaps: the tick began while another tick was in flight.
         """
         with self._lock:
             for job_id, _, count in jobs:
@@ -221,7 +221,7 @@ class Admission:
                 self._speeds[model] = self._speeds[model].observe(places, seconds, overlaps=overlaps)
 
     def decoded(self, job_id: str) -> None:
-        """Remove one decoded image of a latent model from the ledger."""
+        """Remove the work of one decoded image from the ledger."""
         with self._lock:
             if (job := self._jobs.get(job_id)) is not None:
                 decode_s = self._speeds[job.work.model].decode_s
@@ -232,11 +232,11 @@ class Admission:
         with self._lock:
             self._jobs.pop(job_id, None)
 
-    # --- the limits ---
+    # --- limits ---
 
     def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
         """Raise Overloaded for a job that would exceed a limit."""
-        if not server.load.jobs:  # after an idle time the refused clients may be gone
+        if not server.load.jobs:  # refused clients may have left while the server was idle
             self._retry_queues.clear()
         speed = server.speeds[job.work.model]
         overload = find_overload(server.load, job.work, self._limits, speed)
@@ -259,7 +259,7 @@ class Admission:
         self._forecasts.clear()
 
     def _forget_gone(self, now_s: float) -> None:
-        """Forget owners without jobs, once they are the majority."""
+        """Forget owners without jobs when they are the large majority."""
         owners = {None, *(job.owner for job in self._read()[0])}
         if len(self._retry_queues) + len(self._arrivals) > 8 * len(owners) + 16:
             queues = {key: queue for key, queue in self._retry_queues.items() if key in owners}
@@ -267,10 +267,10 @@ class Admission:
             kept = {key: own for key, own in self._arrivals.items() if key in owners or not own.are_over(now_s)}
             self._arrivals = defaultdict(Arrivals, kept)
 
-    # --- the forecast ---
+    # --- forecasts ---
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
-        """Lengthen an ETA by the shorter jobs that will probably overtake the job."""
+        """Lengthen the ETA for shorter jobs that will probably arrive later and overtake the job."""
         if not speed.policy.times.points:
             return outlook
         shorter = self._arrivals[job.owner].share(job.places_left * speed.place_s, now_s)
@@ -281,7 +281,7 @@ class Admission:
             return tuple(self._jobs.values()), dict(self._speeds)
 
     def _now(self, owner: str = "") -> _Moment:
-        """Return the accepted jobs as they are now. owner: the owner of the request."""
+        """Return a copy of the ledger. owner: the owner of the request."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
@@ -290,7 +290,10 @@ class Admission:
 def _pending(
     job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
 ) -> Pending:
-    """Make the ledger's entry of a new job. Raises InvalidField if even an idle server would be too late."""
+    """Make the ledger's entry of a new job.
+
+    Raises InvalidField if the job has too many rows, or if even an idle server would miss the deadline.
+    """
     speed = server.speeds[work.model]
     if work.rows > speed.max_rows:
         raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
@@ -298,7 +301,7 @@ def _pending(
     job = Pending(job_id, work, work.places, work.autoencoder_s, owner)
     if deadline_s is not None:
         alone_s = forecast([job], server.speeds)[job_id].eta_s
-        if not deadline_s >= alone_s:  # not `<`, so that NaN is refused
+        if not deadline_s >= alone_s:  # not `<`, to refuse NaN too
             least_s = math.ceil(alone_s * 1000) / 1000
             raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
     return job

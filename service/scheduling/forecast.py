@@ -1,7 +1,7 @@
-"""Predicts when each job will end and how many jobs precede it. Pure: no torch, no asyncio, no clock, no lock.
+"""Predicts each job's end and the number of jobs before it. Pure: no torch, no asyncio, no clock, no lock.
 
-The forecast runs the schedulers themselves ahead of the clock, on jobs without latents. Most ticks are like the one
-before, so it advances by strides of many ticks.
+The forecast runs the same schedulers in simulated time, on jobs without latents. Most ticks are like the tick before,
+so the simulation advances by strides of many ticks.
 """
 
 from bisect import bisect_left, insort
@@ -15,33 +15,33 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler
 from tminus.service.work import Batch, Outlook, Work
 
-# A stride is at most this part of the time so far, or of the steps until a row ends. This also bounds the relative
-# error of a predicted time. Figures: docs/scheduling.md.
+# A stride is at most 1/FINE of the simulated time so far, or of the steps until a row ends. So 1/FINE also bounds the
+# relative error of a predicted time. Measurements: docs/scheduling.md.
 FINE = 32
-EARLY = 4  # one job in this many of a batch may end within a stride and leave its places empty
+EARLY = 4  # up to 1/EARLY of a batch's jobs may end within a stride, which leaves their places empty
 
-LEARNING_RATE = 0.02  # a slow average, as a single tick varies
-OUTLIER = 4.0  # a tick counts as at most this many times slower or faster than predicted
+LEARNING_RATE = 0.02  # weight of one tick in the average; small, because single ticks vary
+OUTLIER = 4.0  # a tick counts as at most this factor slower or faster than predicted
 MAX_CORRECTION = 100.0
 
 WINDOW_S = 10.0
-WINDOWS = 6  # the median of the windows counts, so a short burst does not
-MOST_SHARE = 0.9  # a larger share would make the ETA useless
+WINDOWS = 6  # number of windows; their median ignores a short burst
+MOST_SHARE = 0.9  # upper bound: a larger share would make the ETA useless
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
     """The measured speed of a model, for admission and forecast."""
 
-    policy: BatchPolicy  # without measured ticks no job is refused for its time
-    max_rows: int  # the most images that its engine holds
-    decode_s: float = 0.0  # for one image of a latent model
+    policy: BatchPolicy  # without measured ticks, no job is refused for its duration
+    max_rows: int  # slots of the model's engine, one per image
+    decode_s: float = 0.0  # seconds for one image of a latent model
     encode_s: float = 0.0
-    correction: float = 1.0  # the duration of ticks now, relative to the start
+    correction: float = 1.0  # current duration of ticks, relative to the start
 
     @property
     def place_s(self) -> float:
-        """Seconds of a place in a full tick under full load."""
+        """Predicted seconds of one place in a full tick that overlaps another tick."""
         return self.tick_s(self.policy.max_batch, overlaps=True) / self.policy.max_batch
 
     @property
@@ -50,15 +50,15 @@ class Speed:
         return self.tick_s(self.policy.full_batch)
 
     def tick_s(self, places: int, *, overlaps: bool = False) -> float:
-        """Predict the duration of a tick, in seconds.
+        """Predict the seconds of a tick.
 
-        overlaps: whether another tick is in flight. The time then counts from that tick's end.
+        overlaps: another tick is in flight. The seconds then count from that tick's end.
         """
         times = self.policy.times
         return self.correction * times.seconds(places) * ((times.overlapped or 1.0) if overlaps else 1.0)
 
     def observe(self, places: int, seconds: float, *, overlaps: bool = False) -> "Speed":
-        """Update the correction from a tick."""
+        """Return a copy with the correction updated from a tick."""
         predicted_s = self.tick_s(places, overlaps=overlaps)
         if predicted_s <= 0 or not seconds >= 0:
             return self
@@ -67,24 +67,24 @@ class Speed:
         return replace(self, correction=min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION))
 
     def with_autoencoder_s(self, work: Work, *, has_picture: bool) -> Work:
-        """Add the autoencoder's time to a job's work. has_picture: the job starts from a picture."""
+        """Return the job's work with the autoencoder's time. has_picture: the job starts from a picture."""
         autoencoder_s = work.rows * self.decode_s + (self.encode_s if has_picture else 0.0)
         return replace(work, autoencoder_s=autoencoder_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job as the forecast sees it. All its rows count as equally advanced; the scheduler keeps them nearly so."""
+    """A job in the forecast. All its rows count as equally advanced, because the scheduler keeps them nearly level."""
 
     job_id: str
     work: Work
-    places_left: int  # over all its rows
-    autoencoder_s: float = 0.0  # left to encode and decode, for a latent model
+    places_left: int  # sum over all rows
+    autoencoder_s: float = 0.0  # remaining seconds to encode and decode, for a latent model
     owner: str = ""
 
     @property
     def steps(self) -> Sequence[int] | None:
-        """The step that each row takes next; None for the first step."""
+        """The next step of each row; None if the job has not begun."""
         work, left = self.work, self.places_left
         if left == work.places:
             return None
@@ -96,20 +96,20 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Stride:
-    """The result of several ticks that are alike."""
+    """The result of several simulated ticks that count as equal."""
 
     model: int
-    places: Mapping[str, int]  # keyed by job
-    ended: Mapping[str, float]  # the time at which each finished job ended
+    places: Mapping[str, int]  # keyed by job id
+    ended: Mapping[str, float]  # end of each finished job in simulated seconds, keyed by job id
 
 
 class Simulation:
-    """Simulates the jobs of all models, assuming that no other job comes. Owns the simulated time and the jobs left."""
+    """Simulates the jobs of all models, assuming that no other job arrives."""
 
     def __init__(
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], service_time_s: Mapping[str, float] | None = None
     ) -> None:
-        """jobs: in order of arrival. speeds: by model number. service_time_s: by owner."""
+        """jobs: in order of arrival. speeds: keyed by model number. service_time_s: keyed by owner."""
         self._speeds, self._model_scheduler = speeds, ModelScheduler[int]()
         self._times = OwnerTimes()
         self._schedulers: dict[int, Scheduler] = {}
@@ -126,7 +126,7 @@ class Simulation:
             self._times.stepped({owner: service_time_s[owner] for owner in self._times.owners})
 
     def running(self) -> frozenset[str]:
-        """Return the jobs whose rows all step now."""
+        """Return the ids of the jobs whose unfinished rows all step in the next tick."""
         schedulers = [self._schedulers[model] for model in self._model_scheduler.shares()]
         batches = [(scheduler, scheduler.next_batch()) for scheduler in schedulers]
         return frozenset(
@@ -137,12 +137,12 @@ class Simulation:
         )
 
     def step(self) -> Stride | None:
-        """Simulate the next ticks that are alike; None when all work is done."""
+        """Simulate the next stride. Return None when all work is done."""
         if (turn := self._model_scheduler.next()) is None:
             return None
         model = turn.model
         scheduler, batches = self._schedulers[model], list[Batch]()
-        while (batch := scheduler.next_batch()) is not None:  # all ticks that are in flight together
+        while (batch := scheduler.next_batch()) is not None:  # all ticks that are in flight at the same time
             scheduler.begin(batch)
             batches.append(batch)
         if not batches:
@@ -161,9 +161,9 @@ class Simulation:
         return Stride(model, places, ended)
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
-        """Return how many coming ticks count as alike, and how many ticks each job needs to its end."""
+        """Return the number of ticks in the next stride, and the number of ticks until the end of each job."""
         busy = len(self._model_scheduler.busy())
-        whole = True  # whether the batch has all rows of its jobs; then no other row steps until one ends
+        whole = True  # the batch has all rows of its jobs, so no other row steps before a row ends
         alike, last = [], {}
         for job_id, rows, _ in batch.jobs:
             work, steps = self._works[job_id], {step for step, _ in rows}
@@ -173,7 +173,7 @@ class Simulation:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._times.has_one_owner:  # otherwise other jobs alternate with the batch
+        if busy == 1 and self._times.has_one_owner:  # otherwise batches of other jobs alternate with this batch
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks
@@ -181,7 +181,7 @@ class Simulation:
 
 
 def _alike(work: Work, step: int) -> int:
-    """Return the number of steps with the same cost as this one: until guidance starts or stops, or the end."""
+    """Return the number of steps that cost the same as this step: until guidance starts or stops, or the job ends."""
     guided = work.guided
     return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 
@@ -192,9 +192,9 @@ def forecast(
     until: str | None = None,
     service_time_s: Mapping[str, float] | None = None,
 ) -> dict[str, Outlook]:
-    """Predict each job's outlook, by its id, assuming that no other job comes.
+    """Predict each job's outlook, keyed by job id, assuming that no other job arrives.
 
-    jobs: in order of arrival. until: stop when this job ends. service_time_s: by owner.
+    jobs: in order of arrival. until: stop when this job ends. service_time_s: keyed by owner.
     """
     simulation = Simulation(jobs, speeds, service_time_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # these only wait for delivery
@@ -212,7 +212,10 @@ def forecast(
 
 
 def _add_autoencoder_time(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
-    """Add the autoencoder's time. It takes finished jobs one by one, the least served owner's first."""
+    """Add the autoencoder's time to each ETA.
+
+    The autoencoder takes finished jobs one by one, the job of the least served owner first.
+    """
     latent = [job for job in jobs if job.autoencoder_s and job.job_id in outlooks]
     coming = deque(sorted(latent, key=lambda job: outlooks[job.job_id].eta_s))
     waiting: defaultdict[str, deque[Pending]] = defaultdict(deque)  # keyed by owner
@@ -242,29 +245,29 @@ def stretch(share: float, least_share: float) -> float:
 
 
 class Arrivals:
-    """Records the sizes of the jobs accepted in the last minute, so that an ETA can expect more such work.
+    """Records the work of the jobs accepted in the last minute, so an ETA can allow for more such jobs.
 
-    Every later job with less work than a job has left overtakes it. If such jobs take a share of the machine, the job
-    takes 1 / (1 - share) times as long: the busy period of a queue with priorities (Kleinrock 1976, vol. 2, sec. 3.3).
+    A later job overtakes an earlier job that has more work left. If such later jobs take a share of the machine, the
+    earlier job takes 1 / (1 - share) times as long: the busy period of a queue with priorities (Kleinrock 1976, vol. 2,
+    sec. 3.3).
     """
 
     def __init__(self) -> None:
-        self._current, self._sizes = 0, list[float]()  # the number of the current window, and the sizes in it
-        # For each past window: its number, its sizes in ascending order, and their cumulative sums.
+        self._current, self._sizes = 0, list[float]()  # number of the current window, and seconds of each job in it
+        # For each past window: its number, its sizes in ascending order, and the cumulative sums of the sizes.
         self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
 
     def add(self, work_s: float, now_s: float) -> None:
-        """Record an accepted job."""
         self._advance_clock(now_s)
         self._sizes.append(work_s)
 
     def are_over(self, now_s: float) -> bool:
-        """Whether no job counts any more."""
+        """Return True if all recorded jobs are too old to count."""
         self._advance_clock(now_s)
         return not self._sizes and all(number < self._current - WINDOWS for number, *_ in self._over)
 
     def share(self, left_s: float, now_s: float) -> float:
-        """Return the share of the machine that jobs shorter than `left_s` take. The current window does not count."""
+        """Return the share of the machine taken by jobs shorter than `left_s`. The current window does not count."""
         self._advance_clock(now_s)
         shorter = [0.0] * WINDOWS
         for number, sizes, sums in self._over:

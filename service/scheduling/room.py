@@ -1,6 +1,6 @@
-"""Decides whether a server or its replicas have room for a job, and when a refused client should retry. Pure: no clock.
+"""Checks whether a job exceeds a limit, and computes when a refused client should retry. Pure: no clock.
 
-A refusal reserves no room, since a client may not come back. It only gives each client a different time.
+A refusal reserves no capacity, because the client may not return. Each client only gets a different retry time.
 """
 
 import math
@@ -14,32 +14,32 @@ from tminus.service.model_info import Limits
 from tminus.service.scheduling.forecast import Pending, Simulation, Speed, Stride
 from tminus.service.work import Work
 
-PARTS = 1000  # a room forecast is exact to this part of the time between two events
-MARGIN = 1.05  # factor on forecast times, since the forecast errs by up to 5 %
-SPREAD_S = 300.0  # the most that the retry queue reaches ahead; later clients get a time within it
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly
-ROUNDING = 1e-6  # for comparisons of seconds and of limits
+PARTS = 1000  # a BacklogForecast is exact to 1/PARTS of the time between two of its points
+MARGIN = 1.05  # factor on forecast times, because the forecast errs by up to 5 %
+SPREAD_S = 300.0  # the longest span of retry times; further clients get times spread over this span
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of this number modulo 1 are spread evenly
+ROUNDING = 1e-6  # tolerance for comparisons of seconds and of limits
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The quantities that the limits bound, for all jobs or for one owner's jobs."""
+    """The quantities that have limits, for all jobs or for one owner's jobs."""
 
     jobs: int = 0
-    rows: Mapping[int, int] = field(default_factory=dict)  # keyed by model, since each model has its own slots
-    ticks_s: float = 0.0  # left, in full ticks
-    autoencoder_s: float = 0.0  # left to encode and decode, for latent models
-    own: "Load | None" = None  # the part of the request's owner, if several share the server
+    rows: Mapping[int, int] = field(default_factory=dict)  # keyed by model, because each model has separate slots
+    ticks_s: float = 0.0  # remaining work, in seconds of full ticks
+    autoencoder_s: float = 0.0  # remaining seconds to encode and decode, for latent models
+    own: "Load | None" = None  # load of the request's owner, if several owners share the server
 
     def decoding(self, part: float, at_first: "Load") -> "Load":
-        """Return this load with `part` of the autoencoder's time in the first load."""
+        """Return a copy with the autoencoder's remaining time set to `part` of the time in `at_first`."""
         autoencoder_s = part * at_first.autoencoder_s
         jobs = max(self.jobs, 1) if autoencoder_s > ROUNDING else self.jobs  # a server that decodes is not idle
         own = None if self.own is None or at_first.own is None else self.own.decoding(part, at_first.own)
         return replace(self, jobs=jobs, autoencoder_s=autoencoder_s, own=own)
 
     def values(self, work: Work, speed: Speed) -> dict[str, float]:
-        """Return each bounded quantity with one more job, by the limit's name."""
+        """Return each limited quantity with one more job, keyed by the limit's name."""
         work_s = work.places * speed.place_s + work.autoencoder_s
         return {
             "backlog_s": self.ticks_s + self.autoencoder_s + work_s,
@@ -49,9 +49,9 @@ class Load:
 
 
 def load_of(jobs: Sequence[Pending], speeds: Mapping[int, Speed], owner: str | None = None) -> Load:
-    """Add up the load of jobs. owner: the owner of the request, if several share the server."""
+    """Return the load of jobs. owner: the owner of the request, if several owners share the server."""
     rows: Counter[int] = Counter()
-    places: Counter[int] = Counter()  # keyed by model, so that integers are added
+    places: Counter[int] = Counter()  # keyed by model, to add up integers
     for job in jobs:
         rows[job.work.model] += job.work.rows
         places[job.work.model] += job.places_left
@@ -62,19 +62,21 @@ def load_of(jobs: Sequence[Pending], speeds: Mapping[int, Speed], owner: str | N
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """A limit that a job would exceed, and the value that would exceed it."""
+    """A limit that a job would exceed, and the value that exceeds the limit."""
 
     field: str
     value: float
     limit: float
-    of_owner: bool = False  # whether the limit is for one owner
+    of_owner: bool = False  # the limit is for one owner
 
 
 def find_overload(load: Load, work: Work, limits: Limits, speed: Speed) -> Overload | None:
-    """Return the first limit that one more job would exceed. An idle server has room for any job.
+    """Return the first limit that one more job would exceed. A server without jobs accepts any job.
 
-    load: of the jobs here. speed: of the new job's model. If several owners share the server, an owner with jobs may
-    hold at most SHARE of what the others leave, so that the others always have some room.
+    load: the load of the accepted jobs. speed: the speed of the new job's model.
+
+    If several owners share the server, an owner with jobs may hold at most SHARE of the capacity that the other owners
+    leave. So there is always some capacity for other owners.
     """
     if not load.jobs:
         return None
@@ -93,9 +95,9 @@ def find_overload(load: Load, work: Work, limits: Limits, speed: Speed) -> Overl
 
 
 class BacklogForecast:
-    """How the accepted work decreases if no other job comes: the load after each stride of a simulation.
+    """The decrease of the accepted work if no other job arrives: the load after each stride of a simulation.
 
-    The autoencoder counts as always busy from now on. If its time exceeds a limit, it seldom waits for latents.
+    The autoencoder counts as always busy: if its work exceeds a limit, the autoencoder seldom waits for latents.
     """
 
     def __init__(
@@ -107,13 +109,13 @@ class BacklogForecast:
         service_time_s: Mapping[str, float] | None = None,
         owner: str | None = None,
     ) -> None:
-        """service_time_s: by owner. owner: the owner of the request, if several share the server."""
+        """service_time_s: keyed by owner. owner: the owner of the request, if several owners share the server."""
         self._limits, self._speeds, self._owner = limits, speeds, owner
         simulation = Simulation(jobs, speeds, service_time_s)
         self._jobs = {job.job_id: job for job in jobs}
-        # A job waits for the running tick before it begins, and for one more tick before its end is noticed.
+        # A job waits for the running tick before it begins. The server notices the job's end one more tick later.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        # An image stays in the ledger until it is fully decoded.
+        # An image counts in the ledger until it is fully decoded.
         decodes_s = starts_s + max(speed.decode_s for speed in speeds.values())
         at_first = load_of(jobs, speeds, owner)
         load = load_of([job for job in jobs if job.places_left > 0], speeds, owner)
@@ -134,7 +136,7 @@ class BacklogForecast:
                 note(time_s)
 
     def _less(self, load: Load, stride: Stride, owner: str | None = None) -> Load:
-        """Return the load of one owner, or of all, after a stride."""
+        """Return the load of one owner, or of all owners, after a stride."""
         stepped = [job for job_id in stride.places if owner in (None, (job := self._jobs[job_id]).owner)]
         ended = [job for job in stepped if job.job_id in stride.ended]
         ended_rows = sum(job.work.rows for job in ended)
@@ -143,7 +145,7 @@ class BacklogForecast:
         return replace(load, jobs=load.jobs - len(ended), rows=rows, ticks_s=load.ticks_s - done_s)
 
     def room_s(self, work: Work, speed: Speed) -> float:
-        """Return the first time when one more job exceeds no limit."""
+        """Return the earliest time at which one more job exceeds no limit."""
 
         def fits(load: Load) -> bool:
             return find_overload(load, work, self._limits, speed) is None
@@ -153,12 +155,12 @@ class BacklogForecast:
         if at == 0:
             return room_s
         before_s, before = self._points[at - 1]
-        # Between two points the work decreases linearly, while jobs and rows stay as at the first point.
+        # Between two points the work decreases linearly. The numbers of jobs and rows stay as at the first point.
         part = bisect_left(range(PARTS), True, key=lambda part: fits(_between(before, load, part / PARTS)))
         return before_s + part / PARTS * (room_s - before_s)
 
     def share_s(self, overload: Overload, work: Work, speed: Speed) -> float:
-        """Return the seconds until the limit that a job exceeds has room for it."""
+        """Return the average seconds in which the server frees the capacity for one such job."""
         if overload.field == "backlog_s":
             return MARGIN * (work.places * speed.place_s + work.autoencoder_s)
         starts_s, load = self._points[0]
@@ -168,7 +170,7 @@ class BacklogForecast:
 
 
 def _between(before: Load, after: Load, part: float) -> Load:
-    """Interpolate the load between two points. part: the share of the time that has passed."""
+    """Interpolate the load between two points. part: the elapsed fraction of the time between the points."""
     own = None if before.own is None else _between(before.own, after.own or Load(), part)
     ticks_s = before.ticks_s + part * (after.ticks_s - before.ticks_s)
     autoencoder_s = before.autoencoder_s + part * (after.autoencoder_s - before.autoencoder_s)
@@ -176,14 +178,17 @@ def _between(before: Load, after: Load, part: float) -> Load:
 
 
 class RetryQueue:
-    """The retry times of refused clients, each later than the one before."""
+    """Assigns a retry time to each refused client, later than the previous client's time."""
 
     def __init__(self) -> None:
         self._end_s = -math.inf
-        self._beyond = 0  # clients that found the queue too long
+        self._beyond = 0  # number of clients beyond SPREAD_S
 
     def next_s(self, room_s: float, share_s: float) -> float:
-        """Return the retry time of one more client, once there is room."""
+        """Return the retry time of one more client.
+
+        room_s: the earliest possible time. share_s: seconds from this client's time to the next client's.
+        """
         due_s = max(room_s, self._end_s)
         if due_s > room_s + SPREAD_S:
             self._beyond += 1
@@ -194,23 +199,23 @@ class RetryQueue:
 
 @dataclass(frozen=True, slots=True)
 class ClusterLoad:
-    """The work of all replicas of a model, as their last renewals reported it."""
+    """The work of all replicas of a model, as reported by their last renewals."""
 
-    replicas: int = 0  # live replicas
-    places_per_s: float = 0.0  # over all replicas
+    replicas: int = 0
+    places_per_s: float = 0.0  # sum over all replicas
     held_s: float = 0.0  # average seconds of work on a replica
     jobs: int = 0  # jobs that no replica holds
-    places: float = 0.0  # the work of those jobs
+    places: float = 0.0  # work of the jobs that no replica holds
     least_s: float = math.inf  # seconds of work on the least loaded other replica
 
     @property
     def backlog_s(self) -> float:
-        """Seconds until all work is done, if it is shared evenly."""
+        """Seconds until all work is done, if the replicas share it evenly."""
         return self.held_s + (self.places / self.places_per_s if self.places_per_s else 0.0)
 
     @property
     def waiting_s(self) -> float:
-        """Seconds that one replica takes for the jobs that no replica holds."""
+        """Seconds that one replica would need for the jobs that no replica holds."""
         return self.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
 
     def overload(self, work: Work, limits: Limits) -> Overload | None:
@@ -225,41 +230,40 @@ class ClusterLoad:
         return None
 
     def room_elsewhere_in_s(self, work: Work, max_backlog_s: float) -> float:
-        """Return the seconds until another replica has room for a job refused here; infinite if there is no other.
+        """Return the seconds until another replica accepts a job refused here; infinite if there is no other replica.
 
-        max_backlog_s: 0 if another limit was reached; then only an idle replica is known to have room.
+        max_backlog_s: 0 if a different limit was exceeded. Then only an idle replica is sure to accept the job.
         """
         own_s = work.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
-        return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # an idle replica takes any job
+        return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # an idle replica accepts any job
 
     def room_in_s(self, overload: Overload) -> float:
-        """Return the seconds until there is room, if no other job comes."""
+        """Return the seconds until the job would exceed no limit, if no other job arrives."""
         if overload.field == "backlog_s":
             return overload.value - overload.limit
         return self.backlog_s / (self.jobs + 1)
 
 
 class Intake:
-    """Limits the work that goes before each job a server takes. Work is counted in places.
+    """Decides which jobs a server takes, by the work that goes before each job. Work is counted in places.
 
     Shorter jobs go first, so a server with much long work still takes a short job.
     """
 
     def __init__(self, room: float, held: Iterable[float] = (), *, oldest_us: int | None = None) -> None:
-        """room: the most work before a job. held: the work left of each job. oldest_us: when the first job came."""
+        """room: the most work before a job. held: remaining work of each job. oldest_us: arrival of the oldest job."""
         self._room, self._held, self._oldest_us = room, sorted(held), oldest_us
-        self.refused = math.inf  # the shortest job that was refused
+        self.refused = math.inf  # places of the shortest refused job
 
     def has_room(self, places: float) -> bool:
-        """Whether a job can be taken. Any job can, if no work goes before it."""
+        """Return True if a job can be taken. A job with no work before it can always be taken."""
         return sum(self._held[: bisect_right(self._held, places)]) < self._room
 
     def add(self, places: float) -> None:
-        """Take a job."""
         insort(self._held, places)
 
     def offer(self, places: float) -> bool:
-        """Take a job if there is room, and return whether it was taken."""
+        """Take a job if there is room for it. Return True if the job was taken."""
         if self.has_room(places):
             self.add(places)
             return True
@@ -267,9 +271,10 @@ class Intake:
         return False
 
     def offer_oldest(self, places: float, created_us: int) -> bool:
-        """Take the oldest waiting job if there is room, or if it is older than the jobs here.
+        """Take the oldest waiting job if there is room, or if the job is older than all jobs of this server.
 
-        A server's oldest job has a share of each tick, so it ends however many shorter jobs come.
+        Return True if the job was taken. A server's oldest job has a share of each tick, so it ends even if many
+        shorter jobs arrive.
         """
         if not self._held or (self._oldest_us is not None and created_us < self._oldest_us):
             self.add(places)

@@ -1,12 +1,15 @@
-"""Picks the model of each tick, and its rows. Pure: no torch, no asyncio, no clock.
+"""Picks the model and the rows of each tick. Pure: no torch, no asyncio, no clock.
 
-The job with the least work left goes first, so a short job does not wait behind a long one. A job that is much longer
-than another is held back: it does not fill up the ticks of short jobs, which therefore end sooner. The oldest job has
-a share, so it is never starved: of the time while it is held back, otherwise of the places of each tick. A row that is
-not picked waits; preemption costs nothing. Two ticks are in flight only while jobs wait for throughput.
+A place is one row's forward pass in a tick. A guided row takes two places.
 
-This orders the jobs of one owner. If several owners have jobs, the places of a tick are first divided among the owners
-(owners.py). A tick runs one model, which the same policy picks, counting in seconds.
+The job with the least work left goes first, so a short job does not wait behind a long job. A job that is much longer
+than another job is held back: it does not fill up the ticks of short jobs, so these ticks are shorter. The oldest job
+always has a share, to avoid starvation: a share of the places of each tick, or a share of the time while the job is
+held back. A row that is not picked waits; preemption costs nothing. Two ticks are in flight only while more rows wait
+than one tick has places, see `Scheduler.overlaps`.
+
+These rules order the jobs of one owner. If several owners have jobs, the places of a tick are first divided among the
+owners (owners.py). A tick runs one model. The same rules pick the model, by seconds instead of places.
 """
 
 import math
@@ -22,28 +25,28 @@ from typing import Generic, TypeVar
 from tminus.service.scheduling.owners import BURST_S, OwnerTimes, allot
 from tminus.service.work import Batch, JobRows, Work
 
-Rank = tuple[float, float, int]  # the owner's service time, the seconds of work left, the job's number
+Rank = tuple[float, float, int]  # (the owner's service time, seconds of work left, arrival number)
 
 RESERVED_SHARE = 0.25  # the oldest job's share of the places, or of the time
-# The leader is this many full ticks, or this many seconds, behind the next owner.
+# An owner leads if it is behind the next owner by this many full ticks, or this many seconds, whichever is less.
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2
-LONGER = 1.25  # other owners' rows may lengthen a leader's tick by this factor
-MOST_IN_FLIGHT = 2  # ticks: Python works on one while the processor computes the other
-MUCH_LONGER = 8  # a job is much longer than another with this many times its total work
-LEVEL_S = 0.5  # owners whose service times differ by less count as level
+LONGER = 1.25  # other owners' rows may lengthen a leader's tick by at most this factor
+MOST_IN_FLIGHT = 2  # Python works on one tick while the processor computes the other
+MUCH_LONGER = 8  # a job is much longer than another if its total work is at least this many times as large
+LEVEL_S = 0.5  # owners whose service times differ by at most this many seconds count as equal
 
 Model = TypeVar("Model")
 
 
 @dataclass(frozen=True, slots=True)
 class TickTimes:
-    """The duration of a tick by its number of places: measured points, interpolated linearly.
+    """Measured durations of ticks by number of places, interpolated linearly.
 
-    Without points every tick is predicted to take no time.
+    Without measured points, every tick is predicted to take 0 s.
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    # The duration of a full tick that overlaps another, as a share; None: ticks do not overlap.
+    # Duration of a full tick that overlaps another tick, relative to a tick alone. None: ticks do not overlap.
     overlapped: float | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class TickTimes:
         assert all(0 <= seconds < math.inf for _, seconds in self.points), self.points
 
     def seconds(self, places: int) -> float:
-        """Predict the duration of a tick. The last segment is extrapolated; below the first point it is constant."""
+        """Predict the seconds of a tick: constant below the first point, and extrapolated after the last point."""
         points = self.points
         if not points:
             return 0.0
@@ -68,7 +71,6 @@ class TickTimes:
         return t0 + slope * (places - b0)
 
     def seconds_per_place(self, max_batch: int) -> float:
-        """The seconds of a place in a full tick."""
         return self.seconds(max_batch) / max_batch
 
 
@@ -77,17 +79,17 @@ UNMEASURED = TickTimes()
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """How the places of a tick are divided. The oldest job gets its reserve first, unless it is held back."""
+    """Divides the places of a tick. The oldest job gets its reserved places first, unless the job is held back."""
 
-    max_batch: int  # places in a tick, at least 2, since a guided row takes two
-    short_batch: int  # much longer jobs fill a tick with a short job only up to a multiple of this
-    reserved: int  # places for the oldest job unless it is held back; 0: it has no share of the time either
+    max_batch: int  # places in a tick; at least 2, because a guided row takes two
+    short_batch: int  # much longer jobs fill a tick with a short job only up to a multiple of this number
+    reserved: int  # places for the oldest job unless it is held back; with 0, it has no share of the time either
     times: TickTimes = UNMEASURED  # measured at the start
-    place_s: float = 1.0  # seconds of a place in a full tick, which compare jobs of several models
+    place_s: float = 1.0  # seconds of a place in a full tick, to compare jobs of several models
 
     @classmethod
     def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "BatchPolicy":
-        """Make a policy that reserves a share for the oldest job: two places or more, since a guided row needs two."""
+        """Make a policy that reserves at least two places for the oldest job, because a guided row needs two."""
         assert max_batch >= 2
         reserved = max(2, int(max_batch * RESERVED_SHARE))
         place_s = times.seconds_per_place(max_batch) or 1.0
@@ -95,31 +97,32 @@ class BatchPolicy:
 
     @property
     def full_batch(self) -> int:
-        """The places of each tick while two are in flight and enough rows wait to fill both."""
+        """Places of each tick while two ticks are in flight and enough rows wait to fill both."""
         if self.times.overlapped is None:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Whether the owner with the least service is so far behind the next one that it leads.
+        """Return True if the owner with the least service time leads.
 
-        Other owners' rows may not make the ticks of a leader much longer.
+        ahead_s: the next owner's service time minus the least. Rows of other owners may lengthen a leader's ticks only
+        a little.
         """
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
     def places_for_others(self, places: int) -> int:
-        """Return the places that other jobs may have in a tick, given the leader's places."""
+        """Return the places that other owners may have in a leader's tick. places: the leader's places."""
         return _places_for_others(self.times, self.max_batch, places)
 
     def tick_s(self, places: int) -> float:
-        """Return the seconds of a tick; without measurements each place takes `place_s`."""
+        """Predict the seconds of a tick. Without measurements, each place takes `place_s`."""
         return self.times.seconds(places) or places * self.place_s
 
     def charge(self, places: Mapping[str, int], leader: str | None, *, only_owner: bool) -> dict[str, float]:
         """Return the seconds to charge each owner for its places in a tick.
 
-        The leader is also charged for the places that it kept from others. only_owner: no other owner has a job. Then
-        only the part beyond half of the machine is charged, and counts when another owner comes.
+        The leader is also charged for the places that other owners could not get. only_owner: no other owner has a
+        job. Then only the time beyond half of the machine is charged. This charge counts when another owner arrives.
         """
         total = sum(places.values())
         tick_s = self.tick_s(total)
@@ -132,10 +135,10 @@ class BatchPolicy:
         return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
-        """Return the places of an owner in a tick that its oldest job gets first.
+        """Return the places in a tick that an owner's oldest job gets first. places: the owner's places.
 
-        needed: the places of one of its rows. turn: counts the ticks. A smaller share gives it a row in some ticks
-        only.
+        needed: places of one row of the job. turn: number of the tick. If the job's share is less than one row, the job
+        gets a row in some ticks only.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch
@@ -146,7 +149,7 @@ class BatchPolicy:
         return needed if turn * share % 1 < share and needed <= places else 0
 
     def short_room(self, size: int, free: int) -> int:
-        """Return the free places that a held-back job may take: it fills a tick up to a multiple of short_batch."""
+        """Return the free places for held-back jobs, which fill a tick only up to a multiple of short_batch."""
         used = size - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, size) - used
 
@@ -161,23 +164,23 @@ def _places_for_others(times: TickTimes, max_batch: int, places: int) -> int:
 
 @dataclass(slots=True)
 class QueuedJob:
-    """A job, with its unfinished rows in two sorted lists: the least advanced row comes first."""
+    """A job with its unfinished rows in two sorted lists, the least advanced row first."""
 
     id: str
     owner: str
     arrival: int
     work: Work
-    total: int  # its total work, in places
+    total: int  # total work of the job, in places
     rows: tuple[int, ...]
-    singles: list[tuple[int, int]] = field(default_factory=list)  # rows of one place: (next step, index in rows)
-    doubles: list[tuple[int, int]] = field(default_factory=list)  # guided rows, which take two places: the same
+    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows) of one-place rows
+    doubles: list[tuple[int, int]] = field(default_factory=list)  # the same for guided rows, which take two places
     places_left: int = 0
     started: bool = False
-    in_flight: tuple[JobRows, ...] = ()  # its rows in ticks in flight; they are in neither list
-    key: tuple[int, int, str] = (0, 0, "")  # its place in the queue
+    in_flight: tuple[JobRows, ...] = ()  # rows in ticks in flight; these rows are in neither list
+    key: tuple[int, int, str] = (0, 0, "")  # sort key in the owner's queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
-        """Put rows into the lists by their next steps, `ticks` ticks later. A finished row is left out."""
+        """Advance rows by `ticks` steps and add them to the lists. Finished rows are left out."""
         guided, steps = self.work.guided, self.work.steps
         for before, index in rows:
             if (step := before + ticks) < steps:
@@ -186,7 +189,7 @@ class QueuedJob:
         self.doubles.sort()
 
     def begin(self, picked: JobRows) -> None:
-        """Remove its rows in a batch from the lists."""
+        """Move the rows of a batch from the lists to `in_flight`."""
         doubles = picked.places - len(picked.steps)
         singles = len(picked.steps) - doubles
         first = (*self.singles[:singles], *self.doubles[:doubles])
@@ -195,7 +198,7 @@ class QueuedJob:
         self.in_flight += (picked,)
 
     def end(self, picked: JobRows, ticks: int) -> int:
-        """Advance the job's rows in a batch by some steps, at most to the last. Return the places that this took."""
+        """Advance the rows of a batch by `ticks` steps, at most to the last step. Return the places that this took."""
         self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
@@ -206,69 +209,66 @@ class QueuedJob:
 
     @property
     def places_now(self) -> int:
-        """The places of a step of all its rows, without rows in flight."""
+        """Places for one step of all rows that are not in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
 class OwnerQueue:
-    """The unfinished jobs of one owner, in order."""
+    """The unfinished jobs of one owner, ordered by remaining work."""
 
     def __init__(self, policy: BatchPolicy) -> None:
         self._policy = policy
-        # In order of arrival. Not a dict: to find a dict's first entry, Python walks over all entries deleted before
-        # it.
+        # In order of arrival. An OrderedDict finds its first entry at once. A dict first walks over deleted entries.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
-        self._much_longer: float | None = None  # None after a job came or went, until it is computed again
-        # Sorted, with the next job last: this end changes all the time, and changing a list's end is cheap. A job with
-        # all its rows in flight is not in it.
+        self._much_longer: float | None = None  # cache; None after a job was added or removed
+        # Sort keys of the jobs, with the next job last, because a list changes cheaply at its end. Jobs with all rows
+        # in flight are left out.
         self._queue: list[tuple[int, int, str]] = []
         self.ticks = 0  # ticks in which the owner had places
-        self._owed_seconds = 0.0  # time owed to the oldest job while it is held back
+        self._owed_seconds = 0.0  # owed to the oldest job while the job is held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
     def add(self, job: QueuedJob) -> None:
-        """Add a job whose rows have steps left."""
         self._jobs[job.id] = job
         self._much_longer = None
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
-        """Forget a job that `take_out` has removed."""
+        """Remove a job. Call `take_out` first."""
         if job is self.oldest:
             self._owed_seconds = 0.0
         del self._jobs[job.id]
         self._much_longer = None
 
     def put_back(self, job: QueuedJob) -> None:
-        """Put a job into the queue by its remaining work, unless all its rows are in flight."""
+        """Add a job to the queue by its remaining work, unless all its rows are in flight."""
         if not job.singles and not job.doubles:
             return
         job.key = (-job.places_left, -job.arrival, job.id)
         insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
-        """Remove a job from the queue, before its rows change."""
+        """Remove a job from the queue. Call this before the job's rows change."""
         if job.singles or job.doubles:
             del self._queue[bisect_left(self._queue, job.key)]
 
     @property
     def oldest(self) -> QueuedJob:
-        """The job that came first."""
         return next(iter(self._jobs.values()))
 
     @property
     def next(self) -> QueuedJob:
-        """The job that goes first; the oldest one if all rows are in flight."""
+        """The job that goes first. If all rows are in flight, the oldest job."""
         return self._jobs[self._queue[-1][2]] if self._queue else self.oldest
 
     @property
     def much_longer(self) -> float:
-        """The total work, in places, of a job that is much longer than the shortest.
+        """The least total work, in places, of a job that counts as much longer than the shortest job.
 
-        Infinite if there are more jobs than places: then all jobs wait for throughput, which full ticks give. A job's
-        total work never changes, so this changes only when a job comes or goes.
+        Infinite if there are more jobs than places: throughput then matters most, and full ticks maximize it. The total
+        work of a job never changes, so this value changes only when a job is added or removed.
         """
         if self._much_longer is None:
             policy = self._policy
@@ -279,7 +279,7 @@ class OwnerQueue:
 
     @property
     def places_now(self) -> int:
-        """The places of a step of all rows, without rows in flight; at most max_batch."""
+        """Places for one step of all rows that are not in flight; at most max_batch."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
@@ -288,8 +288,8 @@ class OwnerQueue:
         return places
 
     def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
-        """Put rows into a batch, up to a number of places."""
-        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: the places to leave free
+        """Add rows to a batch, up to `places` places. Jobs of at least `much_longer` total work are held back."""
+        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: number of places to leave free
         if len(jobs) > 1:
             oldest = self.oldest
             if oldest.total < much_longer:
@@ -307,14 +307,14 @@ class OwnerQueue:
 
     @property
     def holds_back_oldest(self) -> bool:
-        """Whether the oldest job is held back for much shorter jobs, and has a share of the time instead."""
+        """True if the oldest job is held back for much shorter jobs. It then has a share of the time."""
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
     def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
-        """Record a tick and its seconds.
+        """Record a tick of this duration.
 
-        shares: each job's share of this owner's places, 1.0 for a job whose rows were all in the tick; None if another
-        owner went first, since that holds no job back.
+        shares: each job's share of this owner's places, or 1.0 if all rows of the job were in the tick. None if another
+        owner went first, because then no job was held back.
         """
         self.ticks += 1
         if shares is not None and self.holds_back_oldest:
@@ -324,7 +324,7 @@ class OwnerQueue:
             self._owed_seconds = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """Return the number of such ticks until the oldest job's turn ends; None if it is not held back."""
+        """Return how many such ticks the oldest job is owed; None if the job is not held back."""
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
@@ -335,18 +335,21 @@ class OwnerQueue:
 
 
 class _Pick:
-    """A batch being built. It takes the least advanced rows of each list, so two counts per job identify them."""
+    """A batch under construction.
+
+    It takes the least advanced rows of each list, so two counts per job identify the rows.
+    """
 
     def __init__(self, max_batch: int) -> None:
         self.size = self.free = max_batch
         self._rows: list[int] = []
         self._steps: list[int] = []
         self._guided: list[int] = []
-        # The number of singles and doubles of each job, in order of first rows.
+        # (job, number of its singles, number of its doubles), in order of the jobs' first rows.
         self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
     def take(self, job: QueuedJob, places: int) -> None:
-        """Put a job's least advanced rows into the batch, up to a number of places."""
+        """Add a job's least advanced rows to the batch, up to `places` places."""
         _, single, double = self._taken.get(job.id, (job, 0, 0))
         singles, doubles = job.singles[single : single + places], job.doubles[double : double + places // 2]
         if not singles and not doubles:
@@ -370,7 +373,6 @@ class _Pick:
         self._taken[job.id] = (job, single, double)
 
     def batch(self) -> Batch:
-        """Return the batch."""
         jobs = [
             JobRows(job.id, (*job.singles[:single], *job.doubles[:double]), single + 2 * double)
             for job, single, double in self._taken.values()
@@ -380,43 +382,43 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """The changes that a tick made."""
+    """The changes made by a tick."""
 
     started: tuple[str, ...]  # jobs that took their first step
     finished: tuple[str, ...]
-    places: Mapping[str, int]  # the places that each job took
+    places: Mapping[str, int]  # places used, keyed by job id
 
 
 class Scheduler:
-    """Owns the rows of one model's jobs, and each row's step. It never sees a latent.
+    """Chooses the rows of each tick for one model's jobs. Knows the step of each row, but no latents.
 
-    For each tick it considers all owners, and at most as many jobs of an owner as the tick has places.
+    Each choice considers all owners. It considers at most as many jobs of an owner as the tick has places.
     """
 
     def __init__(
         self, policy: BatchPolicy, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
     ) -> None:
-        """arrivals: numbers the jobs in order of arrival. All schedulers of a server share it, and owner_times."""
+        """arrivals: yields arrival numbers for jobs. All schedulers of a server share `arrivals` and `owner_times`."""
         self._policy = policy
         self._arrivals = count() if arrivals is None else arrivals
         self._jobs: dict[str, QueuedJob] = {}
         self._owners: dict[str, OwnerQueue] = {}  # owners with jobs
         self._owner_times = OwnerTimes() if owner_times is None else owner_times
-        self._leader: str | None = None  # the leader of the tick that was chosen last
+        self._leader: str | None = None  # leader of the tick chosen last
         self._in_flight: list[Batch] = []  # ticks that have begun and not ended
-        self._leaders: list[str | None] = []  # the leader of each tick in flight
-        self._totals: tuple[int, int] | None = None  # least and most total work of a job; None until it is computed
+        self._leaders: list[str | None] = []  # leader of each tick in flight
+        self._totals: tuple[int, int] | None = None  # cache: least and most total work of a job
 
     def isolated_scheduler(self) -> "Scheduler":
-        """Return a scheduler for jobs of the same model and owners that step in separate ticks."""
+        """Return a scheduler for jobs of the same model that step in separate ticks."""
         return Scheduler(self._policy, self._arrivals, self._owner_times)
 
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
     ) -> None:
-        """Add a job with these rows. They may step from the next tick on.
+        """Add a job. Its rows may step from the next tick on.
 
-        steps: each row's next step, for a resumed job; at least one row has steps left.
+        steps: next step of each row, for a resumed job. At least one row must have steps left.
         """
         steps = (work.start,) * work.rows if steps is None else steps
         assert job_id not in self._jobs
@@ -440,7 +442,7 @@ class Scheduler:
             self._forget(job)
 
     def next_batch(self) -> Batch | None:
-        """Choose the rows of the next tick; None if no tick can begin now."""
+        """Choose the rows of the next tick. Return None if no tick can begin now."""
         begun = len(self._in_flight)
         if not self._jobs or begun >= MOST_IN_FLIGHT or (begun and not self.overlaps):
             return None
@@ -455,10 +457,10 @@ class Scheduler:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a second tick begins while one is in flight, so that the processor always has work.
+        """True if a second tick begins while a tick is in flight, so the processor always has work.
 
-        This needs more rows than one tick has places. Unless there are more jobs than places, no job may be much
-        longer than another, because a short job would wait for two ticks.
+        This needs more rows than one tick has places. Unless there are more jobs than places, no job may be much longer
+        than another, because a short job would wait for two ticks.
         """
         policy = self._policy
         if policy.times.overlapped is None:
@@ -474,7 +476,7 @@ class Scheduler:
         return self._wants(policy.max_batch + 1)
 
     def _wants(self, places: int) -> bool:
-        """Whether a step of all rows takes at least this number of places."""
+        """Return True if one step of all rows takes at least `places` places."""
         wanted = 0
         for job in self._jobs.values():
             wanted += job.places_now + sum(picked.places for picked in job.in_flight)
@@ -483,9 +485,9 @@ class Scheduler:
         return False
 
     def begin(self, batch: Batch) -> bool:
-        """Begin the last chosen batch. Its rows are not chosen again until it ends.
+        """Begin the batch chosen last. Return True if another tick may begin.
 
-        Returns whether another one may begin.
+        The rows of the batch are not chosen again until the batch ends.
         """
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
@@ -505,7 +507,7 @@ class Scheduler:
     def _share_out(self, pick: "_Pick") -> None:
         """Divide the places of a batch among several owners."""
         policy = self._policy
-        # Every owner needs at least one place, so only as many owners as places are considered.
+        # Every owner needs at least one place, so there is no need to consider more owners than places.
         owners = [owner for owner in self._owners_by_service_time() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return
@@ -521,7 +523,7 @@ class Scheduler:
         for owner, places in allotted.items():
             if places:
                 self._owners[owner].fill(pick, places)
-        for owner in wants:  # places that an owner could not use, such as a single one for a guided row
+        for owner in wants:  # use the places that an owner could not use, such as a single place for a guided row
             if not pick.free:
                 break
             self._owners[owner].fill(pick, pick.free)
@@ -531,9 +533,9 @@ class Scheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.service_time_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped: one in flight, or the last chosen one.
+        """Record that a batch has stepped. The batch must be in flight, or the batch chosen last.
 
-        Cancelled jobs are left out. ticks: the number of times it stepped; only forecasts set it.
+        Cancelled jobs are left out. ticks: number of times the batch stepped; only forecasts set it.
         """
         assert batch.jobs, "it does not come from next_batch"
         if batch not in self._in_flight:
@@ -542,9 +544,9 @@ class Scheduler:
         batch, leader = self._in_flight.pop(at), self._leaders.pop(at)
         started: list[str] = []
         finished: list[str] = []
-        places: dict[str, int] = {}  # places in one tick, by owner
-        taken: dict[str, int] = {}  # keyed by job
-        whole: set[str] = set()  # jobs without other rows
+        places: dict[str, int] = {}  # places in one tick, keyed by owner
+        taken: dict[str, int] = {}  # places in all ticks, keyed by job id
+        whole: set[str] = set()  # jobs with all unfinished rows in the batch
         for picked in batch.jobs:
             job = self._jobs.get(picked.job_id)
             if job is None:
@@ -585,7 +587,7 @@ class Scheduler:
         self._owner_times.leave(job.owner)
 
     def steps(self, job_id: str) -> tuple[int, ...]:
-        """Return the step that each row of a job takes next."""
+        """Return the next step of each row of a job."""
         job = self._jobs[job_id]
         steps = [job.work.steps] * job.work.rows
         for step, index in chain(job.singles, job.doubles, *(picked.steps for picked in job.in_flight)):
@@ -593,64 +595,60 @@ class Scheduler:
         return tuple(steps)
 
     def rows_left(self, job_id: str) -> int:
-        """Return how many rows of a job have steps left."""
         job = self._jobs[job_id]
         return len(job.singles) + len(job.doubles) + sum(len(picked.steps) for picked in job.in_flight)
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a next batch."""
         return bool(self._jobs)
 
     @property
     def next_rank(self) -> Rank:
-        """The rank of the job that goes next."""
+        """Rank of the job that goes next."""
         owner = self.owners[0]
         job = self._owners[owner].next
         return self._owner_times.service_time_s(owner), job.places_left * self._policy.place_s, job.arrival
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest job of the next owner."""
+        """Arrival number of the next owner's oldest job."""
         return self._owners[self.owners[0]].oldest.arrival
 
     @property
     def owners(self) -> list[str]:
-        """The owners that have jobs here, the least served first."""
+        """Owners with jobs in this scheduler, the least served first."""
         return list(self._owners) if len(self._owners) == 1 else self._owners_by_service_time()
 
     def has_jobs_of(self, owner: str) -> bool:
-        """Whether an owner has a job here."""
         return owner in self._owners
 
 
 @dataclass(frozen=True, slots=True)
 class Turn(Generic[Model]):
-    """A model's turn to tick."""
+    """The choice of a model for the next tick."""
 
     model: Model
-    creditor: tuple[str, Model] | None  # the owner and model of the oldest job, if the tick counts for its share
+    creditor: tuple[str, Model] | None  # (owner, model) of the oldest job, if the tick counts toward the job's share
 
 
 class ModelScheduler(Generic[Model]):
-    """Picks the model of each tick: usually the model of the first job, sometimes the model of the oldest job.
+    """Picks the model of each tick: usually the model of the next job, sometimes the model of the oldest job.
 
-    An owner's oldest job has a share of the time; this records the time that its model is owed. Each model has its own
-    scheduler. An isolated job counts as a model here.
+    An owner's oldest job has a share of the time. This class records the time owed to the job's model. Each model has
+    a separate scheduler. An isolated job counts as a model here.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # the duration of each model's last tick
-        self._owed_seconds: dict[tuple[str, Model], float] = {}  # by owner and its oldest job's model
+        self._tick_s: dict[Model, float] = {}  # duration of each model's last tick
+        self._owed_seconds: dict[tuple[str, Model], float] = {}  # keyed by (owner, model of the owner's oldest job)
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
-        """Add a model. tick_s: the assumed duration of a tick until one has been measured."""
+        """Add a model. tick_s: assumed seconds of a tick until the first tick is measured."""
         assert model not in self._schedulers
         self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
     def remove(self, model: Model) -> None:
-        """Forget a model that has no jobs."""
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
@@ -658,22 +656,20 @@ class ModelScheduler(Generic[Model]):
 
     @property
     def has_work(self) -> bool:
-        """Whether a model has a next tick."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
     def busy(self) -> dict[Model, Scheduler]:
-        """Return the schedulers of the models that have jobs."""
         return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
-        """Return the models that share the time now: the models of the first job and of the oldest job."""
+        """Return the models that share the time now: the models of the next job and of the oldest job."""
         busy = self.busy()
         if len(busy) < 2:
             return list(busy)
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
         first = min(ranks, key=ranks.__getitem__)
         owners = busy[first].owners
-        # Models whose next owner has had more service, or has no job of the first model, wait for their turn.
+        # Leave out models whose next owner has had more service, or has no job of the first model.
         level = [
             model
             for model, scheduler in busy.items()
@@ -683,7 +679,7 @@ class ModelScheduler(Generic[Model]):
         return [first, oldest] if first != oldest else [first]
 
     def next(self) -> Turn[Model] | None:
-        """Return the turn of the next tick. Without work it is None, or its model has no next batch."""
+        """Return the turn of the next tick. Without work, return None or the turn of a model without a next batch."""
         if len(self._schedulers) == 1:  # the usual case
             (model,) = self._schedulers
             return Turn(model, None)
@@ -696,7 +692,6 @@ class ModelScheduler(Generic[Model]):
         return Turn(first if owed_seconds <= 0 or owed_seconds < self._tick_s[oldest] else oldest, creditor)
 
     def stepped(self, turn: Turn[Model], seconds: float) -> None:
-        """Record how long the tick of a turn took."""
         self._tick_s[turn.model] = seconds
         if turn.creditor is not None:
             owed_seconds = self._owed_seconds.get(turn.creditor, 0.0)
@@ -708,7 +703,7 @@ class ModelScheduler(Generic[Model]):
             self._forget_settled()
 
     def _forget_settled(self) -> None:
-        """Forget what is owed to owners without jobs of the model."""
+        """Remove the owed time of owners without jobs of the model."""
         for owner, model in list(self._owed_seconds):
             if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
                 del self._owed_seconds[owner, model]

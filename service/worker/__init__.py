@@ -1,1 +1,1 @@
-"""The thread that runs jobs on the engine, and the frames it gives to a job's viewers."""
+"""The worker's thread, which runs jobs on the engine, and the frames for viewers of a job."""

@@ -1,7 +1,7 @@
-"""The autoencoder's thread encodes pictures and decodes latents for jobs of latent models, while ticks go on.
+"""A thread that encodes pictures and decodes latents for jobs of latent models, concurrently with ticks.
 
-It does one task at a time, for the owner with the least service. Among this owner's jobs, it mostly picks the one with
-the fewest tasks left, so short jobs do not wait for long ones.
+The thread runs one task at a time, for the owner with the least service time. Among this owner's jobs, it usually
+picks the job with the fewest tasks left, so short jobs do not wait for long ones.
 """
 
 import logging
@@ -23,24 +23,24 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # one task in OLDEST_EVERY belongs to the oldest job, so that it always progresses
-JOIN_S = 10.0  # the longest that `close` waits for the running task
+OLDEST_EVERY = 4  # one of OLDEST_EVERY tasks belongs to the owner's oldest job, so this job always progresses
+JOIN_S = 10.0  # seconds that `close` waits for the running task
 
 
 class Turnstile:
     """Lets ticks and autoencoder tasks run at the same time, but an isolated job only alone.
 
-    Threads enter in order of arrival, so neither thread waits for more than one turn of the other.
+    Callers enter in order of arrival, so ticks and autoencoder tasks cannot starve each other.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        self._inside: list[bool] = []  # for each caller inside: whether it is isolated
+        self._inside: list[bool] = []  # one entry per caller inside: True if isolated
 
     @property
     def is_open(self) -> bool:
-        """Whether a caller that is not isolated can enter at once."""
+        """True if a caller that is not isolated can enter without waiting."""
         with self._changed:
             return not self._waiting and not any(self._inside)
 
@@ -48,10 +48,10 @@ class Turnstile:
     def enter(
         self, *, isolated: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Enter once no isolated caller is inside; an isolated caller waits until the turnstile is empty.
+        """Enter when no isolated caller is inside; an isolated caller enters when the turnstile is empty.
 
-        again: the caller is inside already and not isolated. It enters at once, because others may wait for it to
-        leave. before_wait: called if it has to wait.
+        again: the caller is already inside and not isolated. It enters without waiting, because queued callers may wait
+        for it to leave. before_wait: called if the caller must wait.
         """
         me = object()
 
@@ -76,57 +76,64 @@ class Turnstile:
 
 
 class TaskDone(NamedTuple):
-    """A task is done or has failed; a failed task ends its job."""
+    """A finished or failed task. A failed task ends its job."""
 
     kind: str
     seconds: float
     job: RunningJob | None  # None if the task belongs to no job
-    results: Sequence[Any] | None  # for all of the job's tasks; None while some are left
+    results: Sequence[Any] | None  # results of all the job's tasks; None if tasks remain
     error: Exception | None
 
 
 @dataclass(slots=True, eq=False)
 class _Tasks:
-    """The tasks of a job, or a single task whose caller waits for a future."""
+    """The tasks of one job, or a single task that resolves a future."""
 
     name: str
     kind: str
     tasks: deque[Task]
     owner: str = ""
-    isolated: bool = False  # nothing steps while one of the tasks runs
+    isolated: bool = False  # no tick runs while one of these tasks runs
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
 
 
 class AutoencoderThread:
-    """Owns the thread that runs autoencoder tasks. It starts with the first task. Any thread may call its methods."""
+    """Runs autoencoder tasks in a thread, which starts with the first task.
+
+    Any thread may call `run`. Only the worker's thread calls the other methods.
+    """
 
     def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
-        """The thread calls on_task_done after each task, and report before and after each task of a durable job."""
+        """Both callbacks run in the autoencoder's thread.
+
+        on_task_done: called after each task. report: called before each task of a durable job with the job's id, and
+        after the task with an empty list.
+        """
         self._on_task_done, self._report = on_task_done, report
-        self.turnstile = Turnstile()  # a running task is inside
+        self.turnstile = Turnstile()  # held while a task runs
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # keyed by name, in order of arrival
         self._owner_times = OwnerTimes()
         self._tasks_begun: Counter[str] = Counter()  # keyed by owner
         self._closed = False
         self._thread: threading.Thread | None = None
-        # Jobs from `put` until `done` or `drop`. Only the worker's thread reads this, so it takes no lock.
+        # Jobs between `put` and `drop`. Only the worker's thread uses this dict, so it needs no lock.
         self.jobs: dict[str, RunningJob] = {}
         self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
-        """Do a job's tasks. The last `TaskDone` of the job has all results, or the error that one task raised."""
+        """Queue a job's tasks. The last `TaskDone` of the job has all results, or the error of the failed task."""
         self.jobs[job.id] = job
         if job.span is not None:
             job.span.span.add_event(f"{kind} begins")
         self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.isolated, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
-        """Run a task that belongs to no job."""
+        """Queue a task that belongs to no job. The future fails with Draining if the thread is closed."""
         future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()  # otherwise setting the result raises if the client is gone
+        future.set_running_or_notify_cancel()  # otherwise `set_result` raises if the client has cancelled the future
         if not self._put(_Tasks(f"{kind} {id(future)}", kind, deque([task]), future=future)):
             future.set_exception(Draining())
         return future
@@ -144,13 +151,16 @@ class AutoencoderThread:
             return True
 
     def drop(self, job_id: str) -> None:
-        """Forget a job. Its running task goes on, and is reported when it ends."""
+        """Forget a job. If a task of the job is running, the task still ends and is reported."""
         self.jobs.pop(job_id, None)
         with self._changed:
             self._forget(job_id)
 
     def close(self) -> bool:
-        """End the thread after the running task; tasks left fail with Draining. Return False if the thread hangs."""
+        """End the thread after the running task. Futures of queued tasks fail with Draining.
+
+        Return False if the thread still runs after JOIN_S.
+        """
         with self._changed:
             self._closed = True
             left, self._waiting = list(self._waiting.values()), {}
@@ -191,14 +201,13 @@ class AutoencoderThread:
                 _answer(tasks.future, tasks.results, error)
 
     def _next(self) -> tuple[_Tasks, Task] | None:
-        """Wait for the next task; return None once the thread is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
             owner = min((tasks.owner for tasks in self._waiting.values()), key=self._owner_times.service_time_s)
             of_owner = [tasks for tasks in self._waiting.values() if tasks.owner == owner]
-            picked = of_owner[0]  # the oldest
+            picked = of_owner[0]  # the oldest job
             if self._tasks_begun[owner] % OLDEST_EVERY:
                 picked = min(of_owner, key=lambda tasks: len(tasks.tasks))
             self._tasks_begun[owner] += 1

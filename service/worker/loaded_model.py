@@ -1,4 +1,4 @@
-"""A model in memory: its engine and its scheduler, which the worker's thread uses."""
+"""A model in memory: its engine, scheduler and keeper of snapshots."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,40 +10,43 @@ from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.spec import Snapshot, trial_spec
 from tminus.service.work import Batch
 
-ReadSnapshot = Callable[[], Snapshot]  # may wait for a copy from the GPU
+ReadSnapshot = Callable[[], Snapshot]  # may block until the GPU has copied the data
 
 
 class Keeper(Protocol):
-    """Decides when to take snapshots of running jobs, and stores them. The worker's thread calls it; it never waits."""
+    """Decides when to take snapshots of running jobs, and stores the snapshots.
+
+    The worker's thread calls these methods, so they must not block.
+    """
 
     def due(self, now_s: float) -> bool:
-        """Whether to take snapshots now."""
+        """Return True if snapshots should be taken now."""
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Store snapshots, by job id. cost_s: the seconds of the worker's thread that taking them cost."""
+        """Store snapshots, keyed by job id. cost_s: seconds that the worker's thread spent taking the snapshots."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model in memory. Its number identifies it in this process and is never reused.
+    """A model in memory.
 
-    An isolated job has a copy with a scheduler of its own.
+    `number` identifies the model in this process and is never reused. An isolated job gets a copy with a separate
+    scheduler.
     """
 
     number: int
     engine: RowEngine
     scheduler: Scheduler
-    keeper: Keeper | None = None  # takes the snapshots of its durable jobs
+    keeper: Keeper | None = None  # stores snapshots of the model's durable jobs
     spare_work: Iterator[None] | None = None
     """Work for an idle worker, in items that take at most as long as a batch."""
 
     @property
     def info(self) -> ModelInfo:
-        """Facts of the loaded checkpoint."""
         return self.engine.info
 
     def warm_up(self) -> None:
-        """Run a job of one step, so that the first request finds warm code."""
+        """Run a one-step job, so one-time initialization does not delay the first request."""
         rows = self.engine.add(trial_spec(self.info, n=1, steps=1))
         self.engine.step(Batch(rows, (0,), ()))
         self.engine.wait()

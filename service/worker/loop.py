@@ -1,6 +1,6 @@
-"""The worker's loop over accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
+"""Runs accepted jobs in one thread: ticks, snapshots, deadlines and results. No queue, no lock.
 
-The scheduler chooses a batch, and the engine steps it. The loop appends events to a list, and the worker acts on them.
+The scheduler chooses each batch, and the engine steps it. The loop appends events to a list for the worker.
 """
 
 import logging
@@ -32,73 +32,73 @@ from tminus.service.worker.ticks import CurrentJobs, ReportCurrentJobs, TickEnd,
 
 log = logging.getLogger(__name__)
 
-# Reasons for which a durable job leaves this process:
-SUSPENDED = "suspended"  # SIGTERM came; the next start resumes it
-LOST = "lost"  # another server runs it now, or has ended it
-# The messages for clients of failed jobs, which are also logged:
+# Reasons why a durable job leaves this process:
+SUSPENDED = "suspended"  # the server is shutting down; the next start resumes the job
+LOST = "lost"  # another replica runs the job or has ended it
+# Messages about failed jobs: the first is for the client, the second for the log.
 NOT_STEPPED = "a step of this job failed", "tick of %d rows failed"
 NOT_RECORDED = "its steps could not be read", "job %s could not be recorded"
 NOT_CODED = "its images could not be encoded or decoded", "an image of job %s could not be encoded or decoded"
 
 
 class Ticked(NamedTuple):
-    """A batch has stepped."""
+    """Event: a tick has ended without an error."""
 
     end: TickEnd
-    started: Sequence[RunningJob]  # jobs that took their first step in it
+    started: Sequence[RunningJob]  # jobs that took their first step in this tick
 
 
 class ImageDecoded(NamedTuple):
-    """One image of a latent model's job is decoded; others are left."""
+    """Event: one image of a latent model's job has been decoded, and more images remain."""
 
     job: RunningJob
 
 
 class Ended(NamedTuple):
-    """A job has ended, with its images or an error. Without both, its client is gone."""
+    """Event: a job has ended with a result or an error. Neither is set if the client left before the job began."""
 
     job: RunningJob
     result: JobResult | None = None
     error: ServiceError | None = None
-    reason: str | None = None  # the reason, if it was given up; None if it never began
+    reason: str | None = None  # reason for giving the job up; None if it finished or never began
 
 
 Event = Ticked | ImageDecoded | Ended
 
 
 class Loop:
-    """Runs accepted jobs. Only one thread may call it."""
+    """Runs accepted jobs. All calls must come from one thread."""
 
     def __init__(
         self, *, clock: Callable[[], float], on_task_done: Callable[[TaskDone], None], report: ReportCurrentJobs
     ) -> None:
-        """on_task_done: called in the autoencoder's thread after each task; pass the tasks of jobs to `on_task_done`.
+        """on_task_done: called in the autoencoder's thread after each task. The callback must pass a job's task on to
+        `Loop.on_task_done`, in the loop's thread.
 
-        report: called in each thread with the durable jobs that the thread is working on.
+        report: called in each thread with the ids of the durable jobs that the thread is working on.
         """
         self._models: dict[int, LoadedModel] = {}
-        self._has_latent_model = False  # whether one was ever loaded: then the autoencoder's thread may run
+        self._has_latent_model = False  # stays True after the first latent model: the autoencoder's thread may run
         self._clock = clock
-        self.events: deque[Event] = deque()  # events that the worker has not handled yet
-        # The jobs with rows in an engine, in order of arrival, and the durable ones among them. Jobs whose picture is
-        # being encoded or whose images are being decoded are in `autoencoder`.
+        self.events: deque[Event] = deque()  # events for the worker to handle
+        # Jobs with rows in an engine, in order of arrival. `_durable` holds the durable jobs among them. While a job's
+        # picture is encoded or its images are decoded, the job is in `autoencoder.jobs` instead.
         self._jobs: dict[str, RunningJob] = {}
         self._durable: dict[str, RunningJob] = {}
-        self._deadlines: dict[str, float] = {}  # deadlines of the jobs that have one
+        self._deadlines: dict[str, float] = {}  # absolute times of the jobs with a deadline, keyed by job id
         self.autoencoder = AutoencoderThread(on_task_done, partial(report, "codes"))
         self.ticks = Ticks(clock)
         self.current = CurrentJobs(self.ticks, self.autoencoder.turnstile, report)
-        self.spare_work: dict[int, Iterator[None]] = {}  # keyed by model
+        self.spare_work: dict[int, Iterator[None]] = {}  # keyed by model number
 
     @property
     def has_work(self) -> bool:
-        """Whether any job has not ended."""
         return self.ticks.has_next or bool(self.autoencoder.jobs)
 
     # --- between ticks ---
 
     def load(self, model: LoadedModel) -> None:
-        """Warm a model up, and accept jobs for it from now on."""
+        """Warm up a model and accept its jobs from now on."""
         began_s = self._clock()
         model.warm_up()
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
@@ -109,7 +109,6 @@ class Loop:
             self.spare_work[model.number] = model.spare_work
 
     def do_spare_work(self) -> None:
-        """Do one item of the spare work of a model."""
         number, work = next(iter(self.spare_work.items()))
         self.current.set([])
         try:
@@ -121,10 +120,10 @@ class Loop:
             del self.spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
-        """Begin a job: its rows step from the next tick, or as soon as its picture is encoded."""
+        """Start a job. Its rows step from the next tick on, or after its picture is encoded."""
         with self._working_on([job]):
-            answered = job.future.done() and not job.future.cancelled()  # the client was answered while the worker hung
-            # From here on only the worker can end the job.
+            answered = job.future.done() and not job.future.cancelled()  # the job failed while the worker hung
+            # The client cannot cancel a running future, so from here on only the worker ends the job.
             if answered or not job.future.set_running_or_notify_cancel():
                 self.events.append(Ended(job))
                 return
@@ -136,13 +135,12 @@ class Loop:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Enter the turnstile to work on jobs. An isolated job waits until no tick and no autoencoder task runs."""
+        """Return a context for work on these jobs. An isolated job waits until no tick or autoencoder task runs."""
         if jobs[0].new.isolated:
             self._end_ticks()
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)
 
     def _begin(self, job: RunningJob) -> None:
-        """Give a job to its model's engine and scheduler."""
         engine = job.model.engine
         try:
             job.rows = engine.add(job.spec, job.new.snapshot, job.new.inputs)
@@ -172,7 +170,7 @@ class Loop:
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
     def on_task_done(self, done: TaskDone) -> None:
-        """Continue a job after one of its autoencoder tasks, unless it has left."""
+        """Continue a job after one of its autoencoder tasks. An ended job is ignored."""
         job = done.job
         if job is None or self.autoencoder.jobs.get(job.id) is not job:
             return
@@ -194,14 +192,13 @@ class Loop:
             self._leave(Ended(job, job.result(lambda: images, self._clock())))
 
     def find(self, job_id: str) -> RunningJob | None:
-        """Return an unfinished job."""
         return self._jobs.get(job_id) or self.autoencoder.jobs.get(job_id)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. An unknown job is ignored."""
         if (job := self.find(job_id)) is None:
             return
-        self._end_ticks(job)  # later ends of ticks would overwrite slots that another job has by then
+        self._end_ticks(job)  # otherwise a later end of these ticks would overwrite slots of another job
         if self.find(job_id) is not job:
             return
         if job_id in self._jobs:
@@ -212,21 +209,20 @@ class Loop:
         self._leave(Ended(job, error=error, reason=reason))
 
     def give_up_all(self, error: ServiceError, model: int | None = None) -> None:
-        """Give up every job, or those of one model."""
         for job in [*self._jobs.values(), *self.autoencoder.jobs.values()]:
             if model in (None, job.model.number):
                 self.give_up(job.id, error, error.code)
 
     def unload(self, number: int) -> None:
-        """Forget a model, and give up its remaining jobs."""
+        """Give up a model's remaining jobs, and remove the model."""
         self.give_up_all(ModelUnloaded(self._models[number].info.name), number)
         self.ticks.remove(self._models.pop(number))
         self.spare_work.pop(number, None)
 
-    # --- the end ---
+    # --- shutdown ---
 
     def suspend_durable(self) -> None:
-        """Take a last snapshot of the durable jobs and give them up; the next start finishes them."""
+        """Take a last snapshot of the durable jobs, then give them up. The next start of the server resumes them."""
         if self._durable:
             self._end_ticks()
         for model in self._models.values():
@@ -240,23 +236,22 @@ class Loop:
         for jobs in (self._jobs, self._durable, self.autoencoder.jobs, self._deadlines):
             jobs.clear()
 
-    # --- a tick ---
+    # --- ticks ---
 
     def end_overdue(self) -> None:
-        """Give up the jobs whose deadline has passed."""
         if not self._deadlines:
             return
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self.find(job_id)
-            # Ending the ticks of a job that was given up may have ended this one.
+            # `give_up` ends ticks in flight. If this job finished in one of these ticks, it is gone.
             if job is not None and job.new.deadline_s is not None:
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """Begin as many ticks as may be in flight, then end the oldest; return False if none is in flight.
+        """Begin as many ticks as may be in flight, then end the oldest. Return False if no tick is in flight.
 
-        The work after a tick is done while the network runs the next one.
+        The work after a tick is done while the network runs the next tick.
         """
         while self._begin_next():
             pass
@@ -268,7 +263,7 @@ class Loop:
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, unless it must wait for ticks in flight; return whether another may begin."""
+        """Begin the next tick, unless it must wait for ticks in flight. Return True if another tick may begin."""
         if (chosen := self.ticks.next()) is None or (self.ticks and not self.autoencoder.turnstile.is_open):
             return False
         turn, batch = chosen
@@ -284,7 +279,7 @@ class Loop:
                 return True
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
-        """End the ticks in flight, the oldest first. job: stop when none has rows of this job."""
+        """End the ticks in flight, oldest first. job: stop when no tick in flight has rows of this job."""
         while self.ticks and (job is None or job in self.ticks.jobs_in_flight):
             self._end_tick()
 
@@ -299,7 +294,7 @@ class Loop:
                 self._failed(end.error, tick.jobs, *NOT_STEPPED, len(tick.batch.rows))
 
     def _act_on(self, end: TickEnd) -> None:
-        """Record, fail, deliver and show the jobs of a tick that has ended."""
+        """Record, fail, deliver and preview the jobs of a tick that has ended."""
         tick, now_s = end.tick, end.now_s
         for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             job.steps_taken += len(picked.steps)
@@ -309,7 +304,7 @@ class Loop:
         for job in started:
             job.start(tick.began_s, now_s)
         self.events.append(Ticked(end, started))
-        # All rows are recorded first: giving up a job may end another tick, which finishes jobs of this one.
+        # Record all jobs first: `give_up` may end another tick, which may finish jobs of this tick.
         recorded = [
             (job, job.record([(step + 1, index) for step, index in picked.steps]))
             for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True)
@@ -331,7 +326,7 @@ class Loop:
             self._take_snapshots(tick.model)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
-        """Give a model's keeper snapshots of unfinished durable jobs that have stepped since their last one."""
+        """Take snapshots of the model's unfinished durable jobs that have stepped since their last snapshot."""
         jobs = [job for job in self._durable.values() if job.model.number == model.number]
         moved = [job for job in jobs if job.steps_kept < job.steps_taken < job.spec.n * job.work.steps]
         if model.keeper is None or not moved:
@@ -347,13 +342,13 @@ class Loop:
         model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """Free the rows of a finished job, and end it with its images. Latents are decoded first."""
+        """Read a finished job's images, free its rows and end the job. Latents are decoded before the job ends."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
-        wanted = job.work.steps == job.spec.end  # otherwise the request asked only for the recording
+        wanted = job.work.steps == job.spec.end  # False if the client requested only the recording
         if wanted:
             try:
-                # Latents are read one by one, so that a shorter job's latents may be decoded in between.
+                # Read the latents one by one, so the autoencoder can decode a shorter job's latents in between.
                 reads = [
                     engine.images(rows, job.spec.depth)
                     for rows in ([(row,) for row in job.rows] if latent else [job.rows])
@@ -370,10 +365,10 @@ class Loop:
         else:
             self._leave(Ended(job, job.result(reads[0], job.denoised_s)))
 
-    # --- for all of these ---
+    # --- helpers ---
 
     def _leave(self, ended: Ended) -> None:
-        """Forget a job that has no rows, and report its end."""
+        """Forget a job whose rows are free, and append its `Ended` event."""
         job = ended.job
         for jobs in (self._jobs, self._durable, self._deadlines):
             jobs.pop(job.id, None)
@@ -382,15 +377,15 @@ class Loop:
         self.events.append(ended)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
-        """Give up jobs of one model after an error; clients see the error's type, not its text."""
+        """Give up jobs of one model after an error. Clients see the error's type, but not its text."""
         self._note_error(error, jobs[0].model.engine, log_line, *args)
         for job in jobs:
             self.give_up(job.id, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
 
     def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
-        """Log an error that fails its jobs. Re-raises it if the device is lost, which ends the worker.
+        """Log an error. Raise the error if the device is lost, which ends the worker.
 
-        On a lost device every further job would fail through no fault of its own.
+        On a lost device every further job would fail too.
         """
         log.error(log_line, *args, exc_info=error)
         if engine.is_lost():

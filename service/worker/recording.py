@@ -1,4 +1,7 @@
-"""Recorders of frames and latents of a running job. Each row is recorded at its own steps, so load changes nothing."""
+"""Recorders of a running job's frames and latents.
+
+Each row is recorded at its own steps, so the server's load does not change a recording.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,27 +21,28 @@ Kept = TypeVar("Kept")
 
 
 class Recorder(ABC, Generic[Kept]):
-    """Records data of one job's rows. The worker's thread records, the encoder reads.
+    """Records data of one job's rows. The worker's thread records, and the thread that encodes the response reads.
 
     A preview shows all rows at one moment, so their steps may differ. A recorded frame shows all rows after the same
     step.
     """
 
     def __init__(self) -> None:
-        # By step: the rows' indices in the job, their positions in the array, and the function that returns the array.
+        # Keyed by step. A part holds rows' indices in the job, the rows' positions in an array, and a function that
+        # returns the array.
         self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
-        self.until: int | None = None  # the step after which the job ends, if no images were requested
+        self.until: int | None = None  # the job ends after this step, if no images were requested
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to record a row after `step` steps; 0 is before the first."""
+        """Return True if a row is recorded after `step` steps. Step 0 is before the first pass."""
 
     @abstractmethod
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Kept]:
-        """Read rows from the engine. The returned function may wait for a GPU."""
+        """Read rows from the engine. The returned function may block until the GPU is done."""
 
     def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
-        """Read and record the rows that are due. taken: steps taken and index in the job, for each row."""
+        """Record the rows that are due. taken: (steps taken, index in the job) for each row."""
         due = [each for each in taken if self.due(each[0])]
         if not due:
             return
@@ -50,7 +54,7 @@ class Recorder(ABC, Generic[Kept]):
 
 
 class Recording(Recorder[Mapping[Show, Images]]):
-    """Frames of a job, one after every N of its steps."""
+    """Records a frame of the job after every `every` steps."""
 
     def __init__(
         self,
@@ -62,25 +66,24 @@ class Recording(Recorder[Mapping[Show, Images]]):
         from_noise: bool = False,
         until: int | None = None,
     ) -> None:
-        """from_noise: whether to record the first noise too. until: the last step to record; None means all."""
+        """from_noise: record the initial noise too. until: the last step to record; None records all steps."""
         super().__init__()
         self._shows = shows
         self._every, self._n, self._steps = every, n, steps
         self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Whether a frame is due after `step` steps. The last step gives the job's result, not a frame."""
+        """Return True if a frame is due after `step` steps. The last step is the job's result, not a frame."""
         wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
         return wanted and step % self._every == 0
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Mapping[Show, Images]]:
-        """Read previews of rows."""
         return engine.preview(rows, self._shows)
 
     def frames(self) -> dict[int, dict[Show, Images]]:
-        """Return the frames by step, in order: uint8 [n, H, W, C] each.
+        """Return the frames, keyed by step in ascending order. Each is uint8 [n, H, W, C].
 
-        Call it when the job is done, in a thread that may wait for a GPU.
+        May block until the GPU is done. Call it after the job has ended.
         """
         frames: dict[int, dict[Show, Images]] = {}
         for step in sorted(self._parts):
@@ -93,34 +96,33 @@ class Recording(Recorder[Mapping[Show, Images]]):
 
 
 class TrajectoryRecorder(Recorder[Point]):
-    """Records a job's trajectory: its rows before and after every pass, or every selected pass."""
+    """Records a job's trajectory: the rows before and after every pass, or every selected pass."""
 
     def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
-        """dtype: the dtype of x_t and x_0 in the trajectory. Until then they are float32."""
+        """dtype: the dtype of x_t and x_0 in the trajectory. Recorded points are float32."""
         super().__init__()
         self._spec, self._selection, self._dtype = spec, selection or Selection.whole(spec.num_passes), dtype
         self._due = {*self._selection.points, *(each + 1 for each in self._selection.predictions)}
-        self._plan: PlanNumbers | None = None  # None until its first rows are read
+        self._plan: PlanNumbers | None = None  # set by the first `read`
 
     def due(self, step: int) -> bool:
-        """Whether the x_t after `step` steps, or the x_0 of the last pass, is selected."""
+        """Return True if x_t after `step` steps, or x_0 of the last of these passes, is selected."""
         return step in self._due
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read the latents of rows."""
         if self._plan is None:
             self._plan = engine.plan(self._spec)
         return engine.point(rows)
 
     def trajectory(self) -> Trajectory:
-        """Return the trajectory. Call it once, when the job is done, in a thread that may wait for a GPU."""
+        """Return the trajectory. May block until the GPU is done. Call it once, after the job has ended."""
         assert self._plan is not None
         selection, shape = self._selection, (self._spec.n, *self._parts[min(self._due)][0][2]().x.shape[1:])
         point, prediction = ({k: at for at, k in enumerate(each)} for each in (selection.points, selection.predictions))
         x_t, x_0 = (np.empty((len(each), *shape), self._dtype) for each in (point, prediction))
         v = np.empty((len(prediction), *shape), np.float32) if self._plan.learned else None
         for step in sorted(self._due):
-            for indices, positions, read in self._parts.pop(step):  # popped, so that no point is in memory twice
+            for indices, positions, read in self._parts.pop(step):  # pop, to free each point after its copy
                 here = read()
                 if step in point:
                     x_t[point[step], indices] = here.x[positions]
@@ -138,17 +140,17 @@ def frame_count(every: int, steps: int) -> int:
 
 
 class RecordingRoom:
-    """Bounds the memory of frames and pixels of answers in the making. Used in the event loop's thread."""
+    """Bounds the memory for frames and pixels of responses in preparation. Use it in the event loop's thread only."""
 
     def __init__(self, budget: ByteBudget) -> None:
-        """budget: the bytes of all answers, including those being sent."""
+        """budget: counts the bytes of all responses, including responses that are being sent."""
         self._budget = budget
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Reserve room for an answer. A small answer, or the only one, always fits.
+        """Reserve memory for a response during the block. A small response, or the only response, always fits.
 
-        Raises Overloaded, which names `field`: the parameter that determines the size.
+        Raises Overloaded. The error names `field`, the request parameter that determines the size.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:

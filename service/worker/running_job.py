@@ -1,4 +1,4 @@
-"""A job as requested, a job from its acceptance to its end, and the list of accepted jobs. No torch."""
+"""Jobs as requested, jobs accepted by the worker, and the list of accepted jobs. No torch."""
 
 import logging
 import threading
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as requested. It is made from the request's parameters, and reaches the engine unchanged."""
+    """A job as requested. It holds the request's parameters and reaches the engine unchanged."""
 
-    id: str  # never reused, so a late message about a deleted job cannot reach another
+    id: str  # never reused, so a late message about a deleted job cannot affect another job
     spec: SampleSpec
-    work: Work  # its cost, and the number of its model
-    owner: str = ""  # the name of its API key
-    deadline_s: float | None = None  # counted from acceptance; the job is refused if its forecast is later
-    inputs: Inputs | None = None  # the pixels whose hashes are in the spec
-    durable: bool = False  # whether its snapshots are stored
-    watch: Watch | None = None  # its first viewer
-    recording: Recorder[Any] | None = None  # records rows at chosen steps
-    snapshot: Snapshot | None = None  # where to resume, if an earlier process began it
-    is_repeatable: bool = True  # whether the same request makes the same images: its seed was given, not drawn
-    isolated: bool = False  # whether it steps in separate ticks, because it may have caused a crash
+    work: Work  # cost of the job, and its model's number
+    owner: str = ""  # name of the API key
+    deadline_s: float | None = None  # seconds from acceptance; the job is refused if its forecast is later
+    inputs: Inputs | None = None  # pixels; the spec has only their hashes
+    durable: bool = False  # snapshots of the job are stored
+    watch: Watch | None = None  # the job's first viewer
+    recording: Recorder[Any] | None = None
+    snapshot: Snapshot | None = None  # state to resume from, if an earlier process began the job
+    is_repeatable: bool = True  # the client chose the seed, so the same request makes the same images
+    isolated: bool = False  # the job steps in separate ticks, because it may have caused a crash
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
-        """Return the job with a recorder, which may end the job before its images."""
+        """Return a copy with a recorder. If the recorder has `until`, the job ends after that step."""
         if recording is None:
             return self
         return replace(self, recording=recording, work=self.work.ending_at(recording.until))
@@ -48,28 +48,28 @@ class NewJob:
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """An accepted job. Once it is queued only the worker's thread changes it; any thread may read its status."""
+    """An accepted job. After it is queued, only the worker's thread changes it. Any thread may read its status."""
 
-    new: NewJob  # the job as requested; its pixels are dropped once the engine has them
+    new: NewJob  # inputs and snapshot are dropped after the engine has them
     model: LoadedModel
     submitted_s: float
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
     work: Work = field(init=False)
-    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is from another clock
-    outlook: Outlook | None = None  # the forecast at acceptance
+    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # Unix time; submitted_s has another clock
+    outlook: Outlook | None = None  # forecast at acceptance
     future: "Future[JobResult]" = field(default_factory=Future)
     watches: list[Watch] = field(init=False)
-    request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
-    rows: tuple[int, ...] = ()  # empty until the engine has allocated them
+    request_id: str = field(default_factory=REQUEST_ID.get)
+    rows: tuple[int, ...] = ()  # empty until the engine has allocated slots
     started_s: float | None = None
     first_step_s: float = 0.0
     denoised_s: float | None = None
-    # Steps of all its rows, including those before spec.start. The scheduler has the steps of each row, but only for
-    # the worker's thread, and other threads read the status.
+    # Sum of the steps of all rows, including steps before spec.start. The scheduler knows each row's step, but only the
+    # worker's thread may ask it, and other threads read the status.
     steps_taken: int = field(init=False)
-    steps_kept: int = field(init=False)  # the value of steps_taken at the last snapshot
-    span: JobSpan | None = None  # set while traces are on
+    steps_kept: int = field(init=False)  # steps_taken at the last snapshot
+    span: JobSpan | None = None  # None if tracing is off
 
     def __post_init__(self) -> None:
         self.id, self.spec, self.work = self.new.id, self.new.spec, self.new.work
@@ -95,19 +95,19 @@ class RunningJob:
         }
 
     def fail(self, error: Exception) -> None:
-        """End the job with an error, unless its client was answered while the worker hung."""
+        """End the job with an error. Does nothing if the client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
             self._end_span(error)
 
     def finish(self, result: JobResult) -> None:
-        """End the job with its images, unless its client was answered while the worker hung."""
+        """End the job with its images. Does nothing if the client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_result(result)
             self._end_span(None, result.decode_s)
 
     def result(self, read: Callable[[], Pixels], now_s: float) -> JobResult:
-        """Make the job's result, once its images can be read."""
+        """Return the job's result, with the duration of each phase. read: reads the images."""
         assert self.started_s is not None
         assert self.denoised_s is not None
         queue_s, denoise_s = self.started_s - self.submitted_s, self.denoised_s - self.started_s
@@ -126,38 +126,35 @@ class RunningJob:
         self.span.end(started_s, self.first_step_s, denoised_s, ended_s, decoded=decoded, error=error)
 
     def start(self, started_s: float, now_s: float) -> None:
-        """Record when its first step began and ended."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Fields for its lines in a JSON log."""
         fields = {"job_id": self.id, "request_id": self.request_id, "key": self.new.owner}
         return fields if self.span is None else {**fields, **ids_of(self.span.span)}
 
     @property
     def exemplar(self) -> dict[str, str]:
-        """Labels that link a metric to its request."""
+        """Exemplar labels that link a metric to the job's request."""
         return exemplar(self.request_id, None if self.span is None else self.span.span)
 
     @property
     def needs_picture(self) -> bool:
-        """Whether the engine needs its picture. After a snapshot only a job with a mask does."""
+        """True if the engine needs the input picture. A job resumed from a snapshot needs it only with a mask."""
         inputs = self.new.inputs
         return inputs is not None and (self.new.snapshot is None or inputs.mask is not None)
 
     @property
     def first_steps(self) -> Sequence[int]:
-        """The first step of each row. Valid only until the engine has taken the snapshot."""
+        """First step of each row. Valid only until `new.snapshot` is dropped."""
         return self.new.snapshot.steps if self.new.snapshot is not None else (self.spec.start,) * self.spec.n
 
     @property
     def step(self) -> int:
-        """The average number of steps that its rows have taken. The scheduler keeps them nearly level."""
+        """Average number of steps per row in this job. The scheduler keeps the rows at nearly the same step."""
         return self.steps_taken // self.spec.n - self.spec.start
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
-        """Return its status, as clients see it."""
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
@@ -174,14 +171,17 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """Return its status by an earlier forecast; for a newer job, by the forecast of its acceptance."""
+        """Return the status from an earlier forecast. If the job is newer, use its forecast at acceptance."""
         told: JobStatus | Outlook | None = forecast.get(self.id, self.outlook)
         assert told is not None
         since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
         return self.status(Outlook(told.position, max(0.0, told.eta_s - since_s)), now_s)
 
     def record(self, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
-        """Give its recording the rows, by the steps that they take next and their indices; return what failed."""
+        """Record the rows that are due. Return the error if this fails.
+
+        next_steps: (next step, index in the job) for each row.
+        """
         assert self.new.recording is not None
         taken = [(step - self.spec.start, index) for step, index in next_steps]
         try:
@@ -191,7 +191,7 @@ class RunningJob:
         return None
 
     def show(self, now_s: float) -> None:
-        """Give its viewers a frame if one is due. Viewers of the same images share it."""
+        """Send a frame to each viewer that is due. Viewers of the same `show` share one frame."""
         frames: dict[tuple[Show, ...], Frame] = {}
         for watch in self.watches:
             if not watch.due(self.step, now_s):
@@ -200,35 +200,35 @@ class RunningJob:
                 if watch.show not in frames:
                     frames[watch.show] = Frame(self.step, self.model.engine.preview(self.rows, watch.show))
                 watch.put(frames[watch.show])
-            except Exception:  # a frame is not worth the job
+            except Exception:  # a failed preview must not end the job
                 log.exception("job %s could not be shown", self.id, extra=self.log_fields)
 
 
 class AcceptedJobs:
-    """Owns the list of accepted jobs: those in the worker's queue and those in the loop.
+    """The accepted jobs: in the worker's queue or in the loop.
 
-    Any thread may call. Hold `gate` to add a job.
+    Thread-safe. Hold `gate` to call `add`.
     """
 
     def __init__(self, admission: Admission, clock: Callable[[], float]) -> None:
         self.gate = threading.Lock()
         self._admission, self._clock = admission, clock
         self._jobs: dict[str, RunningJob] = {}
-        self._owners: Counter[tuple[str, bool]] = Counter()  # number of jobs by API key and durability
+        self._owners: Counter[tuple[str, bool]] = Counter()  # number of jobs, keyed by (owner, durable)
 
     def add(self, job: RunningJob) -> None:
-        """Add a job. Call it with the gate held."""
+        """Add a job. The caller must hold `gate`."""
         self._jobs[job.id] = job
         self._owners[job.new.owner, job.new.durable] += 1
 
     def remove(self, job_id: str) -> None:
-        """Forget a job. It is already gone if its client was answered while the worker hung."""
+        """Remove a job. A missing job is ignored: `fail_all` may have removed it."""
         with self.gate:
             if (job := self._jobs.pop(job_id, None)) is not None:
                 self._owners[job.new.owner, job.new.durable] -= 1
 
     def fail_all(self, failure: ServiceError) -> None:
-        """Forget all jobs, and answer their clients, without a call of the engine."""
+        """Remove all jobs and fail them, without calling the engine."""
         with self.gate:
             jobs, self._jobs = self._jobs, {}
             self._owners.clear()
@@ -236,7 +236,7 @@ class AcceptedJobs:
             job.fail(failure)
 
     def number_of(self, owner: str, *, durable: bool | None = None) -> int:
-        """Count the jobs of one API key. durable: count only durable jobs (True) or the others (False)."""
+        """Count the jobs of one API key. durable: count only durable jobs (True) or only other jobs (False)."""
         with self.gate:
             return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
 
@@ -249,20 +249,20 @@ class AcceptedJobs:
             return job_id in self._jobs
 
     def statuses(self) -> list[JobStatus]:
-        """Status of every waiting or running job, in order of arrival, by a new forecast."""
+        """Return the status of each waiting or running job, in order of arrival, from a new forecast."""
         outlooks = self._admission.outlooks(self._clock())
         with self.gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
 
     def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
-        """Like `statuses`, with position and ETA from an earlier forecast, or from acceptance for newer jobs."""
+        """Return the statuses without a new forecast. A job newer than `forecast` uses its forecast at acceptance."""
         with self.gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.quick_status(forecast, now_s) for job in jobs]
 
     def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
-        """Status of one job, by an earlier forecast; None if it has ended."""
+        """Return the status of one job without a new forecast; None if the job has ended."""
         with self.gate:
             job = self._jobs.get(job_id)
         return job.quick_status(forecast, self._clock()) if job is not None else None

@@ -1,7 +1,7 @@
-"""The worker's thread, and the calls of other threads, which reach it by commands and futures only.
+"""The worker's thread. Other threads reach it only through commands and futures.
 
-Here are the queue of commands, the lock under which jobs are accepted or refused, the worker's state, and what follows
-from the loop's events. loop.py runs the jobs.
+This module holds the queue of commands, the lock under which jobs are accepted or refused, the worker's state, and the
+handlers of the loop's events. loop.py runs the jobs.
 """
 
 import logging
@@ -34,16 +34,18 @@ log = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """Acts on events, in the worker's thread."""
+    """Handles the loop's events, in the worker's thread."""
 
     def __init__(
         self, jobs: AcceptedJobs, admission: Admission, metrics: Metrics, on_device_lost: Callable[[str], None]
     ) -> None:
-        """on_device_lost: called in any thread with a job's id, if its images cannot be read for a lost device."""
+        """on_device_lost: called with the id of a job whose images cannot be read because the device is lost.
+
+        Any thread may call on_device_lost.
+        """
         self._jobs, self._admission, self._metrics, self._on_device_lost = jobs, admission, metrics, on_device_lost
 
     def act_on(self, events: deque[Event]) -> None:
-        """Take all events from a queue, and act on each."""
         while events:
             match event := events.popleft():
                 case Ticked():
@@ -59,7 +61,7 @@ class Outcomes:
                         self._finish(job, event.result)
 
     def _count(self, ticked: Ticked) -> None:
-        """Take a tick's work off admission's ledger, and record its metrics."""
+        """Remove a tick's work from admission's ledger, and record metrics."""
         end, tick, row_steps = ticked.end, ticked.end.tick, dict[str, int]()
         for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
@@ -96,10 +98,10 @@ class Outcomes:
         job.finish(replace(result, read=partial(self._read, result.read, job)))
 
     def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
-        """Read a job's images in another thread, and end the worker if the device is lost.
+        """Read a job's images in another thread. End the worker if the device is lost.
 
-        A GPU reports an error only when it is waited for, which may first happen here. The job is then unfinished, as
-        if the server had ended before.
+        A GPU reports an error only to a thread that waits for it, and this may be the first wait. The job then fails
+        with Draining, as if the server had ended before the job.
         """
         try:
             return read()
@@ -117,49 +119,51 @@ CRASHED = "the worker has stopped; the server's log says why"
 
 
 class WorkerState:
-    """Owns the flags of a worker; its threads set them."""
+    """Flags of a worker, set by the worker's threads."""
 
     def __init__(self, thread: threading.Thread, own: Sequence[Pulse], others: Sequence[Pulse]) -> None:
-        """own: pulses of the worker's threads. others: of other threads; no job is taken while one of them hangs."""
+        """own: pulses of the worker's threads. others: pulses of other threads.
+
+        No job is accepted while any of these threads hangs.
+        """
         self._thread, self._own, self._others = thread, own, others
         self.is_warm, self.is_draining, self.is_closed = (threading.Event() for _ in range(3))
-        self.crashed = False  # whether an error ended the thread
-        self.jobs_of_the_crash = frozenset[str]()  # jobs that may have caused it
-        self.autoencoder_hangs = False  # whether the autoencoder's thread still ran after it was closed
+        self.crashed = False  # an error ended the thread
+        self.jobs_of_the_crash = frozenset[str]()  # ids of jobs that may have caused the crash
+        self.autoencoder_hangs = False  # the autoencoder's thread did not end when closed
 
     @property
     def ready(self) -> bool:
-        """Whether the warm-up is over and jobs are accepted."""
+        """True after the warm-up, while jobs are accepted."""
         return self.is_warm.is_set() and self.alive and not self.draining and self.stall is None
 
     @property
     def draining(self) -> bool:
-        """Whether new jobs are refused because the worker is ending."""
+        """True if new jobs are refused because the worker is ending."""
         return self.is_draining.is_set()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
         return self._thread.is_alive() and not self.is_closed.is_set()
 
     @property
     def hangs(self) -> bool:
-        """Whether the worker was closed and a thread of it still runs."""
+        """True if the worker was closed but one of its threads still runs."""
         return self.is_closed.is_set() and (self._thread.is_alive() or self.autoencoder_hangs)
 
     @property
     def stall(self) -> Stalled | None:
-        """The longest hang, as the error by which jobs are refused; None while nothing hangs."""
+        """The error that refuses jobs while a thread hangs; None if no thread hangs. The longest hang counts."""
         stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in (*self._own, *self._others))
         return Stalled(stalled_s, name) if stalled_s else None
 
     @property
     def stalled_s(self) -> float:
-        """How long a step, a command or an image of an autoencoder has hung; 0.0 while none does."""
+        """Seconds for which a tick, command or autoencoder task has hung; 0.0 if none hangs."""
         return max(pulse.stalled_s for pulse in self._own)
 
     def check_open(self) -> None:
-        """Raise the error that would refuse a job now: NotReady, Draining, Stalled or EngineFailed."""
+        """Raise NotReady, Draining, Stalled or EngineFailed if the worker refuses jobs now."""
         if self.crashed:
             raise EngineFailed(CRASHED)
         if self.draining or self.is_closed.is_set():
@@ -173,12 +177,12 @@ class WorkerState:
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-SPARE_S = 1.0  # without a job or a command, until models do what no job waits for
-CLOSE_S = 10.0  # for the tick that runs to end, when the worker is closed
+SPARE_S = 1.0  # idle seconds before models run their spare work
+CLOSE_S = 10.0  # seconds that `close` waits for the running tick
 
 
 class Worker:
-    """Runs ticks until closed. `submit`, `cancel`, `drain` and `close` may be called from any thread."""
+    """Runs ticks until closed. Any thread may call `submit`, `cancel`, `drain` and `close`."""
 
     def __init__(
         self,
@@ -190,46 +194,49 @@ class Worker:
         report: ReportCurrentJobs = report_nothing,
         other_pulses: Sequence[Pulse] = (),
     ) -> None:
-        """models: loaded at the start; admission knows their speeds. report: see Loop.
+        """models: loaded at the start. Admission must already know their speeds. report: see Loop.
 
-        other_pulses: of other threads; while one of them hangs, no job is taken either.
+        other_pulses: pulses of other threads. No job is accepted while one of these threads hangs.
         """
-        self._models = {model.number: model for model in models}  # changed and read under the gate
+        self._models = {model.number: model for model in models}  # guarded by the gate
         self._admission, self._metrics, self._clock = admission, metrics, clock
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.jobs = AcceptedJobs(admission, clock)
-        self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
+        self._gate = self.jobs.gate  # ensures that no job is queued after the thread has ended
         self._loop = Loop(clock=clock, on_task_done=self._on_task_done, report=report)
         self._outcomes = Outcomes(self.jobs, admission, metrics, self._on_device_lost)
-        self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # one thing is a turn of the thread
+        self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # reset by each command and tick
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
         self.state = WorkerState(self._thread, (self._pulse, self._loop.autoencoder.pulse), other_pulses)
 
     # --- from any thread ---
 
     def start(self) -> None:
-        """Start the thread. It is ready after its warm-up."""
+        """Start the thread. Jobs are accepted after its warm-up."""
         self._thread.start()
 
     @property
     def rows_active(self) -> int:
-        """Rows in the last tick, 0 when idle."""
+        """Rows in the last tick; 0 when idle."""
         return self._loop.ticks.rows_active if self._loop.ticks.has_next else 0
 
     def submit(self, new: NewJob) -> Ticket:
-        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …"""
+        """Accept a job. Its rows step from the next tick on.
+
+        Raises NotReady, Draining, Stalled, EngineFailed, ModelUnloaded, Overloaded, DeadlineUnmeetable or InvalidField.
+        """
         self.state.check_open()
         model, now_s = self._model(new.work.model), self._clock()
-        # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for each job that ends.
+        # Do not hold the gate here: this may take milliseconds, and the worker's thread needs the gate when a job ends.
         outlook = self._admission.enter(
             new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
         )
         return self._let_in(RunningJob(new, model, now_s), outlook)
 
     def resume(self, new: NewJob) -> Ticket:
-        """Take on a durable job that an earlier process accepted, where its snapshot left it.
+        """Resume a durable job from its snapshot. An earlier process accepted the job.
 
-        Raises NotReady, Draining, and Overloaded while there are no slots.
+        Raises ModelUnloaded, Overloaded if no slots are free, and the errors of `WorkerState.check_open`.
         """
         self.state.check_open()
         now_s = self._clock()
@@ -242,7 +249,7 @@ class Worker:
         job.outlook = outlook
 
         def accept() -> None:
-            if not self.state.crashed:  # or else the job has its answer
+            if not self.state.crashed:  # after a crash the job has already failed
                 self._loop.accept(job)
 
         with self._gate:
@@ -258,12 +265,18 @@ class Worker:
         return Ticket(job.future, outlook)
 
     def run(self, act: Callable[[RowEngine], Result], *, model: int = 0) -> "Future[Result]":
-        """Do something short with an engine between two ticks. Raises NotReady, Draining, ModelUnloaded, …"""
+        """Call a short function with a model's engine between two ticks.
+
+        Raises ModelUnloaded, and the errors of `WorkerState.check_open`.
+        """
         engine = self._model(model).engine
         return self._post(lambda: act(engine))
 
     def load(self, model: LoadedModel) -> "Future[None]":
-        """Take on one more model, between two ticks; admission knows its speed. Raises NotReady, Draining, …"""
+        """Add a model between two ticks. Admission must already know the model's speed.
+
+        Raises the errors of `WorkerState.check_open`.
+        """
 
         def put() -> None:
             self._loop.load(model)
@@ -273,13 +286,13 @@ class Worker:
         return self._post(put)
 
     def unload(self, number: int) -> "Future[None]":
-        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …
+        """Remove a model between two ticks, and give up its remaining jobs.
 
-        When the future has its result, admission knows no job of the model.
+        When the future is done, admission has no job of the model. Raises the errors of `WorkerState.check_open`.
         """
         self.state.check_open()
         with self._gate:
-            self._models.pop(number, None)  # a job that came behind this would be given to no model
+            self._models.pop(number, None)  # a job queued after the command would have no model
         return self._post(lambda: self._loop.unload(number))
 
     def _model(self, number: int) -> LoadedModel:
@@ -289,7 +302,7 @@ class Worker:
             return model
 
     def _post(self, act: Callable[[], Result]) -> "Future[Result]":
-        """Have something done in the worker's thread between two ticks."""
+        """Call a function in the worker's thread between two ticks."""
         future: Future[Result] = Future()
 
         def do() -> None:
@@ -314,12 +327,12 @@ class Worker:
         return future
 
     def run_autoencoder(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
-        """Run a task of a latent model's autoencoder in its thread."""
+        """Run a task in the autoencoder's thread. Raises the errors of `WorkerState.check_open`."""
         self.state.check_open()
         return self._loop.autoencoder.run(kind, task)
 
     def watch(self, job_id: str, watch: Watch) -> None:
-        """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
+        """Add a viewer to a job. An unknown job is ignored."""
 
         def add() -> None:
             if (job := self._loop.find(job_id)) is not None:
@@ -328,8 +341,6 @@ class Worker:
         self._commands.put(add)
 
     def unwatch(self, job_id: str, watch: Watch) -> None:
-        """Stop showing a job to a viewer."""
-
         def remove() -> None:
             if (job := self._loop.find(job_id)) is not None and watch in job.watches:
                 job.watches.remove(watch)
@@ -337,25 +348,25 @@ class Worker:
         self._commands.put(remove)
 
     def cancel(self, job_id: str, reason: str) -> bool:
-        """Free a job's rows before the next tick; False if there is no such job (any more)."""
+        """Cancel a job and free its rows before the next tick. Return False if the job is unknown or has ended."""
         known = job_id in self.jobs
         self._commands.put(lambda: self._loop.give_up(job_id, JobCancelled(f"cancelled: {reason}"), reason))
         return known
 
     def drain(self) -> None:
-        """Take no more jobs; the thread ends when the accepted ones are done. Signal handlers may call it: no lock.
+        """Refuse new jobs, and end the thread when the accepted jobs are done.
 
-        Durable jobs are not waited for: a last snapshot is taken, and they end in Draining.
+        Durable jobs end at once: a last snapshot is taken, and the jobs fail with Draining. This method takes no lock,
+        so a signal handler may call it.
         """
         self.state.is_draining.set()
-        self._commands.put(lambda: None)  # wakes it if it sleeps
+        self._commands.put(lambda: None)  # wakes the thread if it waits for a command
 
     def join(self) -> None:
-        """Wait until the thread has ended: drained, closed or crashed."""
         self._thread.join()
 
     def close(self) -> bool:
-        """Give up what is left and end the thread; False if it hangs in a step, and goes on hanging."""
+        """Give up unfinished jobs and end the thread. Return False if one of the worker's threads hangs."""
         self.state.is_closed.set()
         self.drain()
         if self._thread.ident is not None:
@@ -376,7 +387,7 @@ class Worker:
                 self.take_commands(wait=idle)
                 idle = not self.step()
             failure: ServiceError = Draining()
-        except BaseException:  # also SystemExit, which would end the thread and nothing else
+        except BaseException:  # includes SystemExit, which would end only this thread
             log.exception("the worker stopped")
             state.jobs_of_the_crash |= self._loop.current.ids
             failure = EngineFailed(CRASHED)
@@ -385,28 +396,28 @@ class Worker:
             drained = not state.crashed and not state.is_closed.is_set()
             state.is_closed.set()
         try:
-            self._outcomes.act_on(self._loop.events)  # some jobs may have had their last step before a crash
+            self._outcomes.act_on(self._loop.events)  # some jobs may have finished before a crash
         finally:
-            if state.crashed:  # the engine is not to be trusted any more, but every job gets an answer
+            if state.crashed:  # the engine's state is unknown, but every job gets an answer
                 self._loop.abandon()
                 self.jobs.fail_all(failure)
         self.take_commands(wait=False)
-        if drained:  # a durable job may have been queued since the last look
+        if drained:  # the commands above may have started a durable job
             self._loop.suspend_durable()
         self._loop.give_up_all(failure)
         self._outcomes.act_on(self._loop.events)
-        state.autoencoder_hangs = not self._loop.autoencoder.close()  # all jobs have their answers
+        state.autoencoder_hangs = not self._loop.autoencoder.close()  # last: this may take JOIN_S
         self._pulse.rest()
 
     def warm_up(self) -> None:
-        """Have each model do a tick. The thread that calls this and the two methods below is the worker's."""
-        for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
+        """Run a tick of each model. Call this, `take_commands` and `step` from the worker's thread only."""
+        for number in tuple(self._models):  # a loop variable would keep an unloaded model in memory
             self._pulse.begin()
             self._loop.load(self._models[number])
         self.state.is_warm.set()
 
     def take_commands(self, *, wait: bool) -> None:
-        """Run the commands of other threads. wait: whether to sleep until there is one."""
+        """Run the queued commands of other threads. wait: if the queue is empty, wait for a command."""
         while wait or not self._commands.empty():
             command = self._wait_for_command() if wait else self._commands.get()
             self._pulse.begin()
@@ -415,7 +426,7 @@ class Worker:
             wait = False
 
     def _wait_for_command(self) -> Callable[[], object]:
-        """Sleep until there is a command. Meanwhile models do their spare work, an item at a time."""
+        """Wait for a command. Meanwhile run the models' spare work, one item at a time."""
         patience_s = SPARE_S
         while self._loop.spare_work and not self._loop.has_work:
             self._pulse.rest()
@@ -428,29 +439,29 @@ class Worker:
         return self._commands.get()
 
     def step(self) -> bool:
-        """Do a tick, and what is due before it; False if there was none to do."""
+        """Give up overdue jobs, then run a tick. Return False if no tick ran."""
         self._pulse.begin()
         self._loop.end_overdue()
         if self.state.draining:
             self._loop.suspend_durable()
         if self._loop.events:
-            self._outcomes.act_on(self._loop.events)  # clients of jobs given up do not wait for the tick
+            self._outcomes.act_on(self._loop.events)  # clients of jobs that were given up need not wait for the tick
         ticked = not self.state.is_closed.is_set() and self._loop.tick()
         self._outcomes.act_on(self._loop.events)
         return ticked
 
     def _on_task_done(self, done: TaskDone) -> None:
-        """Note that an autoencoder task is done. Called in the autoencoder's thread."""
+        """Record a finished autoencoder task. Called in the autoencoder's thread."""
         self._metrics.observe("tminus_autoencoder_duration_seconds", done.seconds, done.kind)
         if done.job is not None:
             self._commands.put(lambda: self._loop.on_task_done(done))
 
     def _on_device_lost(self, job_id: str) -> None:
-        """End the worker. Called in a thread that could not read a job's images."""
+        """End the worker because the device is lost. Called in the thread that reads a job's images."""
 
         def end() -> None:
-            self.state.jobs_of_the_crash |= {job_id}  # its last step may have been the cause
-            # Several threads may have called this: only the first command ends the thread.
+            self.state.jobs_of_the_crash |= {job_id}  # the job's last step may have caused the loss
+            # Several threads may report the loss. Only the first command ends the thread.
             if not self.state.is_closed.is_set():
                 raise RuntimeError("the device is lost")
 
