@@ -1,4 +1,4 @@
-"""Checks that an executor runs on this machine, and that it agrees with PyTorch in float32.
+"""Checks that an executor runs on this machine, and that its outputs agree with PyTorch's in float32.
 
 Some libraries compute wrong numbers on some processors, and crash the process on others. So each executor is compared
 with PyTorch before it serves, once for each combination of weights, versions and processor.
@@ -23,11 +23,12 @@ from tminus.service.engine.choice_cache import ChoiceCache
 
 log = logging.getLogger(__name__)
 
-# Bounds on the relative error. Measured: 5e-7 in float32, 0.007 in bfloat16, over all bundled networks and timesteps.
+# Largest relative error allowed in each precision. For comparison, the largest error over all bundled networks and
+# timesteps was 5e-7 in float32 and 0.007 in bfloat16.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
-SLACK = 3.0  # allowed multiple of the error at approval: processors round differently
-MARK = ".attempt"  # suffix of a file that remains if a signal kills the process
-ALL = "all"  # key of a verdict on all precisions
+SLACK = 3.0  # the error measured at approval may grow by this factor, because processors round differently
+MARK = ".attempt"  # suffix of a marker file that is left behind if a signal kills the process
+ALL = "all"  # key of a verdict that covers all precisions
 
 
 class Unfit(ValueError):
@@ -36,7 +37,7 @@ class Unfit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """The difference between outputs and those of PyTorch in float32, for the worst row."""
+    """How far an executor's outputs are from PyTorch's in float32, for the row with the largest error."""
 
     relative_error: float  # |out - reference| / |reference|; inf if an output is not finite
     cosine: float
@@ -86,13 +87,16 @@ class Verdict:
 
     @property
     def refusal(self) -> str | None:
-        """Return why an earlier start refused the executor; None if no start did."""
+        """The reason why an earlier start refused the executor; None if none did."""
         reason = self._kept.get("refused")
         return f"{self._refused}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Mark the first attempt in a file, which remains if a signal kills the process. Raises Unfit if refused."""
+        """Run the body of the `with` block as an attempt. Raises Unfit if an earlier start refused the executor.
+
+        The first attempt creates a marker file, which is left behind if a signal kills the process.
+        """
         if (refusal := self.refusal) is not None:
             raise Unfit(refusal)
         file = self._cache.file
@@ -108,7 +112,7 @@ class Verdict:
         with mark:
             fcntl.flock(mark, fcntl.LOCK_EX)  # held until the attempt or the process ends
             elsewhere = faulthandler.is_enabled()
-            if elsewhere:  # the signal goes to another file, so the mark records any end of the process
+            if elsewhere:  # faulthandler writes to another file, so the marker cannot name the signal
                 mark.write(b"its process has ended")
                 mark.flush()
             else:
@@ -122,7 +126,7 @@ class Verdict:
     def check(self, bits: str, outputs: Callable[[], Tensor], reference: Callable[[], Tensor]) -> None:
         """Compare outputs with the reference, and cache the verdict. Raises Unfit if they differ too much.
 
-        bits: a hash of some output. If an earlier start accepted the same hash, the comparison is skipped.
+        bits: a hash of a sample output. If an earlier start accepted the same hash, the comparison is skipped.
         """
         if self._kept.get("bits") == bits:
             return
@@ -142,11 +146,11 @@ class Verdict:
         self._cache.write({**(self._cache.read() or {}), precisions: found})
 
     def _fatal_signal(self) -> str | None:
-        """Return the signal that killed an earlier attempt, if any. Deletes the marks of dead processes."""
+        """Return the signal that killed the process during an earlier attempt, if any. Delete its marker file."""
         found, file = None, self._cache.file
         for mark in file.parent.glob(f"{file.stem}-*{MARK}") if file is not None else ():
             with suppress(OSError), mark.open("r+b") as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while that process runs
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError if that process is still running
                 mark.unlink()
                 found = opened.readline().decode(errors="replace").strip() or found
         return found

@@ -1,7 +1,8 @@
 """Approves bfloat16 for a checkpoint by comparing its images with images made in float32.
 
 The criterion is in model/evaluation/precision.py. An approval is written to the checkpoint's tminus.json. If that file
-is not writable, or bfloat16 is refused, the verdict is written to the cache folder, for these weights on this machine.
+is not writable, or if bfloat16 is refused, the verdict goes to the cache folder. It then applies only to these weights
+on this machine.
 """
 
 import logging
@@ -36,10 +37,10 @@ from tminus.service.threads import LOADING, begin_in_daemon_thread
 log = logging.getLogger(__name__)
 
 LOWER = "bfloat16"
-BUDGET_S = 600.0  # time for all passes, which bounds the number of images
+BUDGET_S = 600.0  # time for all passes; limits the number of images
 POLL_S = 0.05  # seconds between polls while the executor is built
-WORTH = 1.2  # least speed-up over float32 for which bfloat16 is recommended
-REPORTS, REPORTED_S = 10, 60.0  # number of progress lines in the log, if the approval takes longer than REPORTED_S
+WORTH = 1.2  # bfloat16 is recommended only if it is faster than float32 by more than this factor
+REPORTS, REPORTED_S = 10, 60.0  # number of progress lines to log, if the approval takes longer than REPORTED_S
 
 
 def approve_portions(
@@ -52,17 +53,18 @@ def approve_portions(
     num_images: int | None = None,
     batch_size: int = MAX_IMAGES,
 ) -> Generator[None, None, bool]:
-    """Approve or refuse bfloat16 for executors like `exact`. Yields between passes, and returns True if approved.
+    """Approve or refuse bfloat16 for this type of executor. Yields between passes; returns True if approved.
 
-    folder: the checkpoint's folder, which is read again because an executor takes over its network. num_images: None
-    means as many as BUDGET_S allows. Raises ValueError if the processor lacks bfloat16 or the checkpoint cannot be
-    judged, and OSError if an approval cannot be saved.
+    exact: an executor of this type in float32. folder: the checkpoint's folder. The checkpoint is loaded again, because
+    `exact` may have taken over the network of the first copy. num_images: None uses as many as BUDGET_S allows. Raises
+    ValueError if the processor lacks bfloat16 or the checkpoint cannot be judged, and OSError if an approval cannot be
+    saved.
     """
 
     def build() -> tuple[Checkpoint, Executor]:
         checkpoint = load_checkpoint(folder)
         size = 1 if device.type == "cpu" else batch_size
-        streams = 1 if batch_size == 1 else None  # 1: one stream on all threads, for single rows
+        streams = 1 if batch_size == 1 else None  # for single rows, one stream uses all threads
         builder = Builder(checkpoint, device, threads, cache)
         return checkpoint, builder.build(Choice(exact.name, LOWER, sizes=(size,), streams=streams))
 
@@ -131,7 +133,7 @@ def approve_portions(
 def _deviation(
     checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
 ) -> Generator[None, None, Deviation]:
-    """Measure how far outputs differ. The error bound on other processors is derived from this deviation."""
+    """Compare the outputs of both executors. `Verdict` uses the result as a bound on other processors."""
     inputs = compared_inputs(checkpoint, device)
     outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
     for forward, outs in outputs.items():
@@ -149,10 +151,10 @@ def approve_later(
     options: LoadOptions,
     cache: Path | None,
 ) -> Iterator[None]:
-    """Return an iterator that approves bfloat16 while no job runs, if the options ask for it and no verdict is known.
+    """Return an iterator that approves or refuses bfloat16 while no job runs.
 
-    Otherwise, return an empty iterator. If no verdict is known and bfloat16 would be faster with OpenVINO, log how to
-    approve it.
+    The iterator is empty if a verdict is known or the options do not ask for one. If no verdict is known and bfloat16
+    would be faster with OpenVINO, log how to approve it.
     """
     known = (executor.name, LOWER) in checkpoint.approved
     if known or wish.precision != "auto" or executor.precision != "float32":
@@ -179,13 +181,13 @@ def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> N
 
 
 def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, cache: Path | None) -> ChoiceCache:
-    """Return the cache entry for this machine's verdict on an executor in bfloat16 with these weights."""
+    """Return the cache entry for this machine's verdict on bfloat16, for an executor and these weights."""
     about = {"approve": LOWER, "executor": executor, "weights_hash": checkpoint.weights_hash}
     return ChoiceCache(cache, checkpoint, device, about, ())
 
 
 def with_kept_approvals(checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> Checkpoint:
-    """Return the checkpoint with the approvals from the cache folder added."""
+    """Return a copy of the checkpoint that includes the approvals in the cache folder."""
     verdicts = {name: kept_verdict(checkpoint, device, name, cache).read() or {} for name in EXECUTORS}
     kept = {
         (name, LOWER): relative_error_of(verdict)

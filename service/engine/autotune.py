@@ -1,7 +1,7 @@
 """Chooses the executor by measuring candidates on this machine, and caches the choice.
 
-An exact candidate is measured at several pass sizes, and keeps the sizes whose outputs agree bit for bit. An executor
-is rejected if its output differs from eager float32 by more than its precision explains.
+An exact candidate is measured at several pass sizes. Only sizes whose outputs agree bit for bit are combined. An
+executor is rejected if its output differs from eager float32 by more than its precision allows.
 """
 
 import logging
@@ -41,33 +41,34 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # (executor, precision) that all others are compared with
-WORTH = 0.97  # measured times vary: only a time below this share of another time counts as faster
-SLOW_PASS_S = 1.0  # after a longer pass, no larger size is tried
-TRIAL_S = 0.1  # total seconds of the calls in one measurement
-LONG_S = 0.5  # a longer call is measured once
-NOISY = 1.5  # a choice made with more noise is measured again by a start on an idle machine
+WORTH = 0.97  # a time must be below this share of another to count as faster, because measurements vary
+SLOW_PASS_S = 1.0  # a larger size is not tried if a pass would probably take longer
+TRIAL_S = 0.1  # a call is repeated until the total time reaches this
+LONG_S = 0.5  # a longer call is timed only once
+NOISY = 1.5  # if `Builder.noise` was greater, a start on an idle machine measures again
 IDLE_LOAD = 0.3  # load average per core below which a machine counts as idle
-BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine all sizes would take minutes
-LARGE_BYTES = 64 * 2**20  # weights of a large network, of which each pass size holds another copy
-WORTH_LARGE = 0.85  # replaces WORTH for a large network
-FEW_THREADS = 4  # with so few threads, one stream runs a large network as fast as one stream per thread
-# Skip a candidate whose score, measured with passes of one place, is worse than the best score by this factor.
+BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine, trying all would take minutes
+LARGE_BYTES = 64 * 2**20  # weights of a large network; each pass size keeps its own copy of them
+WORTH_LARGE = 0.85  # used instead of WORTH for a large network
+FEW_THREADS = 4  # with at most this many threads, a large network runs as fast in one stream as in several
+# Skip the remaining measurements of a candidate whose score is worse than the best score by this factor.
 HOPELESS = 8.0
-AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # least and most rows for comparing two executors
-AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
+AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # minimum and maximum number of rows for comparing two executors
+AGREE_VALUES = 2**18  # below float32: compare enough rows that the first layer outputs this many values
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """All parameters of an executor, from which it can be built. Cached between starts."""
+    """All parameters that are needed to build an executor. Cached between starts."""
 
     executor: str
     precision: str
     channels_last: bool = True
-    sizes: tuple[int, ...] | None = None  # pass sizes; None runs any batch as one pass
-    wide: int = 0  # most places in wide passes, which use all threads (openvino: most places beyond equal shares)
+    sizes: tuple[int, ...] | None = None  # pass sizes; None: a batch of any size is one pass
+    wide: int = 0  # at most this many places run in wide passes, on all threads; see `split_wide` and `EagerExecutor`
     streams: int | None = None  # None: one stream per thread; 1: one stream on all threads
-    # Number of torch's threads in one stream. None: the wish's number. Other programs used cores if this is smaller.
+    # Number of torch threads, if there is only one stream. None: as many as the wish says. The number is lower if other
+    # programs were using cores.
     threads: int | None = None
 
     @property
@@ -77,7 +78,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """The executor that the settings ask for. Measurements decide every choice that is auto."""
+    """What the settings demand of the executor. Measurements decide whatever is "auto"."""
 
     executor: str = "auto"
     precision: str = "auto"
@@ -87,7 +88,7 @@ class Wish:
 
 
 def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """Return the allowed candidates without pass sizes, the likely fastest first.
+    """Return the candidates that the wish allows, the likely fastest first. Their pass sizes are still open.
 
     A precision below float32 must be approved or requested. Raises ValueError if the wish cannot be met.
     """
@@ -104,8 +105,8 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
     if wish.executor == "auto":
-        # On a CPU, torch.compile needs a compiler and a minute, and was never the fastest, so it must be requested.
-        # Eager was never the fastest either. It is for a network that OpenVINO cannot run, see `_fastest`.
+        # On a CPU, torch.compile needs a compiler, takes a minute, and was never the fastest, so it must be requested.
+        # Eager was never the fastest either, but it can run a network that OpenVINO cannot, see `_fastest`.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
     candidates = []
     for name in names:
@@ -128,7 +129,7 @@ def _precisions(checkpoint: Checkpoint, device: torch.device, wish: Wish, execut
 
 
 def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
-    """Parse a cached choice. Return None if it is not possible now: the file may be damaged or edited."""
+    """Parse a cached choice. Return None if it is not valid for this wish; the file may be damaged or edited."""
     try:
         sizes = tuple((fields or {})["sizes"] or ()) or None
         choice = Choice(**{**(fields or {}), "sizes": sizes})
@@ -146,21 +147,24 @@ def valid_choice(fields: Mapping[str, Any] | None, candidates: Sequence[Choice],
 
 @dataclass(frozen=True, slots=True)
 class TimedChoice:
-    """A choice, the seconds of a single row, and the seconds per row of a full batch."""
+    """A choice and its measured times in seconds: for a single row, and per row of a full batch."""
 
     choice: Choice
     lone_s: float
     row_s: float
-    bits: bytes = b""  # output bytes, if sizes are grouped by their bits
+    bits: bytes = b""  # output bytes; empty unless sizes are grouped by their output
 
     @property
     def score(self) -> float:
-        """Return the product of both times. The smaller, the better."""
+        """The product of both times. Smaller is better."""
         return self.lone_s * self.row_s
 
 
 class Builder:
-    """Builds executors of one checkpoint, and takes over its network. OpenVINO's graph is converted only once."""
+    """Builds executors for one checkpoint. The network is converted to OpenVINO's graph only once.
+
+    Do not use the checkpoint's network elsewhere: an executor may convert it or free its weights.
+    """
 
     def __init__(
         self,
@@ -172,9 +176,10 @@ class Builder:
         *,
         shares_cores: bool = False,
     ) -> None:
-        """cache: the folder for the converted graph. tell: called with the seconds of a pass of one row.
+        """cache: the folder for the converted graph. tell: called with the duration of a one-row pass, in seconds.
 
-        shares_cores: on a CPU, torch uses fewer threads if other programs use cores, to avoid waiting for these cores.
+        shares_cores: on a CPU, use at most as many torch threads as other programs leave cores free. All threads would
+        wait for one on a busy core.
         """
         self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
         self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
@@ -182,24 +187,27 @@ class Builder:
         self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # compiled passes, reused by later executors
-        self._spreads: list[float] = []  # median time / least time of each measurement
+        self._spreads: list[float] = []  # median time / shortest time of each measurement
         self._shares_cores = shares_cores and device.type == "cpu"
 
     @cached_property
     def torch_threads(self) -> int | None:
-        """Return the number of threads that other programs leave for torch; None if that is the requested number."""
+        """The number of torch threads, if other programs leave fewer cores free than requested; otherwise None."""
         threads = threads_left(self._threads) if self._shares_cores else self._threads
         return threads if threads < self._threads else None
 
     @property
     def noise(self) -> float:
-        """Return the noise of measurements: the median of median time / least time, 1.0 to 1.1 on an idle machine."""
+        """How much measured times vary: 1.0 to 1.1 on an idle machine.
+
+        The median, over all measurements, of the median time divided by the shortest time.
+        """
         return median(self._spreads) if self._spreads else 1.0
 
     def time(self, call: Callable[[], object]) -> float:
-        """Return the least time of several calls, to exclude delays by other programs. The first call only warms up.
+        """Return the shortest time of several calls, in seconds. The first call is a warm-up and is not counted.
 
-        A slow call is repeated only once.
+        The shortest time excludes delays by other programs. A slow call is timed only once.
         """
 
         def timed() -> float:
@@ -240,7 +248,7 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         streams = 1 if device.type == "cuda" else choice.streams or self._threads
-        if streams > 1:  # one thread for each stream, and one for the caller
+        if streams > 1:  # each stream has its own thread, so the caller needs only one
             torch.set_num_threads(1)
         return EagerExecutor(
             net,
@@ -263,7 +271,7 @@ class Builder:
         inputs = compared_inputs(checkpoint, device)
         rows = [rows_of(inputs, k, k + 1) for k in range(AGREE_ROWS)]
 
-        def outputs() -> Tensor:  # outputs of a large pass, and of passes of one row
+        def outputs() -> Tensor:  # outputs of all rows in one batch, then of each row alone
             return torch.cat([executor(*inputs), *(executor(*row) for row in rows)])
 
         def reference() -> Tensor:
@@ -293,7 +301,7 @@ class Builder:
         return Verdict(self.checkpoint, self.device, *choice.way, self._cache)
 
     def forget_compiled(self) -> None:
-        """Free compiled passes that no built executor uses. A later executor compiles them again."""
+        """Forget the compiled passes, and free those that no executor uses. They are compiled again when needed."""
         self._compiled.clear()
 
 
@@ -309,10 +317,10 @@ def choose_executor(
 ) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError if none can run.
 
-    cache: the folder for the choice and for the converted graph; None disables the cache. tell: called with the seconds
-    of a pass of one row, as soon as this time is known. busy: true if a server is running. Then a choice made on a busy
-    machine is used again, because a reloaded model must give the same bytes. shares_cores: see Builder. The number of
-    threads is cached with the choice, because bits depend on it.
+    cache: the folder for the choice and the converted graph; None disables the cache. The number of threads is cached
+    with the choice, because bits depend on it. tell: called with the duration of a one-row pass in seconds, as soon as
+    it is known. busy: True if a server is already running. A choice that was made on a busy machine is then used again,
+    because a reloaded model must give the same bytes. shares_cores: see Builder.
     """
     builder = Builder(checkpoint, device, wish.threads, cache, tell, shares_cores=shares_cores and not busy)
     candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -362,7 +370,10 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build an earlier start's choice, even from a busy machine, without timing; None if missing or unfit."""
+    """Build the executor that an earlier start chose, without measuring. Return None if it is missing or unfit.
+
+    A choice that was made on a busy machine is used too.
+    """
     builder = Builder(checkpoint, device, wish.threads, cache)
     try:
         candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
@@ -378,8 +389,8 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
 def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
     """Build the eager executor without measuring, even if the wish names another. Use float32 if the wish allows it.
 
-    On a CPU the executor runs one row per pass, on one thread. So its bits depend neither on a measurement nor on the
-    number of cores, and it never waits for a delayed thread. Raises ValueError if the executor is unfit.
+    On a CPU, the executor runs one row per pass, on one thread. So its bits depend neither on measurements nor on the
+    number of cores, and no thread has to wait for a delayed one. Raises ValueError if the executor is unfit.
     """
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
     choice = next((each for each in candidates if each.precision == "float32"), candidates[0])
@@ -392,12 +403,11 @@ def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cac
 def _cache_of(
     checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
 ) -> ChoiceCache:
-    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # do not reuse a choice among fewer sizes
+    wanted = {**asdict(wish), "sizes": CPU_SIZES}  # do not reuse a choice that was made from other sizes
     return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 
 def _is_idle() -> bool:
-    """Return whether the machine was mostly idle during the last minute."""
     return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
 
 
@@ -436,7 +446,7 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
 def _with_sizes(
     builder: Builder, wish: Wish, candidate: Choice, best: TimedChoice | None = None, until_s: float = math.inf
 ) -> TimedChoice:
-    """Measure a candidate, and choose its pass sizes. Stop early if it is far slower than the best so far."""
+    """Measure a candidate and choose its pass sizes. Stop early if it is far slower than the best candidate so far."""
     hopeless = HOPELESS * best.score if best is not None else math.inf
 
     def tried(sizes: tuple[int, ...] | None) -> TimedChoice:
@@ -468,7 +478,8 @@ def _with_sizes(
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
-            # For a small network, keep a larger pass that is no slower: it saves Python several small passes.
+            # For a small network, keep a larger size that is not slower: in Python, one large pass costs less than
+            # several small ones.
             if trial.row_s < (builder.worth if builder.is_large else 1 / WORTH) * min(each.row_s for each in kept):
                 kept.append(trial)
         sizes = tuple(size for trial in kept for size in trial.choice.sizes or ())
@@ -479,16 +490,17 @@ def _with_sizes(
     fastest = _with_wide(builder, wish, fastest)
     if candidate.executor == "openvino" or fastest.choice.wide or not builder.is_large:
         return fastest
-    # Without wide passes, a single row of a large network runs on one thread. So also try one stream on all threads.
+    # Without wide passes, a single row of a large network runs on one thread. So also try a single stream that uses
+    # all threads.
     together = _with_sizes(builder, wish, replace(candidate, streams=1, threads=builder.torch_threads), best, until_s)
     return min(fastest, together, key=attrgetter("score"))
 
 
 def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoice | None:
-    """Measure passes of one row on all threads, which need only one copy of the weights.
+    """Measure one-row passes in a single stream on all threads, which needs only one copy of the weights.
 
-    Return None if one-thread streams are so much faster that they are worth a second copy of the weights, which wide
-    passes need. With at most FEW_THREADS threads, never return None.
+    Return None if one-thread streams are much faster. They are then worth a second copy of the weights, which wide
+    passes need. With at most FEW_THREADS threads, one-thread streams are not measured.
     """
     rows = wish.threads
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -511,7 +523,7 @@ def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoi
 
 
 def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
-    """Double `wide` as long as wide passes are faster and, if the wish is exact, give the same bits."""
+    """Double `wide` as long as wide passes are faster and, if the wish is exact, their bits agree."""
     choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -532,14 +544,14 @@ def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoi
 
 
 def _graph_sizes(max_batch: int) -> tuple[int, ...]:
-    """Return at most MAX_GRAPHS pass sizes from 1 to max_batch, in geometric steps."""
+    """Return up to MAX_GRAPHS pass sizes between 1 and max_batch, in geometric steps."""
     factor = max(2.0, max_batch ** (1 / (MAX_GRAPHS - 1)))
     sizes = {max_batch} | {round(max_batch / factor**k) for k in range(MAX_GRAPHS - 1)} | {1}
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
 
 
 def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> TimedChoice:
-    """Time a candidate. A full batch is not timed if the score cannot be below `hopeless`."""
+    """Time a single row and a full batch. Skip the full batch if the score would exceed `hopeless` anyway."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
     rows = size * (choice.streams or wish.threads) if size else wish.max_batch  # one pass per stream
@@ -548,21 +560,21 @@ def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.in
     builder.tell(lone_s)
     if lone_s > LONG_S:
         full = rows_of(full, 0, wish.threads * (size or 1))
-    # Estimate the best possible time: a full batch with one pass on every thread.
+    # The best possible score: in a full batch, each thread runs a pass as fast as a single row.
     at_best = TimedChoice(choice, lone_s, lone_s / wish.threads)
     if size == 1 and at_best.score > hopeless:
         return at_best
     bits = b""
-    if wish.exact and device.type == "cpu":  # only then are sizes grouped by their bits
+    if wish.exact and device.type == "cpu":  # in other cases, sizes are not grouped by their output
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
     return TimedChoice(choice, lone_s, builder.time(lambda: executor(*full)) / len(full[0]), bits)
 
 
 def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """Return the number of rows for comparing two executors.
+    """Return how many rows to compare in order to find out whether two executors give the same bits.
 
-    In float32, another order of summation changes almost every value. In bfloat16, it changes about one value in
-    10,000, so a small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by
+    In float32, a different order of summation changes almost every value. In bfloat16, it changes about one value in
+    10,000, so a small network needs many rows. On a CPU with AMX, 16 rows of 8x8 pixels and 8 channels once agreed by
     chance.
     """
     if precision == "float32":
@@ -573,9 +585,9 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make example rows at mixed timesteps and classes. The same arguments give the same rows.
+    """Return example rows at random timesteps and of random classes. The same arguments give the same rows.
 
-    Returns x [B, C, H, W], t [B], class_labels [B] or None.
+    The rows are x [B, C, H, W], t [B] and class_labels [B] or None.
     """
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config
@@ -588,12 +600,12 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
 
 
 def compared_inputs(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Make rows for comparing executors, like `example_inputs` but at timesteps evenly spaced from first to last."""
+    """Return rows for comparing executors: like `example_inputs`, but at evenly spaced timesteps, first to last."""
     x, _, labels = example_inputs(checkpoint, device, AGREE_ROWS)
     return x, torch.linspace(0, checkpoint.noise.num_train_timesteps - 1, AGREE_ROWS, device=device).round(), labels
 
 
 def rows_of(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return rows start to end of the inputs."""
+    """Return the rows from `start` up to, but not including, `end`."""
     x, t, labels = inputs
     return x[start:end], t[start:end], labels[start:end] if labels is not None else None

@@ -1,6 +1,6 @@
-"""Caches measurements and verdicts of this machine between starts, in a folder of small files.
+"""Caches this machine's measurements and verdicts between starts, in a folder of small files.
 
-File contents are not trusted. If a file cannot be read or written, the next start measures again.
+The contents of the files are not trusted. If a file cannot be read or written, the next start measures again.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CPU_LINES = ("model name", "flags")  # lines of /proc/cpuinfo that describe the processor
 GIVEN = "given"  # subfolder with results from another machine; may be read-only
-NOISE_KEY = "noisy"  # marks a choice from a busy machine: a start on an idle machine measures again
+NOISE_KEY = "noisy"  # marks a choice made on a busy machine, which a start on an idle machine measures again
 
 
 def default_cache() -> Path | None:
@@ -44,12 +44,12 @@ class ChoiceCache:
         wish: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Name the file by a hash of arguments, machine and library versions. If folder is None, store nothing."""
-        self.file: Path | None = None  # this machine's file; None stores nothing
+        """Derive the file name from arguments, machine and library versions. If folder is None, store nothing."""
+        self.file: Path | None = None  # None: nothing is stored
         self.found: Path | None = None  # the file that `read` tried last
         if folder is not None:
             parts = {
-                # Leave out the host name: each container has a new one.
+                # The host name is left out, because it changes with every new container.
                 "machine": (platform.machine(), *_cpu(), os.cpu_count()),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
@@ -63,7 +63,10 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Return an earlier start's result, or one from GIVEN, which counts as measured on an idle machine."""
+        """Return the result of an earlier start, or else the result in the subfolder GIVEN; None if there is neither.
+
+        A result from GIVEN counts as measured on an idle machine.
+        """
         if self.file is None:
             return None
         self.found = self.file
@@ -74,7 +77,7 @@ class ChoiceCache:
         return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
 
     def write(self, fields: Mapping[str, Any]) -> None:
-        """Store a result for later starts. A failure to write is only logged."""
+        """Store a result for later starts. If that fails, only log it."""
         if self.file is None:
             return
         try:
@@ -85,7 +88,10 @@ class ChoiceCache:
 
 
 def _cpu() -> tuple[str, str]:
-    """Return the processor's name and a hash of its features: virtual machines give different processors one name."""
+    """Return the processor's name and a hash of its features.
+
+    The name is not enough: virtual machines may report the same name for different processors.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Chooses a model's device, and handles its memory, copies between device and host, and matmul precision."""
+"""The device of a model: its choice, its memory, copies to and from the host, and matmul precision."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ MAX_DEFAULT_ROWS = 4096
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device with the name auto, cpu, cuda or cuda:N. Raises ValueError if there is no such device."""
+    """Return the device for auto, cpu, cuda or cuda:N. Raises ValueError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -39,7 +39,7 @@ def choose_device(name: str) -> torch.device:
 def is_lost(device: torch.device) -> bool:
     """Return whether a GPU's context is dead, for example after an illegal memory access. Waits for the device.
 
-    Every call on a dead context fails. A GPU that ran out of memory is not lost.
+    Every call on a dead context fails. A GPU that is only out of memory is not lost.
     """
     if device.type != "cuda":
         return False
@@ -51,7 +51,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def default_max_rows(checkpoint: Checkpoint) -> int:
-    """Return the number of rows, 4 to MAX_DEFAULT_ROWS, whose x and x0 (float32) fit in LATENT_BUDGET_BYTES."""
+    """Return how many rows fit in LATENT_BUDGET_BYTES with x and x0 in float32, from 4 to MAX_DEFAULT_ROWS."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
@@ -72,7 +72,7 @@ def check_memory(needed_bytes: int, what: str, size_px: tuple[int, int], device:
 
 
 def row_slots(max_rows: int, *shape: int, device: torch.device, dtype: type[np.generic] = np.float32) -> Tensor:
-    """Make zeros [max_rows, *shape]. On a CPU, a slot takes memory only after its first use; most are never used."""
+    """Return zeros [max_rows, *shape]. On a CPU, a slot takes no memory until it is used; most never are."""
     if device.type == "cuda":
         return torch.from_numpy(np.zeros(0, dtype)).to(device).new_zeros(max_rows, *shape)
     return torch.from_numpy(np.zeros((max_rows, *shape), dtype))
@@ -89,12 +89,12 @@ def release_memory() -> None:
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """Copy an array to the device without waiting."""
-    # torch.tensor makes a copy. from_numpy would warn about read-only arrays, such as arrays read from a store.
+    # torch.tensor copies the array. from_numpy would warn about a read-only array.
     return send(torch.tensor(array), device)
 
 
 def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Copy row ids to the device without waiting: int64 [len(rows)]."""
+    """Copy row ids to the device without waiting. Returns int64 [len(rows)]."""
     return send(torch.tensor(rows), device)
 
 
@@ -104,19 +104,19 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Start to copy tensors to the host. The returned function waits for the copies.
+    """Start copying tensors to the host. The returned function waits for the copies.
 
-    On a CPU, the function returns the tensors themselves, so pass new tensors that no other code changes.
+    On a CPU, the returned function gives back the tensors themselves, so nothing may change them.
     """
     if device.type != "cuda":
         return lambda: tensors
-    stream = streams(device).copying  # this stream runs beside the next tick
+    stream = streams(device).copying  # copies on this stream overlap with the next tick
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
         for host, source in zip(on_host, tensors, strict=True):
             host.copy_(source, non_blocking=True)
-            source.record_stream(stream)  # otherwise the allocator may reuse the memory in the next tick
+            source.record_stream(stream)  # otherwise the allocator may reuse the memory during the next tick
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(stream)
 
@@ -129,7 +129,7 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The streams of a GPU, one for each purpose, in addition to the stream of the ticks."""
+    """A GPU's streams for work that runs beside the ticks."""
 
     copying: torch.cuda.Stream
     decoding: torch.cuda.Stream
@@ -139,24 +139,24 @@ class Streams:
 
 @cache
 def streams(device: torch.device) -> Streams:
-    """Return the streams of a GPU. They are created once, because torch reuses a pool of only 32 streams."""
+    """Return the streams of a GPU. They are created only once, because torch reuses a pool of just 32 streams."""
     return Streams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 class LaunchedTicks:
-    """Tracks the ticks launched on a GPU, and which rows were finite after the last tick known to have ended.
+    """Tracks the ticks launched on a GPU, and which rows were finite after the last tick that has ended.
 
-    The flags are read one tick late, so the host never waits for the tick that it has just launched.
+    The flags are read one tick late, so that the host never waits for the tick that it has just launched.
     """
 
     def __init__(self) -> None:
-        # (event, flags on the host) for each tick not known to have ended.
+        # For each tick that may still be running: an event at its end, and its flags on the host.
         self._running: list[tuple[torch.cuda.Event, Tensor]] = []
         self.num_launched = self.num_ended = 0
-        self.finite: Tensor | None = None  # flags on the host after the last tick known to have ended
+        self.finite: Tensor | None = None  # flags on the host, from the last tick that has ended
 
     def add(self, finite: Tensor) -> None:
-        """Record the end of the tick just launched, and start to copy its flags to the host."""
+        """Record the end of the tick just launched, and start copying its flags to the host."""
         on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         on_host.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class LaunchedTicks:
         self.num_launched += 1
 
     def wait(self) -> None:
-        """Wait until at most one tick is running. This tick keeps the GPU busy while the host prepares the next one."""
+        """Wait until at most one tick is running. That tick keeps the GPU busy while the host prepares the next one."""
         while len(self._running) > 1:
             event, self.finite = self._running.pop(0)
             event.synchronize()
@@ -181,7 +181,7 @@ class _Flags:
     before: tuple[bool, bool] = (False, False)  # values to restore after the last of these threads
 
     def take(self, tf32: bool) -> None:
-        """Set the flags. Wait while other threads launch with another value."""
+        """Set the flags. If other threads rely on a different value, wait for them first."""
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         with self.changed:
             self.changed.wait_for(lambda: not self.launching or matmul.allow_tf32 == tf32)
@@ -204,11 +204,11 @@ _flags = _Flags()
 
 @contextmanager
 def multiplying(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Launch float32 matmuls and convolutions in the block with or without TF32. Does nothing on a CPU.
+    """Allow or forbid TF32 for float32 matmuls and convolutions in the `with` block. Does nothing on a CPU.
 
-    Threads that want the same value may launch at the same time; other threads wait. The block may take a minute,
-    because torch.compile is called in it. Launched work keeps its precision after the block, which restores the flags.
-    Do not nest blocks with different values: that deadlocks.
+    Threads that want the same setting may run at the same time; other threads wait. The block may take a minute,
+    because torch.compile may run in it. The previous setting is restored after the block. Work that was launched in the
+    block keeps its precision. Nested blocks with different settings deadlock.
     """
     if device.type != "cuda":
         yield

@@ -1,6 +1,7 @@
-"""Row state on the device, and ticks: a forward pass over rows at mixed timesteps, then the update rule.
+"""The engine: row state on the device, and the ticks that update it.
 
-Callers pass specs and row ids and get NumPy arrays, never tensors. The scheduler chooses the rows of each tick.
+A row is the state of one image. A tick is a forward pass over rows at mixed timesteps, followed by the update rule.
+Callers pass specs and row ids, and get NumPy arrays, never tensors. The scheduler chooses the rows of each tick.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +34,12 @@ from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
-FIRST_KNOWN_DRAW = 2**31  # draws for a row's known pixels start here; x_T and z use draws 0 to T
+FIRST_KNOWN_DRAW = 2**31  # number of the first draw for a row's known pixels; x_T and z use draws 0 to T
 NONE = np.zeros(0, np.int64)
 
 
 class Engine:
-    """Implements `RowEngine`. Owns the latents; a row id is an index into tensors on the device, called a slot."""
+    """Implements `RowEngine` and owns the latents. A row's id is its slot: its index in the tensors on the device."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Engine:
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self.autoencoder_bits
         )
         self._device, self._max_jobs = device, max_jobs
-        self._torch_threads = torch.get_num_threads()  # the executor has set this number
+        self._torch_threads = torch.get_num_threads()  # set by the executor
         self._forward = executor
         self._noise = checkpoint.noise
         self._compiler = PlanCompiler(self.info, checkpoint.noise)
@@ -76,13 +77,13 @@ class Engine:
         # These tensors and arrays have one slot per row.
         self._x = row_slots(max_rows, *self._shape, device=device)
         self._x0 = row_slots(max_rows, *self._shape, device=device)
-        self._v: Tensor | None = None  # v of a learned variance; allocated by the first call of `point`
+        self._v: Tensor | None = None  # the network's v for a learned variance; allocated by the first call of `point`
         self._noises = RowNoises(max_rows, self._shape, device)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # line of step 0 in `_plans`; steps that an edit skips have no line
-        # On the host: the number of ticks launched before the row was added.
+        self._first_line = zeros(max_rows)  # line of step 0 in `_plans`, even if an edit skips this step
+        # On the host: how many ticks had been launched when the row was added.
         self._added_at = np.zeros(max_rows, np.int64)
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: true if the row's sampler draws z
         self._masked = np.zeros(max_rows, bool)  # on the host: true if the row has a mask
@@ -94,7 +95,7 @@ class Engine:
         self._plans = PlanStore(device)
         self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> (first line, length) of its plan
         self._inputs: dict[int, Inputs] = {}  # image and mask by row, for masked rows of a latent model
-        # On a GPU the host runs one tick ahead. It checks whether rows are finite after their tick has ended.
+        # On a GPU, the host launches ticks ahead, and checks later whether the rows are finite.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
@@ -102,8 +103,9 @@ class Engine:
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Assign slots to a job's rows, set their first x, and return the row ids.
 
-        The first x is the snapshot's x; otherwise, with a strength, x_t of the image; otherwise x_T. Raises ValueError
-        if the model's schedule does not allow the spec, or if the snapshot or the inputs do not fit the spec.
+        With a snapshot, the first x is the snapshot's x. Without one, it is x_t of the image if the spec has a
+        strength, and x_T otherwise. Raises ValueError if the model's schedule does not allow the spec, or if the
+        snapshot or the inputs do not fit the spec.
         """
         # Take slots last, so a refused job takes none.
         plan = self._compiler.plan(spec)
@@ -127,7 +129,7 @@ class Engine:
             self._fill(rows, spec, start, (x, x0, registers))
             if inputs is not None and inputs.mask is not None and origin is not None and self._known is not None:
                 self._known.put(index_of(rows, self._device), origin, to_device(inputs.mask, self._device))
-                if self.info.latent is not None:  # a pixel model's rows end with the known pixels unchanged
+                if self.info.latent is not None:  # a latent model copies known pixels into the decoded image
                     self._inputs |= dict.fromkeys(rows, inputs)
         except BaseException:
             self._plans.free(start, len(plan))
@@ -209,7 +211,7 @@ class Engine:
                 eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
         except BaseException:
             with suppress(Exception):
-                output()  # wait for this batch's passes before the executor starts others
+                output()  # wait for these passes before the executor starts others
             raise
 
         @torch.inference_mode()
@@ -235,7 +237,7 @@ class Engine:
             self._x[rows], self._x0[rows] = new, x0
             if self._v is not None:
                 self._v[rows] = out[:, self._shape[0] :]
-            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # a sum with NaN or infinity is not finite
+            self._finite[rows] = new.sum(dim=(1, 2, 3)).isfinite()  # a sum that includes NaN or infinity is not finite
             if self._ticks is not None:
                 self._ticks.add(self._finite)
 
@@ -247,13 +249,13 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return the given rows that are not finite; on a GPU, as of the last tick that `wait` waited for."""
+        """Return those of the rows that are not finite. On a GPU, a tick counts only after `wait` has waited for it."""
         slots = list(rows)
         if self._ticks is None:
             finite = self._finite.numpy()[slots]
         elif self._ticks.finite is None:
             return ()
-        else:  # ignore flags that are older than the row in the slot
+        else:  # ignore flags from before the row was added
             finite = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
         return () if finite.all() else tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
 
@@ -262,25 +264,25 @@ class Engine:
         """Read rows as images. The returned function gives [n, H, W, C], or raises NotFinite if a row is not finite.
 
         bit_depth: 8 or 16 for integers; 32 for the rows' float32 values, which may lie outside [-1, 1]. The rows may be
-        removed before the function is called. On a GPU the function waits for the copy; for a latent model it runs the
-        decoder.
+        removed before the function is called. The function waits for the copy from a GPU; for a latent model, it also
+        runs the decoder.
         """
         x = self._x[index_of(rows, self._device)]
         return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`: for a latent model, it adds the image's latents."""
+        """Return a function that prepares inputs for `add`. For a latent model, it adds the image's latents."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
-        """Return the seconds to decode an image and to encode one; 0 for a pixel model."""
+        """Return how many seconds it takes to decode an image and to encode one; 0 for a pixel model."""
         return self._pictures.seconds_per_image()
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows as images, uint8 [n, H, W, C]: x_t, and x_0 as last predicted by the network.
+        """Read running rows as uint8 images [n, H, W, C]. x_0 is the network's latest prediction.
 
-        For a latent model, colours are approximate, and each latent becomes a square of one colour.
+        The images of a latent model are rough: each latent becomes a square of one approximate colour.
         """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
         read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
@@ -302,9 +304,9 @@ class Engine:
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read rows for a trajectory.
+        """Read x, x0 and, for a learned variance, the network's v, for a trajectory.
 
-        Call this before the rows' first pass too: the v of a learned variance is stored only after the first call.
+        Call this once before the rows' first pass too, because v is stored only after the first call.
         """
         if self._v is None and self._noise.variance_type == "learned_range":
             self._v = torch.zeros_like(self._x)
@@ -313,11 +315,14 @@ class Engine:
         return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t from x_0 = images, both uint8 [n, H, W, C]. eps is the x_T of a job with this seed."""
+        """Return a function that makes x_t from images as x_0, both uint8 [n, H, W, C].
+
+        The noise eps is the x_T of a job with this seed.
+        """
         return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Return x_t of rows, float32 [n, C, H, W]. Waits for the device."""
+        """Return x_t of the rows, float32 [n, C, H, W]. Waits for the device."""
         x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
         return x
 

@@ -1,7 +1,8 @@
-"""Executors run the forward pass: they take a batch of places, and return the network's output in float32.
+"""Executors run the network on a batch of places, and return its output in float32.
 
-An exact executor gives a place the same bits, whatever else is in the batch. Its passes have a few fixed sizes whose
-outputs were measured to agree. `autotune.py` chooses the executor and the sizes.
+A place is one input of the network; a guided row takes two. An exact executor gives a place the same bits, whatever
+else is in the batch. It uses a few fixed pass sizes, whose outputs were found to agree. `autotune.py` chooses the
+executor and the sizes.
 """
 
 import copy
@@ -21,9 +22,9 @@ from tminus.service.engine.devices import multiplying, streams
 from tminus.service.threads import started_pool
 
 CPU_SIZES = (1, 2, 4, 8)  # pass sizes to try on a CPU
-PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, CUDA only: float32 products with 10 bits of mantissa
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32 (CUDA only): products of float32 values with 10-bit mantissas
 Passes = list[tuple[int, int, int]]  # (start, end, size) of each pass
-MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
+MAX_GRAPHS = 6  # torch.compile silently gives up after 8 shapes, and each graph keeps memory
 
 
 class Executor(Protocol):
@@ -31,11 +32,14 @@ class Executor(Protocol):
 
     name: str
     precision: str
-    details: str  # everything else that may change output bits: layout, pass sizes, streams
-    queues: bool  # true if a batch may start before the previous one has finished
+    details: str  # whatever else may change output bits: layout, pass sizes, streams
+    queues: bool  # True if a batch may start before the previous one has finished
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Map x [B, C, H, W] and t [B], float32, and class_labels [B], int64 or None, to [B, C', H, W], float32."""
+        """Run the network, and return its output, float32 [B, C', H, W].
+
+        x: float32 [B, C, H, W]. t: float32 [B]. class_labels: int64 [B] or None.
+        """
         ...
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
@@ -44,7 +48,7 @@ class Executor(Protocol):
 
 
 def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
-    """Divide a batch into passes of the given sizes (ascending), with an even share for each stream.
+    """Divide a batch into passes of the given ascending sizes. Each stream gets an even share of the batch.
 
     Large passes come first. A pass is padded only if fewer places are left than the smallest size.
     """
@@ -66,10 +70,10 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
 
 
 def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
-    """Divide a batch into passes for the streams, and wide passes, which use all threads.
+    """Divide a batch into passes for the streams and wide passes, which use all threads.
 
-    Each stream gets an equal share. The remaining places run in wide passes if there are at most `wide` of them;
-    otherwise, they are divided among the streams too.
+    Each stream gets an equal share. The remaining places run in wide passes if there are at most `wide` of them.
+    Otherwise, they are divided among the streams too.
     """
     left = places % streams
     if not 0 < left <= wide:
@@ -101,7 +105,8 @@ class EagerExecutor:
     ) -> None:
         """threads: the number of streams. With 1, passes run in the caller's thread and use all of torch's threads.
 
-        wide: if no stream is busy, a batch of at most this many places runs in the caller's thread, on all threads.
+        wide: if no stream is busy, a batch of at most this many places runs in the caller's thread and uses all
+        threads.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
@@ -135,7 +140,7 @@ class EagerExecutor:
             self._running += futures
 
             def finish() -> Tensor:
-                wait(futures)  # wait for all passes, even if one has failed
+                wait(futures)  # even if one pass has failed, wait for all
                 return torch.cat([future.result() for future in futures])
 
             return finish
@@ -157,12 +162,12 @@ class EagerExecutor:
 def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Denoiser:
     """Copy a network so that passes of all sizes use the same CPU kernels. The copy shares the weights.
 
-    Torch and MKL choose kernels by the number of rows, and different kernels give different last bits.
+    PyTorch and MKL choose kernels by the number of rows, and different kernels differ in the last bits.
     """
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
     if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kinds[nn.Conv2d] = _Conv2d
-    if in_streams:  # gives a wide pass the same bits as a pass in a stream
+    if in_streams:  # a wide pass gets the same bits as a pass in a stream
         kinds[nn.GroupNorm] = _GroupNorm
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = copy.deepcopy(net, shared)
@@ -172,7 +177,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
 
 
 class _Conv2d(nn.Conv2d):
-    """Always uses oneDNN. Torch has other kernels for a single small image, and for 1x1 convolutions in one thread."""
+    """Always uses oneDNN. Torch uses other kernels for a single small image, and for 1x1 convolutions on one thread."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert not isinstance(self.padding, str)
@@ -180,7 +185,7 @@ class _Conv2d(nn.Conv2d):
 
 
 class _Linear(nn.Linear):
-    """Pads a batch of vectors, such as timestep embeddings, to the largest pass size, so MKL always uses one kernel."""
+    """Pads a batch of vectors, such as timestep embeddings, to the largest pass size, so MKL uses the same kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows = len(input)
@@ -190,7 +195,7 @@ class _Linear(nn.Linear):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Runs in one thread: with more, torch splits sums over a large image, and the bits depend on the thread count."""
+    """Runs on one thread. On several, torch splits sums over a large image, and the bits depend on their number."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.get_num_threads() == 1:
@@ -220,7 +225,7 @@ class CompiledExecutor:
         """
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: Denoiser = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        torch._dynamo.reset()  # torch's limit on shapes also counts the shapes of earlier executors
+        torch._dynamo.reset()  # otherwise earlier executors' shapes would count towards torch's limit
         # Without fullgraph, torch may silently run parts of the network eagerly.
         self._compiled = torch.compile(self._net, dynamic=False, fullgraph=True)
         self._device, self._sizes, self.precision = device, tuple(sizes), precision
@@ -250,7 +255,7 @@ class CompiledExecutor:
     def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
         static_x, static_t, static_labels = self._inputs[size]
         num = end - start
-        # The graph reads fixed memory. Entries past `num` hold values of an earlier pass; their outputs are dropped.
+        # The graph reads fixed memory. Entries past `num` hold values from an earlier pass; their outputs are dropped.
         static_x[:num].copy_(x[start:end])
         static_t[:num].copy_(t[start:end])
         if static_labels is not None and class_labels is not None:
@@ -268,7 +273,7 @@ class CompiledExecutor:
         return out.float()
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # CUDA graphs require a warm-up on another stream: compilation and cuDNN's choices must not be captured.
+        # A CUDA graph needs a warm-up on another stream, so that it captures neither compilation nor cuDNN's choices.
         stream = streams(self._device).capturing
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -276,7 +281,7 @@ class CompiledExecutor:
                 self._run(*self._inputs[size])
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another model's ticks may run in another thread. The default mode would forbid many CUDA calls in that thread.
+        # The default mode would forbid many CUDA calls in other threads, where another model's ticks may be running.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = self._run(*self._inputs[size])
         return graph, out
@@ -285,7 +290,7 @@ class CompiledExecutor:
 def split_padded(places: int, sizes: Sequence[int]) -> Passes:
     """Divide a batch into passes of the largest size, then one pass of the smallest size that fits the rest.
 
-    On a device that small passes leave partly idle, one padded pass costs less than several exact passes.
+    If small passes leave the device partly idle, one padded pass costs less than several unpadded ones.
     """
     largest = sizes[-1]
     passes = [(start, start + largest, largest) for start in range(0, places - largest + 1, largest)]
@@ -301,7 +306,7 @@ def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None])
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:
-    """Append copies of the last entry, to fill a pass of fixed size."""
+    """Append copies of the last entry to fill up a pass."""
     if tensor is None or padding == 0:
         return tensor
     return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])

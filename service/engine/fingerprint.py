@@ -1,4 +1,4 @@
-"""Facts about a loaded model for users, and its fingerprint: a hash of everything that can change output bits."""
+"""Facts for users about a loaded model, and its fingerprint: a hash of everything that can change output bits."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def make_model_info(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> ModelInfo:
-    """Collect the facts about a model for users, including the fingerprint of this build."""
+    """Collect the facts about a model that users can see, including its fingerprint."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
         name=checkpoint.name,
@@ -76,7 +76,7 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
 
 
 def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
-    """Return the fields that can change output bits. For betas, leave out the fields of continuous schedules."""
+    """Return the noise settings that can change output bits. Without a continuous schedule, omit settings for one."""
     fields = asdict(noise)
     if noise.is_continuous:
         return fields
@@ -98,11 +98,11 @@ def fingerprint(
     bits: str | None = None,
     autoencoder_bits: str | None = None,
 ) -> str:
-    """Hash everything besides spec and weights that can change output bits: noise schedule, versions, device, passes.
+    """Hash everything but spec and weights that can change output bits: noise schedule, versions, device, passes.
 
-    bits: a hash of an exact executor's outputs on fixed rows. This hash replaces the description of the passes, so a
-    start with other pass sizes but equal bits keeps its fingerprint. autoencoder_bits: a hash of the outputs of a
-    latent model's autoencoder on fixed values.
+    bits: a hash of an exact executor's outputs on fixed rows. It replaces the description of the passes, so that other
+    pass sizes with the same bits give the same fingerprint. autoencoder_bits: for a latent model, a hash of the
+    autoencoder's outputs on fixed inputs.
     """
     parts = {
         "noise": _noise_fields(checkpoint.noise),
@@ -120,7 +120,7 @@ def fingerprint(
     }
     if not (exact and bits is not None):  # weights_hash does not cover how the network uses the weights
         parts["net"] = checkpoint.net.config.to_dict()
-    if checkpoint.alpha:  # set in tminus.json, and changes the pictures
+    if checkpoint.alpha:  # set in tminus.json, not in the weights
         parts["alpha"] = True
     if autoencoder_bits is not None:
         parts["autoencoder"] = autoencoder_bits
