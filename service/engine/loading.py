@@ -1,4 +1,4 @@
-"""Builds an engine from a checkpoint: chooses the executor, measures ticks, and tests its bits (`selftest.py`)."""
+"""Builds an engine from a checkpoint: chooses an executor, measures ticks, and runs the self-test."""
 
 import logging
 import math
@@ -37,38 +37,38 @@ from tminus.service.work import Batch
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# Called with the current activity, and roughly the seconds left, or None if unknown.
+# Called with the current activity and a rough estimate of the seconds left, or None if unknown.
 Progress = Callable[[str, float | None], None]
 
-# The most places in a batch without --max-batch. On a CPU, longer ticks only make new jobs wait.
+# Maximum number of places in a batch if --max-batch is not set. On a CPU, longer ticks only make new jobs wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # raises LARGEST_BATCH on a CPU with many cores, where each core runs its own pass
-MIN_QUEUED_BATCH = 8  # on a busy machine, smaller ticks spend too much time in Python
-MIN_BATCH = 4  # places of two guided rows: one of the oldest job, one of the shortest
-FULL_SHARE = 0.95  # a full tick has at least this share of the best throughput
-QUEUED_SHARE = 0.85  # replaces FULL_SHARE if a second tick may be in flight
-SHORT_SHARE = 0.6  # share of the best throughput for a tick with a short job and much longer jobs
+MIN_QUEUED_BATCH = 8  # on a busy machine, smaller ticks spend too much of their time in Python
+MIN_BATCH = 4  # room for two guided rows: one of the oldest job and one of the shortest
+FULL_SHARE = 0.95  # a full tick must reach this share of the best throughput
+QUEUED_SHARE = 0.85  # used instead of FULL_SHARE if two ticks may be in flight
+SHORT_SHARE = 0.6  # used instead of FULL_SHARE for a tick in which a short job runs with much longer ones
 CORES = torch.get_num_threads()  # read now, because executors change this number
 MAX_PLAN_LINES = 20_000_000  # 44 bytes per line, and 160 more after the first sampler with registers
-LITTLE_S = 5.0  # seconds of one core; measuring takes longer than running a smaller job
-TRIAL_PASSES = 12  # estimated duration of all measurements, in passes of one row
-LONG_TRIAL_S = 5.0  # a shorter estimate is not reported: compiling takes longer than the passes
-TEST_S = 5.0  # time for testing the bits before a model serves; remaining tests run while no job runs
-BUSY_TEST_S = 0.5  # replaces TEST_S while other models serve
-ROUNDS = 4  # each round measures every size; the fastest round counts, to exclude delays by other programs
-TICKS = 6  # ticks of one size in a round
-WARM_UP = 2  # uncounted ticks: the first may compile; on a GPU the host runs ahead, so the second is too short
-BUDGET_S = 2.0  # after this time, no further round begins
+LITTLE_S = 5.0  # on one core; a job that takes less time is finished sooner without measuring
+TRIAL_PASSES = 12  # all measurements take roughly as long as this many one-row passes
+LONG_TRIAL_S = 5.0  # a shorter estimate is not reported, because compilation takes longer than the passes
+TEST_S = 5.0  # time for the self-test before a model serves; the remaining tests run while there is no job
+BUSY_TEST_S = 0.5  # used instead of TEST_S while other models serve
+ROUNDS = 4  # every round measures every size; the fastest round counts, because other programs may delay some
+TICKS = 6  # ticks per size in a round
+WARM_UP = 2  # ticks not counted: the first may compile; on a GPU, the second is too short because the host runs ahead
+BUDGET_S = 2.0  # no further round begins after this time
 GUESSED_TICK_S = 0.02  # guess for a network that has never run
 SLOW_TICK_S = 2.0  # after a longer tick, no larger size is measured
 SLOW_TICKS_S = 0.5  # if the ticks of one size take longer in total, one counted tick is enough
-LONG_FULL_TICK_S = 0.1  # in longer ticks, Python's few milliseconds do not matter
-LONG_TICK_S = 0.01  # if ticks of one place are longer, all tick times are cached for later starts
+LONG_FULL_TICK_S = 0.1  # for longer ticks, the few milliseconds spent in Python do not matter
+LONG_TICK_S = 0.01  # if one-place ticks take longer, all tick times are cached for later starts
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Measurements of a network on this machine. They are valid for other weights too."""
+    """Measurements of a network on this machine. They are also valid for other weights."""
 
     way: Mapping[str, Any]  # describes the network and its executor
     policy: BatchPolicy
@@ -81,7 +81,7 @@ class Loaded:
     engine: Engine
     speed: Speed
     measured: Measured | None = None
-    spare_work: Iterator[None] | None = None  # remaining tests and an approval, for times when no job runs
+    spare_work: Iterator[None] | None = None  # tests and an approval that remain to be done while no job runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class ReadModel:
 def describe(checkpoint: Checkpoint, options: LoadOptions) -> tuple[ModelInfo, Speed]:
     """Describe a checkpoint before it is measured. The info's executor, precision and fingerprint are empty.
 
-    The speed is a guess. Replicas share out the model's first jobs by this speed.
+    The speed is a guess. Replicas, the servers on the same job store, use it to share out the model's first jobs.
     """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
@@ -121,10 +121,10 @@ def load_engine(
 
     Raises CheckpointError, or ValueError if the options cannot be met.
 
-    places_of: returns the places of the only job that the engine will run. For a small job nothing is measured or
-    tested: the executor is an earlier start's choice, or eager if the options allow it. fingerprint: the fingerprint
-    that the engine should have. If eager or the earlier choice has this fingerprint, that executor is used; otherwise,
-    everything is measured.
+    places_of: set if the engine will run a single job; returns the job's number of places. For a small job, nothing is
+    measured or tested: the executor is an earlier start's choice, or eager if the options allow it. fingerprint: the
+    fingerprint that the engine should have. If eager or an earlier start's choice has it, that executor is used.
+    Otherwise, everything is measured.
     """
     checkpoint = read_checkpoint(options)
 
@@ -139,7 +139,7 @@ def load_engine(
 
 
 def recommend_openvino(executor: str, device: str) -> None:
-    """Log how to install OpenVINO if it is missing. Raises ValueError for a missing device."""
+    """Log how to install OpenVINO if it is missing and would help. Raises ValueError if the device does not exist."""
     if executor == "auto" and choose_device(device).type == "cpu" and not openvino_executor.available():
         log.warning(
             "OpenVINO is missing, which runs networks some three times as fast on this processor: "
@@ -148,7 +148,7 @@ def recommend_openvino(executor: str, device: str) -> None:
 
 
 def serving_bytes(folder: Path) -> int:
-    """Estimate the bytes of a served model, from its configuration. Raises CheckpointError."""
+    """Estimate from its configuration how many bytes of memory a served model takes. Raises CheckpointError."""
     return needs_of(folder).serving_bytes
 
 
@@ -161,15 +161,15 @@ def memory_lacking(folder: Path) -> str | None:
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
-    """Do the first, quick half of a load. Raises CheckpointError or ValueError for a fault of folder or device."""
+    """Read a checkpoint: the first, quick half of a load. Raises CheckpointError, or ValueError for a bad device."""
     return _in_thread(lambda: _read_checkpoint(options))
 
 
 def _in_thread(act: Callable[[], Result]) -> Result:
-    """Call a function in a new thread, which ends afterwards.
+    """Call a function in a new thread that ends afterwards.
 
-    Each thread that runs torch keeps an OpenMP team. If two teams share the cores, the worker's team waits by sleeping
-    instead of spinning: on two cores, a tick of one row then takes 11.3 ms instead of 5.7 ms.
+    Each thread that runs torch keeps a team of OpenMP threads. If two teams share the cores, the team that runs ticks
+    sleeps while it waits, instead of spinning. On two cores, a one-row tick then takes 11.3 ms instead of 5.7 ms.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(act).result()
@@ -203,11 +203,12 @@ def prepare_engine(
     busy: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Loaded:
-    """Do the second half of a load: choose an executor, measure and test.
+    """Choose an executor, measure and test it: the second half of a load.
 
-    Call this in a thread that ends afterwards, see `_in_thread`. known: measurements of models loaded in this process,
-    reused for the same network in the same executor. busy: true if other models are being served; then the batch sizes
-    are not cached for later starts. progress: called with the current activity, and roughly the seconds left.
+    Call this in a thread that ends afterwards, see `_in_thread`. known: measurements of models that were loaded in this
+    process. They are reused for the same network in the same executor. busy: True if other models are being served. The
+    batch sizes are then not cached for later starts. progress: called with the current activity and a rough estimate of
+    the seconds left.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -266,7 +267,7 @@ def prepare_engine(
 def _load_unmeasured(
     checkpoint: Checkpoint, options: LoadOptions, places_of: Callable[[ModelInfo], int], fingerprint: str | None
 ) -> Loaded | None:
-    """Build an engine without measuring. Return None if measuring is worth its time, or the fingerprint differs."""
+    """Build an engine without measuring. Return None if measuring is worth its time, or no such engine fits."""
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     cache = options.cache_dir or default_cache()
@@ -277,7 +278,7 @@ def _load_unmeasured(
     plain_will_do = wish.executor in ("auto", "eager")
     if not plain_will_do or engine.info.fingerprint != fingerprint:
         kept = kept_executor(checkpoint, device, wish, cache)
-        if kept is not None:  # the kept executor has taken over the network, so the plain one cannot run
+        if kept is not None:  # building `kept` has taken over the network, so `plain` cannot run
             engine = _build(checkpoint, kept, device, options, wish, _bits(checkpoint, kept, device, wish))
         elif not plain_will_do:
             return None
@@ -287,7 +288,10 @@ def _load_unmeasured(
 
 
 def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) -> float:
-    """Return the seconds of a pass of one row: on a CPU, the CPU time of the thread, unaffected by other programs."""
+    """Return the duration of a one-row pass in seconds.
+
+    On a CPU, the thread's CPU time is measured, because other programs do not add to it.
+    """
     inputs = example_inputs(checkpoint, device, 1)
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     executor(*inputs).cpu()  # warm-up
@@ -297,7 +301,7 @@ def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) ->
 
 
 def wish_of(options: LoadOptions, device: torch.device) -> Wish:
-    """Return the wish that these options express, with defaults for this device."""
+    """Turn the options into a wish, with defaults for this device."""
     threads = options.threads or CORES
     largest = options.max_batch or LARGEST_BATCH[device.type]
     if device.type == "cpu" and options.max_batch is None:
@@ -328,24 +332,24 @@ def _build(
 
 
 def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish: Wish) -> str | None:
-    """Return the hash of an exact executor's outputs for the fingerprint; None if not exact."""
+    """Return a hash of the executor's outputs, for the fingerprint; None if the wish is not exact."""
     if not wish.exact:
         return None
     return probe_bits(executor, example_inputs(checkpoint, device, probe_rows(checkpoint, executor.precision)))
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
-    """Measure the duration of ticks, and derive batch sizes. The sizes of an earlier start are reused.
+    """Measure tick durations, and derive batch sizes from them. Batch sizes from an earlier start are reused.
 
-    The durations of long ticks are cached too: admission corrects them by the durations of real ticks.
+    The durations of long ticks are cached too. They may be outdated, but admission corrects them by real ticks.
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
     if sizes is None or tick_times is None:
-        # If the sizes are known, one round is enough.
+        # If the batch sizes are known, one round is enough.
         tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
         if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
-            # A slow tick ended the round before max_batch was measured.
+            # A slow tick ended the round before it reached max_batch.
             tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times, queues=engine.queues)
@@ -361,7 +365,8 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...], *, queues: bool) -> dict[str, Any]:
     """Return the smallest batch sizes that reach a given share of the best throughput.
 
-    If two ticks may be in flight, the share is lower, so new jobs wait less. Under load, such ticks become larger.
+    If two ticks may be in flight, the share is lower, so that new jobs wait less. The scheduler may then enlarge ticks
+    while many rows wait, see `BatchPolicy.full_batch`.
     """
     share, least = (QUEUED_SHARE, MIN_QUEUED_BATCH) if queues else (FULL_SHARE, MIN_BATCH)
     return {
@@ -377,7 +382,7 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """Return an earlier start's batch sizes, if valid. Noise would change sizes that each start measured again."""
+    """Return an earlier start's batch sizes, if valid. If every start measured them, noise would change them."""
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(
@@ -389,7 +394,7 @@ def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | No
 
 
 def _kept_times(kept: Mapping[str, Any], largest: int) -> tuple[tuple[int, float], ...] | None:
-    """Return (places, seconds) of ticks, measured at an earlier start; None if missing or invalid."""
+    """Return (places, seconds) for ticks that an earlier start measured; None if missing or invalid."""
     try:
         times = tuple((int(places), float(seconds)) for places, seconds in kept["tick_times"])
     except (KeyError, TypeError, ValueError):
@@ -421,10 +426,11 @@ def measure_ticks(
 def measure_overlap(
     engine: RowEngine, places: int, tick_s: float, clock: Callable[[], float] = time.perf_counter
 ) -> float | None:
-    """Measure a full tick while another tick is in flight, as a share of tick_s, the duration of a full tick alone.
+    """Measure how long a full tick takes while another one is in flight, relative to a full tick alone.
 
-    Return None if only one tick should be in flight. Either the executor has no queue, or ticks are so long that
-    Python's work between them hardly matters and a second tick would only delay new jobs.
+    tick_s: the duration of a full tick alone, in seconds. Return None if only one tick should be in flight. Either the
+    executor has no queue, or ticks are so long that the time between them hardly matters. A second tick would then only
+    delay new jobs.
     """
     if not engine.queues or tick_s > LONG_FULL_TICK_S:
         return None
@@ -448,7 +454,7 @@ def measure_overlap(
 
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
-    """Return the seconds of a few ticks of one size. Stop after a slow tick."""
+    """Run a few ticks of one size, and return their durations in seconds. Stop after a slow tick."""
     most = SAMPLER_FACTS[engine.info.default_sampler].max_steps(engine.info.num_timesteps)
     spec = trial_spec(engine.info, places, min(TICKS, most))
     rows = engine.add(spec)
@@ -458,7 +464,7 @@ def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> li
         engine.step(Batch(rows, (step,) * places, ()))
         engine.wait()
         if spec.steps <= WARM_UP:
-            engine.latents(rows)  # wait for the device here, because no later tick waits
+            engine.latents(rows)  # no later tick waits for the device, so wait now
         seconds.append(clock() - started_s)
         if seconds[-1] > SLOW_TICK_S or (step >= WARM_UP and sum(seconds) > SLOW_TICKS_S):
             break

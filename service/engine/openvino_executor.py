@@ -1,9 +1,9 @@
 """Runs networks with OpenVINO on a CPU, in one-thread streams that take small passes. Exact, and the fastest on CPUs.
 
-A pass of fixed size computes the same bits for a place, at any position and beside any other places. Passes of other
-sizes mostly agree bit for bit, and so do passes on one thread and on all threads. But not always: in bfloat16 on a CPU
-with AMX, passes of a small network differ. `autotune.py` combines only sizes that agree. The streams get equal shares
-of a batch. Remaining places, such as a single row, run in *wide* passes, one at a time on all threads.
+In a pass of a given size, a place gets the same bits at any position and beside any other places. Passes of other sizes
+mostly give the same bits too, and so do passes on one thread and on all threads. An exception is a small network in
+bfloat16 on a CPU with AMX. So `autotune.py` combines only sizes that agree. The streams get equal shares of a batch.
+The remaining places, such as a single row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 try:
-    import openvino  # import after openvino_graph, which disables telemetry
+    import openvino  # after openvino_graph, which disables telemetry
     import openvino.opset14 as ops
 except ImportError:  # an optional dependency
     openvino = None
@@ -49,11 +49,12 @@ log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
 MOST_KEPT_BYTES = 4 * 2**30  # maximum size of all graphs in the cache folder
-# Prefix of a folder that is being written, and the age in seconds after which such a folder is abandoned.
+# Prefix of a folder that is still being written, and the age in seconds at which it counts as abandoned.
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
 MAX_TIMES_BETWEEN = 4096  # number of cached embeddings of fractional timesteps
-VECTOR = 64  # floats; at least the length of torch's vectors on any processor
-# A node's mark, not saved to files. Without this mark, OpenVINO replaces a division by a constant with a product.
+VECTOR = 64  # floats; no processor has longer vectors in torch
+# A mark on a node of the graph, not saved to files. Without it, OpenVINO replaces division by a constant with a
+# product.
 DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -72,20 +73,20 @@ def version() -> str | None:
 def core() -> Any:
     """Return OpenVINO's Core, the only one in this process.
 
-    A Core gives its thread an alternate stack for signals, and frees that stack when the Core ends. If several Cores
-    end out of order, the thread keeps a freed stack, and the next signal kills the process.
+    A Core gives its thread an alternate stack for signals, and frees that stack when the Core is destroyed. If several
+    Cores are destroyed out of order, a thread is left with a freed stack, and the next signal kills the process.
     """
     return openvino.Core()
 
 
 def precisions() -> tuple[str, ...]:
-    """Return the precisions that this processor supports. bfloat16 needs instructions of the processor."""
+    """Return the precisions that this processor supports. For bfloat16, it needs special instructions."""
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
 
 def bfloat16_gain() -> float:
-    """Return the speed-up of bfloat16 over float32 on this processor, for a convolution typical of networks."""
+    """Return how many times faster bfloat16 is than float32 on this processor, for a typical convolution."""
     x = ops.parameter([1, 128, 32, 32], np.float32)
     layer = ops.convolution(x, np.ones((128, 128, 3, 3), np.float32), [1, 1], [1, 1], [1, 1], [1, 1])
     model = openvino.Model([ops.result(layer)], [x])
@@ -94,7 +95,7 @@ def bfloat16_gain() -> float:
         precision: core().compile_model(model, "CPU", _config(precision, 1, 1)).create_infer_request()
         for precision in PRECISION_HINTS
     }
-    for _ in range(8):  # alternate, so other programs delay both precisions
+    for _ in range(8):  # alternate the precisions, so that other programs delay both
         for precision, request in requests.items():
             began_s = time.perf_counter()
             request.infer()
@@ -105,21 +106,22 @@ def bfloat16_gain() -> float:
 class Graph:
     """A network converted to OpenVINO's graph, with tables of its embeddings in float32. Executors may share a Graph.
 
-    With a file, the graph is cached for later starts, and its weights are memory-mapped. Compiled passes hold their own
-    reordered copy of the weights. So the mapped weights leave memory, and the network can free its own.
+    If a file is given, the graph is cached in it for later starts, and the weights are memory-mapped. Compiled passes
+    hold their own reordered copy of the weights. So the mapped weights need not stay in memory, and the network can
+    free its own.
     """
 
     def __init__(
         self, net: Denoiser, shape: Sequence[int], num_timesteps: int, file: "KeptGraph | None" = None
     ) -> None:
-        """shape: [C, H, W] of one row. file: the graph's place in the cache."""
+        """shape: [C, H, W] of one row. file: where the graph is cached."""
         with torch.inference_mode():
-            # Embed all timesteps in one call, so a timestep's bits never depend on a batch. Use float32, because
+            # Embed all timesteps in one call, so that a timestep's bits never depend on a batch. Use float32, because
             # bfloat16 cannot represent 999.
             time_table = net.time_embedder()(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
-            # Torch computes the elements after the last whole vector differently. Padding leaves no such elements.
+            # Torch computes the last elements differently if they do not fill a vector. Padding avoids such elements.
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)).clone() if weight is not None else None  # [classes, temb]
@@ -148,7 +150,7 @@ class Graph:
         return model
 
     def compile(self, precision: str, size: int, streams: int, threads: int) -> "_Passes":
-        """Compile passes of one size. The streams share the threads."""
+        """Compile the graph for passes of one size. The streams share the threads."""
         compiled = core().compile_model(self.of_size(size, precision), "CPU", _config(precision, streams, threads))
         if self._file is not None:
             self._file.release()
@@ -156,7 +158,7 @@ class Graph:
 
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
-        """Embed timesteps [B]. Fractional timesteps are embedded one by one, so bits never depend on a batch."""
+        """Embed timesteps [B]. Each fractional timestep is embedded alone, so that its bits never depend on a batch."""
         whole = t.long().clamp(0, len(self.time_table) - 1)
         temb = self.time_table[whole]
         for place in (whole != t).nonzero().flatten().tolist():
@@ -170,7 +172,7 @@ class Graph:
         return self._embed_between[t]
 
     def of_size(self, size: int, precision: str) -> Any:
-        """Return the graph for passes of one size: fixed shapes are a third faster than dynamic shapes."""
+        """Return the graph for passes of one size, because fixed shapes are a third faster than dynamic ones."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
         if precision == "float32":
@@ -191,7 +193,7 @@ class KeptGraph:
         self._xml, self._weights, self._sums = self._files
 
     def read(self) -> Any:
-        """Load the graph with memory-mapped weights; None if it is missing or was changed."""
+        """Load the graph with memory-mapped weights; None if it is missing or was modified."""
         try:
             if self._sums.read_text("utf-8") != _hash_of(self._xml, self._weights):
                 log.warning("%s is not what was written: the network is converted again", self._weights)
@@ -229,7 +231,7 @@ class KeptGraph:
         return kept
 
     def release(self) -> None:
-        """Drop the mapped weights from memory. Later reads come from the file."""
+        """Drop the mapped weights from memory. They are read from the file again when needed."""
         libc = ctypes.CDLL(None)
         with contextlib.suppress(OSError, AttributeError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
             for line in maps:
@@ -238,14 +240,14 @@ class KeptGraph:
                     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
     def _forget_unfinished(self) -> None:
-        """Delete folders of servers that were killed while writing."""
+        """Delete folders left behind by servers that were killed while writing."""
         for folder in self._folder.glob(f"{UNFINISHED}*"):
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > UNFINISHED_S:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the least recently used graphs, except this one, until the rest fits in MOST_KEPT_BYTES."""
+        """Delete the least recently used graphs until the rest fits in MOST_KEPT_BYTES. Never delete this graph."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -263,14 +265,17 @@ def _hash_of(xml: Path, weights: Path) -> str:
 
 
 def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGraph | None:
-    """Return the cache entry for the graph of a part of a checkpoint; None without a folder. The file may not exist."""
+    """Return the cache entry for the graph of a part of a checkpoint; None if there is no folder.
+
+    The entry's files may not exist yet.
+    """
     if folder is None:
         return None
     parts = {
         "part": part,
         "weights": checkpoint.weights_hash,
         "network": checkpoint.net.config.to_dict(),
-        "predicts": checkpoint.noise.prediction_type,  # a score network's graph takes images in [0, 1]
+        "predicts": checkpoint.noise.prediction_type,  # the graph of a score network takes images in [0, 1]
         "shape": checkpoint.row_shape,
         "torch": torch.__version__,
         "openvino": version(),
@@ -281,7 +286,7 @@ def kept_graph(folder: Path | None, checkpoint: Checkpoint, part: str) -> KeptGr
 
 @cache
 def _code_hash() -> str:
-    """Return a hash of the code that makes a graph: the networks, and the conversion."""
+    """Return a hash of the code that makes a graph: the networks and the conversion."""
     digest = hashlib.sha256()
     converts = [Path(__file__), Path(openvino_graph.__file__)]
     for file in sorted([*Path(model.__file__).parent.rglob("*.py"), *converts]):
@@ -292,7 +297,7 @@ def _code_hash() -> str:
 class OpenVINOExecutor:
     """Runs a Graph in one-thread streams, and in wide passes on all threads.
 
-    With streams=1, all threads share one stream, and one copy of the weights.
+    With streams=1, all threads share one stream and one copy of the weights.
     """
 
     name = "openvino"
@@ -309,9 +314,9 @@ class OpenVINOExecutor:
         wide: int = 0,
         compiled: Compiled | None = None,
     ) -> None:
-        """sizes: pass sizes, ascending. streams: `threads` or 1. wide: the most places that may run in wide passes.
+        """sizes: pass sizes, ascending. streams: `threads` or 1. wide: how many places may run in wide passes at most.
 
-        compiled: compiled passes of this graph, shared with other executors. New passes are added. Executors that share
+        compiled: compiled passes of this graph, shared with other executors; new ones are added. Executors that share
         passes must not run at the same time.
         """
         self.precision = precision
@@ -340,8 +345,9 @@ class OpenVINOExecutor:
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
         """Start the network on a batch. A second batch may start before the first has ended.
 
-        OpenVINO has a queue for each pass size, and a free stream takes the next pass from it. Passes of two sizes
-        compete for the cores, so a batch starts its other sizes only when earlier passes end.
+        OpenVINO has a queue for each pass size, from which a free stream takes the next pass. Passes of different sizes
+        would compete for the cores. So a batch starts with one size, and starts passes of other sizes only as earlier
+        ones end.
         """
         graph = self._graph
         temb = graph.embed_time(t)
@@ -385,7 +391,7 @@ class OpenVINOExecutor:
         return finish
 
     def _abandon(self, running: "deque[tuple[_Passes, _Pass, int, int]]") -> None:
-        """Wait for passes whose outputs are not needed, because a running request cannot be started again."""
+        """Wait for passes whose outputs are not needed, because a request cannot be started while it is running."""
         while running:
             passes, one, *_ = running.popleft()
             with contextlib.suppress(RuntimeError):
@@ -395,9 +401,9 @@ class OpenVINOExecutor:
 
 
 def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None = None) -> Callable[[Floats], Floats]:
-    """Compile a module for one thread in float32. The module has one input of this shape, and one output.
+    """Compile a module for one thread in float32. The module has one input of this shape and one output.
 
-    The returned function is not thread-safe. file: the graph's place in the cache.
+    The returned function is not thread-safe. file: where the graph is cached.
     """
     graph = file.read() if file is not None else None
     if graph is None:
@@ -417,7 +423,7 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
 
 
 def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module to a graph that computes the same bits as a graph read from a file."""
+    """Convert a module to a graph whose bits are the same as after saving and loading it."""
     model = convert(module.eval(), example, inputs)
     for node in model.get_ordered_ops():
         if DIVIDES in (marks := node.get_rt_info()):
@@ -430,13 +436,13 @@ def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
-        # The web server and the encoders use these cores too. A pinned stream would have to wait for them.
+        # The web server and the encoders use these cores too, and a pinned stream would have to wait for them.
         "ENABLE_CPU_PINNING": False,
     }
 
 
 class _Passes:
-    """Owns the requests of one compiled graph. Creates another request if all of them are running."""
+    """Owns the requests of one compiled graph. Creates another one if all requests are running."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -457,21 +463,21 @@ class _Passes:
 
 
 class _Pass:
-    """A request with direct access to its input and output memory: a third of the cost of passing tensors."""
+    """A request whose input and output memory is accessed directly, at a third of the cost of passing tensors."""
 
     def __init__(self, request: Any) -> None:
-        self._request, self.wait = request, request.wait  # `wait` returns when `out` holds the result
+        self._request, self.wait = request, request.wait  # `out` holds the result when `wait` returns
         self._x, self._temb = request.get_input_tensor(0).data, request.get_input_tensor(1).data
         self.out: Floats = request.get_output_tensor(0).data
 
     def start(self, x: Floats, temb: Floats) -> None:
-        """Start the request. Entries past a short batch hold values of an earlier pass; callers drop their outputs."""
+        """Start the request. After a short batch, the input still holds older values; callers drop their outputs."""
         self._x[: len(x)], self._temb[: len(temb)] = x, temb
         self._request.start_async()
 
 
 class _Body(nn.Module):
-    """Wraps Denoiser.denoise as a module, because OpenVINO converts modules only."""
+    """Wraps Denoiser.denoise as a module, because OpenVINO converts only modules."""
 
     def __init__(self, net: Denoiser) -> None:
         super().__init__()

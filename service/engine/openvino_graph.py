@@ -1,9 +1,9 @@
 """Converts a network to OpenVINO's graph, and rewrites the graph for exactness and speed.
 
-In a rewritten graph, the number of threads changes no bit, and large feature maps keep one memory layout. On a CPU,
-convolutions put the channels last. An operation that needs the channels first changes the layout before and after. This
-takes most of the time of a large group norm. Rewriting for speed changes the rounding, so small feature maps are left
-alone: they would gain little, and images keep their bytes.
+Exactness: in a rewritten graph, the bits do not depend on the number of threads. Speed: large feature maps keep one
+memory layout. On a CPU, convolutions put the channels last. An operation that needs the channels first has to convert
+its input and its output, which takes most of the time of a large group norm. Rewriting for speed changes the rounding.
+So small feature maps are left alone: they would gain little, and their images keep the same bytes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# Disable telemetry: openvino reports each import and conversion over the network, unless this package is missing.
+# Disable telemetry: unless this package is missing, openvino reports each import and conversion over the network.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
@@ -28,21 +28,22 @@ except ImportError:  # an optional dependency
 else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-LARGE = 2**18  # values in a row's feature map: 1 MiB, the size of a core's cache
-# OpenVINO is slow to change the layout of feature maps with at most NARROW channels and at least WORTHWHILE values.
+LARGE = 2**18  # values in a row's feature map: 1 MiB, about a core's cache
+# A feature map is narrow if it has at most NARROW channels. If it has at least WORTHWHILE values too, OpenVINO is slow
+# to change its memory layout.
 NARROW, WORTHWHILE = 64, 2**14
-WINDOW = 16  # pixels; largest side of an averaging window
-# SPREAD[m, k] is 1 if row k of a 3x3 kernel adds to row m of the 4x4 kernel on the smaller map.
+WINDOW = 16  # maximum side of an averaging window, in pixels
+# SPREAD[m, k] is 1 if row k of the 3x3 kernel is added to row m of the 4x4 kernel in `_transposed`.
 SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module to a graph, and clear torch's caches, which would keep the traced weights until exit."""
-    with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that are constant here
-        # With check_trace, torch traces a second time to compare, which doubles the time.
+    """Convert a module to a graph. Clear torch's caches, which would keep the traced weights until exit."""
+    with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that never change here
+        # With check_trace, torch would trace a second time to compare, which takes twice as long.
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = openvino.convert_model(traced, input=list(inputs))
-    with contextlib.suppress(AttributeError):  # these are private names of torch
+    with contextlib.suppress(AttributeError):  # these names are private to torch
         torch._C._jit_clear_class_registry()
         torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
         torch.jit._state._clear_class_state()
@@ -54,9 +55,9 @@ def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
 
 
 def transpose_narrow(model: Any) -> None:
-    """Replace layout changes before group norms with few channels by transpositions. No bit changes.
+    """Before group norms with few channels, change the layout by explicit transpositions. No bit changes.
 
-    For float32 only: there, OpenVINO's own layout changes are ten times as slow.
+    Use this only for float32, where OpenVINO's own layout changes are ten times as slow.
     """
     for node in model.get_ordered_ops():
         before = node.input_value(0).get_node() if node.get_type_name() == "MVN" else None
@@ -66,8 +67,8 @@ def transpose_narrow(model: Any) -> None:
         sizes = [size.get_length() for size in list(values.get_partial_shape())[1:]]
         if len(sizes) != 3 or sizes[0] > NARROW or math.prod(sizes) < WORTHWHILE:
             continue
-        # OpenVINO transposes the sum with a convolution only if another operation lies in between. A mean over single
-        # pixels is such an operation.
+        # OpenVINO transposes a sum that includes a convolution's output only if another operation lies between the sum
+        # and the transposition. A mean over single pixels is such an operation, and changes no value.
         same = ops.avg_pool(values, [1, 1], [0, 0], [0, 0], [1, 1], exclude_pad=True)
         pixels = ops.reshape(ops.transpose(same, [0, 2, 3, 1]), np.array([0, -1, sizes[0]]), special_zero=True)
         x = ops.reshape(ops.transpose(pixels, [0, 2, 1]), np.array([0, *sizes]), special_zero=True)
@@ -90,7 +91,7 @@ def _rewrite(model: Any) -> None:
 
 
 def _transpose_once(model: Any) -> None:
-    """Transpose the pixels of an attention layer once, instead of once each for q, k and v. No bit changes."""
+    """In each attention layer, transpose the pixels once instead of three times, for q, k and v. No bit changes."""
     products = defaultdict(list)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul" and node.get_attributes()["transpose_a"]:
@@ -138,7 +139,7 @@ def _sizes(node: Any) -> list[int]:
 
 
 def _norm_by_group(node: Any) -> Any:
-    """Rewrite a group norm as a norm over [B, groups, rest], where one thread computes each group.
+    """Rewrite a group norm as a norm over [B, groups, rest], where a single thread computes each group.
 
     OpenVINO's own group norm splits a group's sum between threads, so its bits depend on the number of threads.
     """
@@ -151,10 +152,10 @@ def _norm_by_group(node: Any) -> Any:
 
 
 def _norm_by_windows(node: Any) -> Any:
-    """Rewrite a group norm as means of windows, averaged by group. The channels stay last.
+    """Rewrite a group norm by averaging over windows and then over each group. The channels stay last.
 
-    In bfloat16, each node's output is rounded. A rounded statistic would shift a whole channel. So each statistic is a
-    sum of two values: the rounded value, and the mean of the residual.
+    In bfloat16, the output of every node is rounded, and a rounded statistic would shift a whole channel. So each
+    statistic is the sum of two values: the rounded value, and the mean of the remainder.
     """
     x, weight, bias = (node.input_value(k) for k in range(3))
     attributes, (channels, height, width) = node.get_attributes(), _sizes(node)
@@ -177,7 +178,7 @@ def _norm_by_windows(node: Any) -> Any:
         return values if shift is None else ops.add(values, shift)
 
     rounded, rest = mean(shifted(windows(x)))
-    # Compute the difference twice: a single result for both uses would be written to memory and read again.
+    # The difference is computed twice. Otherwise it would be written to memory and read again.
     centred = ops.subtract(shifted(x), rounded)
     variance = ops.add(*mean(windows(ops.multiply(centred, centred))))
     deviation = ops.sqrt(ops.add(variance, np.float32(attributes["epsilon"])))
@@ -186,7 +187,7 @@ def _norm_by_windows(node: Any) -> Any:
 
 
 def _split_shift(x: Any) -> tuple[Any, Any]:
-    """Split a sum into values and a shift that is constant over a channel, so the sum need not be in memory."""
+    """Split a sum into values and a shift that is constant over a channel. The sum then need not be stored."""
     node = x.get_node()
     if node.get_type_name() == "Add":
         for values, shift in ((0, 1), (1, 0)):
@@ -202,7 +203,7 @@ def _by_channel(values: Any, rows: int = 1) -> Any:
 
 
 def _doubles(node: Any) -> bool:
-    """Return whether a node is a 3x3 convolution of a feature map that was doubled by nearest-neighbour upsampling."""
+    """Return whether a node is a 3x3 convolution of a feature map whose size nearest upsampling has doubled."""
     before, attributes = node.input_value(0).get_node(), node.get_attributes()
     if before.get_type_name() != "Interpolate" or before.get_attributes()["mode"] != "nearest":
         return False
@@ -215,8 +216,8 @@ def _doubles(node: Any) -> bool:
 def _transposed(node: Any) -> Any:
     """Rewrite the convolution of a doubled map as a transposed convolution of the smaller map.
 
-    Each pixel of the smaller map meets several weights of the 3x3 kernel. These weights are summed beforehand, which
-    leaves four of nine multiplications.
+    In the doubled map, several weights of the 3x3 kernel fall on the same pixel of the smaller map. These weights are
+    summed beforehand, which leaves four of nine multiplications.
     """
     weight = node.input_value(1).get_node().get_data().astype(np.float64)
     spread = np.einsum("mk,nl,oikl->iomn", SPREAD, SPREAD, weight).astype(np.float32)

@@ -1,6 +1,6 @@
 """Converts between images and the network's input: pixels, or the latents of an autoencoder.
 
-`read`, `noised` and `encoder` return functions that may take long. Call these functions in other threads.
+`read`, `noised` and `encoder` return functions that can be slow. Call these functions in other threads.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from tminus.service.spec import Floats, Images, Inputs, Pixels
 
 log = logging.getLogger(__name__)
 
-TIMED = 3  # timed calls; the fastest counts
-LONG_S = 0.5  # if the first calls take longer together, their times are used
+TIMED = 3  # number of timed calls; the fastest counts
+LONG_S = 0.5  # if the first decoding and encoding take longer together, they are not timed again
 Pass = Callable[[Floats], Floats]
 
 
 class PixelPictures:
-    """Images of a pixel model, whose rows are the images."""
+    """Images of a pixel model, whose rows are the images themselves."""
 
     bits: str | None = None  # hash of an autoencoder's outputs, see `fingerprint`
 
@@ -44,14 +44,14 @@ class PixelPictures:
         self._shown_channels = shown_channels(checkpoint.image_shape[0], alpha=checkpoint.alpha)
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the image as the network's input on the device: here pixels, uint8 [C, H, W]."""
+        """Return the image as the network's input on the device. For a pixel model: its pixels, uint8 [C, H, W]."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
         """Read finished rows as images [n, H, W, C]. The returned function raises NotFinite if a row is not finite.
 
-        bit_depth: 8 or 16 for integers, 32 for float32. known: image and mask of each masked row, None for other rows.
-        A pixel model ignores `known`, because its rows end with the known pixels unchanged.
+        bit_depth: 8 or 16 for integers, 32 for float32. known: for each row, its image and mask, or None if it has no
+        mask. A pixel model ignores `known`, because the known pixels of its rows are already unchanged.
         """
         read = copy_out(self._device, _channels_last(to_uint8(x) if bit_depth == 8 else x), x.isfinite().all())
 
@@ -64,11 +64,11 @@ class PixelPictures:
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Convert unfinished rows to uint8 [n, H, W, C] on the device. Drops channels that pictures do not show."""
+        """Convert unfinished rows to uint8 [n, H, W, C] on the device. Drop channels that pictures do not show."""
         return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t of images, both uint8 [n, H, W, C]."""
+        """Return a function that makes x_t from images, both uint8 [n, H, W, C]."""
         x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
         eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
         x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
@@ -80,15 +80,15 @@ class PixelPictures:
         return lambda: inputs
 
     def seconds_per_image(self) -> tuple[float, float]:
-        """Return the seconds to decode an image and to encode one; 0 for a pixel model."""
+        """Return how many seconds it takes to decode an image and to encode one; 0 for a pixel model."""
         return 0.0, 0.0
 
 
 class LatentPictures(PixelPictures):
-    """Images of a latent model, which an autoencoder encodes and decodes outside of ticks.
+    """Images of a latent model. An autoencoder encodes and decodes them outside of ticks.
 
-    Thread-safe: one image at a time. Each pass has one image and one fixed shape, so an image's bits do not depend on
-    other images.
+    Thread-safe: one image is processed at a time. Every pass takes a single image and has the same shape, so an image's
+    bits do not depend on other images.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, cache: Path | None) -> None:
@@ -96,7 +96,7 @@ class LatentPictures(PixelPictures):
         autoencoder = checkpoint.autoencoder
         assert autoencoder is not None
         self._factor = autoencoder.config.factor
-        self._turn = threading.Lock()  # one image at a time, to bound the load beside the ticks
+        self._turn = threading.Lock()  # one image at a time, to limit the load beside the ticks
         self._colours = fit_colours(autoencoder).to(device)
         autoencoder.to(device)
         if device.type == "cuda":
@@ -109,12 +109,12 @@ class LatentPictures(PixelPictures):
         self.bits = hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the image's latents [c, h, w] on the device. Encodes the image unless the inputs have latents."""
+        """Return the image's latents [c, h, w] on the device. Encode the image if its latents are not given."""
         latents = inputs.latents if inputs.latents is not None else self._encode(inputs.image)
         return to_device(latents, self._device)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:
-        """Decode finished rows. Known pixels are copied into the images, so these pixels are kept bit for bit."""
+        """Decode finished rows. Known pixels are copied into the images, so they stay the same bit for bit."""
         read = copy_out(self._device, x, x.isfinite().all())
 
         def images() -> Pixels:
@@ -132,11 +132,11 @@ class LatentPictures(PixelPictures):
         return images
 
     def shown(self, x: Tensor) -> Tensor:
-        """Make rough images without the decoder: each latent becomes a square of one approximate colour."""
+        """Make rough images without the decoder. Each latent becomes a square of one approximate colour."""
         return super().shown(colours_of(x, self._colours, self._factor))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t of images. The function encodes, adds noise and decodes."""
+        """Return a function that encodes images, adds noise to make x_t, and decodes the result."""
 
         def make() -> Images:
             x_0 = torch.from_numpy(np.stack([self._encode(image) for image in images]))
@@ -151,7 +151,7 @@ class LatentPictures(PixelPictures):
         return lambda: replace(inputs, latents=self._encode(inputs.image))
 
     def seconds_per_image(self) -> tuple[float, float]:
-        """Return the seconds to decode one image and to encode one, on an idle machine."""
+        """Return how many seconds it takes to decode an image and to encode one, on an idle machine."""
         if sum(self._first_s) > LONG_S:
             return self._first_s
         latents = np.zeros((1, *self._shape), np.float32)
@@ -176,14 +176,14 @@ class LatentPictures(PixelPictures):
     def _pass(
         self, checkpoint: Checkpoint, part: str, module: nn.Module, x: Floats, cache: Path | None
     ) -> tuple[Pass, Floats, float]:
-        """Build the fastest accurate pass of an autoencoder's part. Return the pass, its output for x, and seconds."""
+        """Build the fastest accurate pass for the encoder or decoder. Return it, its output for x, and its duration."""
         eager = self._eager(module)
         if self._device.type == "cpu" and openvino_executor.available():
             verdict = Verdict(checkpoint, self._device, "openvino", "float32", cache, part)
             file = openvino_executor.kept_graph(cache, checkpoint, part)
             try:
                 with verdict.attempt():
-                    run = openvino_executor.one_thread(module, x.shape, file)  # leaves the other cores to the ticks
+                    run = openvino_executor.one_thread(module, x.shape, file)  # leaves other cores to the ticks
                     out, seconds = _timed(run, x)
                     verdict.check(
                         hashlib.sha256(out.tobytes()).hexdigest(),
@@ -196,7 +196,7 @@ class LatentPictures(PixelPictures):
         return eager, *_timed(eager, x)
 
     def _eager(self, module: nn.Module) -> Pass:
-        """Return a function that runs a module with torch. On a GPU, the function uses a stream beside the ticks."""
+        """Return a function that runs a module with torch. On a GPU, it uses a stream of its own, beside the ticks."""
         stream = streams(self._device).decoding if self._device.type == "cuda" else None
 
         def run(x: Floats) -> Floats:
@@ -229,7 +229,7 @@ def _fastest(act: Callable[[], object]) -> float:
 
 
 class _Part(nn.Module):
-    """Wraps the encoder or the decoder as a module, because OpenVINO converts modules only."""
+    """Wraps the encoder or the decoder as a module, because OpenVINO converts only modules."""
 
     def __init__(self, autoencoder: Autoencoder, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

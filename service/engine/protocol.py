@@ -1,4 +1,4 @@
-"""The engine's interface without torch, its load options, and a loop that runs one job without a server."""
+"""The engine's interface without torch, the load options, and a loop that runs one job without a server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
 from tminus.service.spec import Floats, Images, Inputs, Pixels, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch, work_of
 
-BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # also in the installed package
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # the installed package contains it too
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """The options for loading a model. If an option is None or "auto", the loader chooses for this machine."""
+    """Options for loading a model. If an option is None or "auto", the loader chooses the best for this machine."""
 
     checkpoint: Path
     device: str = "auto"
@@ -33,20 +33,20 @@ class LoadOptions:
 
 
 class RowEngine(Protocol):
-    """Holds the state of rows and updates it in ticks. Not thread-safe.
+    """Holds the state of rows, and updates it in ticks. Not thread-safe.
 
-    Most methods that read rows return a function, which may wait for the device. Call that in another thread.
+    Most methods that read rows return a function, which may wait for the device. Call that function in another thread.
     """
 
     info: ModelInfo
 
     @property
     def queues(self) -> bool:
-        """Return whether a second tick may begin while one is in flight. The second tick's passes wait in a queue."""
+        """True if a second tick may begin while one is in flight. The second tick's passes wait in a queue."""
 
     @property
     def runs_ahead(self) -> bool:
-        """Return whether a tick may still run after `step` and `wait` return. True on a GPU."""
+        """True if a tick may still be running when `step` and `wait` have returned, as on a GPU."""
 
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Assign slots to a job's rows, set their first x, and return the row ids.
@@ -56,7 +56,7 @@ class RowEngine(Protocol):
         """
 
     def begin(self, batch: Batch) -> Callable[[], None]:
-        """Begin a tick, and return a function that ends the tick. Call that function in the engine's thread.
+        """Begin a tick, and return a function that ends it. Call that function in the engine's thread.
 
         A tick of other rows may begin before that call. Until a row's tick ends, reads return the row's old values, and
         the row must not be removed.
@@ -75,7 +75,7 @@ class RowEngine(Protocol):
         """Read finished rows as images. The returned function raises NotFinite if a row is not finite."""
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`. Call it in another thread, because it may take long."""
+        """Return a function that prepares inputs for `add`. Call it in another thread, because it can be slow."""
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read running rows as uint8 images."""
@@ -84,16 +84,19 @@ class RowEngine(Protocol):
         """Read the state from which one job's rows can continue. steps: the next step of each row."""
 
     def plan(self, spec: SampleSpec) -> PlanNumbers:
-        """Return the coefficients of each pass of a spec. Raises ValueError if the model cannot run the spec."""
+        """Return the coefficients for each pass of a spec. Raises ValueError if the model cannot run the spec."""
 
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read rows for a trajectory. Call this before the rows' first pass too, so the engine stores all values."""
+        """Read rows for a trajectory.
+
+        Call this once before the rows' first pass too, so that the engine stores all values.
+        """
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t of images by the forward process."""
+        """Return a function that makes x_t from images by the forward process."""
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Return the latents of rows. Waits for the device."""
+        """Return the rows' latents. Waits for the device."""
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free the slots of one job's rows."""
@@ -102,10 +105,10 @@ class RowEngine(Protocol):
         """Return whether the device has stopped working. Waits for the device. Call this after an error."""
 
     def memory_bytes(self) -> int | None:
-        """Return the bytes of tensors on a GPU; None on a CPU, where tensors are in the process's memory."""
+        """Return how many bytes the tensors take on a GPU; None on a CPU."""
 
 
-# Called with the engine, the ids of the job's rows, and (steps taken, index in the job) for each row that stepped.
+# Called with the engine, the ids of the job's rows, and (steps taken, index in the job) for each row that took a step.
 Record = Callable[[RowEngine, Sequence[int], Sequence[tuple[int, int]]], object]
 
 
@@ -117,10 +120,10 @@ def sample_locally(
     inputs: Inputs | None = None,
     record: Record | None = None,
 ) -> Pixels:
-    """Run one job to its end, and return its images. Raises ValueError as Engine.add does, and NotFinite.
+    """Run one job to its end, and return its images. Raises NotFinite, and ValueError for the reasons of Engine.add.
 
-    on_rows: called after each tick with the number of rows in the tick. record: called with all rows before the first
-    tick, and after each tick with the rows of the tick.
+    on_rows: called after each tick with the tick's number of rows. record: called before the first tick with all rows,
+    and after each tick with the rows of that tick.
     """
     scheduler = Scheduler(BatchPolicy.of(max_batch))
     rows = engine.add(spec, inputs=inputs)

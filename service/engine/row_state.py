@@ -1,6 +1,6 @@
-"""Row state on the device besides x and x_0: noise seeds, known values, registers, and the lines of plans.
+"""Row state on the device other than x and x_0: noise seeds, known values, registers, and the lines of plans.
 
-Also makes a job's first x from noise, an image or a snapshot, and checks inputs and snapshots.
+This module also makes a job's first x from noise, an image or a snapshot, and checks inputs and snapshots.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
 def first_noise(spec: SampleSpec, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw x_T of a job's rows, [n, *shape]."""
+    """Draw x_T for a job's rows, [n, *shape]."""
     indices = range(spec.index, spec.index + spec.n)
     noise = image_noise(spec.seed, indices, 0, shape, device)
     if spec.to_seed is None or spec.mix is None:
@@ -32,14 +32,14 @@ def first_noise(spec: SampleSpec, shape: Sequence[int], device: torch.device) ->
 
 
 class RowNoises:
-    """Holds the seeds and image indices of rows, by slot, and draws the rows' noise."""
+    """Holds the seeds and image indices of rows, and draws their noise."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
         self._shape, self._device = shape, device
         self._seed_words = torch.zeros(max_rows, 2, dtype=torch.int64, device=device)
         self._index = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._mixed = np.zeros(max_rows, bool)  # on the host: true if the row mixes the noise of two seeds
-        self._of_mixes: tuple[Tensor, Tensor] | None = None  # (second seeds, weights), for the first mixed row
+        self._mixed = np.zeros(max_rows, bool)  # on the host: True if the row mixes the noise of two seeds
+        self._of_mixes: tuple[Tensor, Tensor] | None = None  # (second seeds, weights), from the first mixed row on
 
     def put(self, at: Tensor, rows: Sequence[int], spec: SampleSpec) -> None:
         """Store the seeds of one job's rows. at: the rows' slots, as a tensor on the device."""
@@ -55,11 +55,11 @@ class RowNoises:
         weights[at] = torch.tensor(arc_weights(spec.mix), device=self._device)
 
     def mixes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the positions in `rows` of the rows that mix the noise of two seeds."""
+        """Return the positions in `rows` of those rows that mix the noise of two seeds."""
         return np.flatnonzero(self._mixed[rows]) if self._of_mixes is not None else np.zeros(0, np.int64)
 
     def draw(self, rows: Tensor, draws: Tensor, mixes: Tensor) -> Tensor:
-        """Draw the noise of rows, [B, *shape]. mixes: the result of `mixes` for these rows, int64 [<= B]."""
+        """Draw noise for rows, [B, *shape]. mixes: the result of `mixes` for the same rows, int64 [<= B]."""
         noise = row_noise(self._seed_words[rows], self._index[rows], draws, self._shape)
         if self._of_mixes is None or not len(mixes):
             return noise
@@ -88,9 +88,9 @@ def initial_latents(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Make the first x [n, *shape]: x_T, or with a strength, x_t of the image with eps = x_T (Meng et al. 2022).
+    """Make the first x [n, *shape]. With a strength, this is x_t of the image with eps = x_T (Meng et al. 2022).
 
-    origin: the image as uint8 pixels, or as latents, [*shape].
+    Without a strength, it is x_T. origin: the image as uint8 pixels, or as latents, [*shape].
     """
     eps = first_noise(spec, shape, device)
     if spec.strength is None:
@@ -102,9 +102,9 @@ def initial_latents(
 def latents_of(
     snapshot: Snapshot, n: int, num_registers: int, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x and x0_previous [n, *shape], and registers [n, R, *shape], of a snapshot.
+    """Return a snapshot's x and x0_previous, both [n, *shape], and its registers [n, R, *shape].
 
-    Raises ValueError if a shape or dtype differs.
+    Raises ValueError if a shape or a dtype is wrong.
     """
     tensors = []
     for name, expected in (("x", (n,)), ("x0_previous", (n,)), ("registers", (n, num_registers))):
@@ -118,32 +118,35 @@ def latents_of(
 
 
 class KnownValues:
-    """Owns x_0 and masks of rows. Created for the first mask, so servers without masks use no memory."""
+    """Owns x_0 and masks of rows. Created for the first mask, so servers without masks need no memory for it."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device, latent: bool) -> None:
         """shape: [C, H, W] of one row."""
         channels, height, width = shape
         self._latent = latent
-        # Store pixels as uint8: exact, at a quarter of the size of float32.
+        # Pixels are stored as uint8, which is exact and takes a quarter of the memory of float32.
         dtype: type[np.generic] = np.float32 if latent else np.uint8
         self._x_0 = row_slots(max_rows, channels, height, width, device=device, dtype=dtype)
         self._new = row_slots(max_rows, 1, height, width, device=device, dtype=np.bool_)
 
     def put(self, rows: Tensor, x_0: Tensor, mask: Tensor) -> None:
-        """Store one job's x_0 [C, H, W], uint8 for pixels, and mask. A latent is new if any of its pixels is masked."""
+        """Store one job's x_0 [C, H, W] and its mask.
+
+        For a pixel model, x_0 is uint8. A latent is regenerated if any of its pixels is masked.
+        """
         height, width = x_0.shape[1:]
         squares = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
         self._x_0[rows] = x_0
         self._new[rows] = squares.any(3).any(1)
 
     def restore(self, x: Tensor, rows: Tensor, levels: Tensor, eps: Tensor) -> Tensor:
-        """Return x [B, C, H, W] with the rows' known values restored, at the noise levels [B, 2] of `Plan.known`."""
+        """Return x [B, C, H, W] with the known values restored, at noise levels [B, 2] as in `Plan.known`."""
         x_0 = self._x_0[rows]
         return keep_known(x, self._new[rows], x_0 if self._latent else to_model_range(x_0), eps, levels)
 
 
 class Registers:
-    """Owns registers: tensors that some samplers keep between passes. Created for the first row with registers."""
+    """Owns the registers: tensors that some samplers keep between passes. Created for the first row that needs them."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
         """shape: [C, H, W] of one row."""
@@ -156,15 +159,18 @@ class Registers:
             old, count = self._values, self._values.shape[1]
             self._values = row_slots(len(old), count + missing, *old.shape[2:], device=old.device)
             self._values[:, :count] = old
-        self._values[rows] = 0  # clear an earlier row's values: 0 times infinity is NaN
+        self._values[rows] = 0  # clear the values of an earlier row, because 0 times infinity is NaN
         self._values[rows, : values.shape[1]] = values
 
     def read(self, rows: Tensor, count: int) -> Tensor:
-        """Return the first `count` registers of rows, [n, count, C, H, W]."""
+        """Return the first `count` registers of each row, [n, count, C, H, W]."""
         return self._values[rows, :count]
 
     def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Return the next x of rows [B]; store their registers. matrices: [B, 5, 8]. state: x, x0, x0_previous, z."""
+        """Return the next x of rows [B], and store their registers.
+
+        matrices: [B, 5, 8]. state: x, x0, x0_previous, z.
+        """
         held = self._values[rows]
         count = held.shape[1]
         new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])
@@ -172,12 +178,12 @@ class Registers:
         return new[:, 0]
 
 
-MAX_PLANS = 64  # cached plans; one of 1000 steps takes 0.1 MB, with registers 0.3 MB
-FIRST_LINES = 1024  # initial capacity of the store, at least doubled when full
+MAX_PLANS = 64  # number of cached plans; a plan of 1000 steps takes 0.1 MB, or 0.3 MB with registers
+FIRST_LINES = 1024  # initial capacity of the store, which at least doubles when full
 
 
 class PlanCompiler:
-    """Compiles samplers to plans. Recent plans are cached, because most specs ask for the same few samplers."""
+    """Compiles samplers to plans. Recent plans are cached, because most specs use the same few samplers."""
 
     def __init__(self, model: ModelInfo, noise: NoiseConfig) -> None:
         self._model, self._noise, self._schedule = model, noise, noise.schedule()
@@ -205,10 +211,10 @@ class PlanStore:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.timesteps = torch.zeros(FIRST_LINES, device=device)  # the network's input t
-        self.scales: Tensor | None = None  # factors on the network's input x; None until a plan needs them
+        self.scales: Tensor | None = None  # factors on the network's input; None until a plan needs them
         self.lines = torch.zeros(FIRST_LINES, NUM_COEFFICIENTS, device=device)
         self.known = torch.zeros(FIRST_LINES, 2, device=device)  # see `Plan.known`
-        self.matrices: Tensor | None = None  # [lines, 5, 8]; None until a plan has registers
+        self.matrices: Tensor | None = None  # [lines, 5, 8]; None until a plan uses registers
         self._free = [(0, FIRST_LINES)]  # free ranges (start, length), ascending and never adjacent
 
     def put(self, plan: Plan) -> int:
@@ -247,7 +253,7 @@ class PlanStore:
         self._free = stretches
 
     def _take(self, length: int) -> int:
-        """Take the first free range that is long enough. Grow the store if there is none."""
+        """Take lines from the first free range that is long enough. Grow the store if there is none."""
         for k, (start, size) in enumerate(self._free):
             if size >= length:
                 self._free[k : k + 1] = [(start + length, size - length)] if size > length else []

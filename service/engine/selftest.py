@@ -1,8 +1,8 @@
 """Tests that an image has the same bits alone and under load, and caches the result for later starts.
 
 Two properties are tested. First, the network's output for a row does not depend on the other rows of the pass, nor on
-the row's position. Second, the engine's update of a row does not depend on other rows, for every sampler. The second
-test runs a simple function in place of the network.
+the row's position. Second, for every sampler, the engine's update of a row does not depend on other rows. The second
+test replaces the network with a simple function.
 """
 
 import logging
@@ -32,18 +32,18 @@ from tminus.service.work import work_of
 
 log = logging.getLogger(__name__)
 
-PROBE_ROWS = 2  # rows hashed for the fingerprint; small networks may need more, see `probe_rows`
-SPARE_ROWS, SPARE_JOBS = 64, 16  # minimum for the self-test and the measurement of ticks
-# The test of the samplers runs every sampler for at most STEPS steps. The first GUIDED samplers run with at least ROWS
-# rows, and also guided.
+PROBE_ROWS = 2  # number of rows to hash for the fingerprint; a small network may need more, see `probe_rows`
+SPARE_ROWS, SPARE_JOBS = 64, 16  # the self-test and the measurement of ticks need this many
+# The test runs every sampler for at most STEPS steps. It runs the first GUIDED samplers with at least ROWS rows, and
+# again with guidance.
 STEPS, ROWS, GUIDED = 4, 2, 3
 
 
 class Proof:
     """Tests that an exact executor gives a row the same bits in any batch, and caches the findings.
 
-    The cache is keyed by weights, machine and versions. Findings are reused only if the executor's output has the same
-    hash as before. This detects a cache file that was changed, or comes from another machine.
+    The cache key depends on weights, machine and versions. Findings are reused only if the executor's output has the
+    same hash as before. A cache file that was changed or comes from another machine is noticed in this way.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Proof:
         what = {**how, "weights": checkpoint.weights_hash, "details": executor.details, "tminus": version("tminus")}
         self._cache = ChoiceCache(cache, checkpoint, device, what, ())
         rows = probe_rows(checkpoint, executor.precision)
-        # If different bits may agree on a few rows by chance, hash all rows. Such a network is small.
+        # If a few rows may agree by chance although the bits differ, hash all rows. Only small networks need this.
         row = probe_bits(executor, example_inputs(checkpoint, device, 1 if rows == PROBE_ROWS else rows))
         kept = self._cache.read() or {}
         bits = kept.get("bits")
         if kept.get("row") != row or not isinstance(bits, str):
             kept, bits = {}, probe_bits(executor, example_inputs(checkpoint, device, rows))
         self.bits: str = bits
-        self.begun = "exact" in kept  # true if an earlier start has run some of the tests
+        self.begun = "exact" in kept  # True if an earlier start has already run some of the tests
         self._earlier, self._max_batch = kept.get("exact"), kept.get("max_batch")
         self._kept = {"row": row, "bits": bits}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
         """Run tests for some seconds, and return an iterator that runs the rest. Raises ValueError if bits differ.
 
-        inexact: the engine's info after a test in that iterator has failed.
+        inexact: becomes the engine's info if a test fails in the iterator.
         """
         if self._earlier is False:
             raise ValueError(f"{self._failed()}; found before, and tested again without {self._cache.found}")
@@ -132,8 +132,8 @@ def network_keeps_rows_apart(
 ) -> Iterator[bool | None]:
     """Run batches of 2 to max_batch rows. Yield for each batch whether its rows have the same bits as alone.
 
-    Small batches and the largest come first, because they reveal most differences. After each run of a single row,
-    yield None, so a new job waits for at most one batch.
+    Small batches and the largest come first, because they reveal most differences. Yield None after each row that is
+    run alone, so that a new job waits for one batch at most.
     """
     rows = max(agree_rows(checkpoint, executor.precision), max_batch)
     x, t, labels = example_inputs(checkpoint, device, rows)
@@ -149,7 +149,7 @@ def network_keeps_rows_apart(
     first = 0
     for places in dict.fromkeys([2, 3, max_batch, *range(4, max_batch)]):
         index = [(first + place) % rows for place in range(places)]
-        first += places - 1  # next time, a row has another position and other neighbours
+        first += places - 1  # the next batch has each row in another position, beside other rows
         for row in index:
             if row not in alone:
                 (alone[row],) = run([row])
@@ -158,7 +158,7 @@ def network_keeps_rows_apart(
 
 
 class _Standin:
-    """Replaces the network by a function of row, timestep and class. A row's output has the same bits in any batch."""
+    """Replaces the network with a function of row, timestep and class, whose bits do not depend on the batch."""
 
     name, precision, details, queues = "stand-in", "float32", "", False
 
@@ -183,7 +183,7 @@ def samplers_keep_rows_apart(checkpoint: Checkpoint, device: torch.device, max_b
 
 
 def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
-    """Run jobs of every sampler, alone and then in shared ticks. Return whether all latents have the same bits."""
+    """Run jobs of every sampler alone, then in shared ticks. Return whether all latents have the same bits."""
     specs = _possible(engine, _specs(engine.info))
     alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
     together = _run(engine, specs, max_batch)
@@ -191,7 +191,7 @@ def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
 
 
 def _specs(model: ModelInfo) -> list[SampleSpec]:
-    """Return jobs of every sampler, with different step counts. See GUIDED for jobs of several rows and guided jobs."""
+    """Return jobs for every sampler, with various step counts. See GUIDED for jobs with several rows or guidance."""
     specs = []
     for k, sampler in enumerate(model.samplers):
         steps = min(STEPS, SAMPLER_FACTS[sampler].max_steps(model.num_timesteps))
@@ -205,7 +205,7 @@ def _specs(model: ModelInfo) -> list[SampleSpec]:
 
 
 def _possible(engine: RowEngine, specs: Sequence[SampleSpec]) -> list[SampleSpec]:
-    """Return the jobs that the noise schedule allows: some samplers cannot start at a timestep without signal."""
+    """Return the jobs that the noise schedule allows. Some samplers cannot start at a timestep without signal."""
     possible = []
     for spec in specs:
         with suppress(ValueError):
@@ -230,10 +230,10 @@ def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Flo
 
 
 def probe_rows(checkpoint: Checkpoint, precision: str) -> int:
-    """Return the number of rows to hash for the fingerprint: PROBE_ROWS, or `agree_rows` for a small network.
+    """Return the number of rows to hash for the fingerprint: PROBE_ROWS, or more for a small network.
 
     Below float32, two builds with different bits may agree on two rows of a small network by chance, see `agree_rows`.
-    For larger networks two rows are enough, and more rows would change every build's fingerprint.
+    For larger networks, two rows are enough. Hashing more would change every fingerprint.
     """
     rows = agree_rows(checkpoint, precision)
     return rows if rows > AGREE_ROWS else PROBE_ROWS

@@ -1,4 +1,4 @@
-"""Decodes uploaded images to pixels of the model's size. The bounds are checked before decoding."""
+"""Decodes uploaded images to pixels of the model's size. All limits are checked before decoding."""
 
 import asyncio
 import io
@@ -22,23 +22,23 @@ from tminus.service.tracing import traced
 from tminus.service.turns import CallerTurns
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# More than any encoder writes. For each chunk or segment, however small, Pillow spends microseconds in Python. For each
-# scan, which may be ten bytes long, Pillow processes the whole image.
+# Limits that no encoder reaches. For every chunk or segment, however small, Pillow spends microseconds in Python. For
+# every scan, which may be only ten bytes long, Pillow processes the whole image.
 MAX_PIECES = 10_000
 MAX_SCANS = 100
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, without DHT, JPG and DAC
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, except DHT, JPG and DAC
 JPEG_SCAN = 0xDA
 SCAN = bytes((0xFF, JPEG_SCAN))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """The header of an image. `format` is Pillow's name for the format."""
+    """What an image's header says. `format` is Pillow's name for the format."""
 
     format: str
     width_px: int
     height_px: int
-    scans: int = 1  # passes over all pixels in decoding
+    scans: int = 1  # how often decoding passes over all pixels
 
     @property
     def pixels(self) -> int:
@@ -46,12 +46,12 @@ class ImageHeader:
 
     @property
     def work(self) -> int:
-        """Return the cost of decoding: pixels times scans."""
+        """The cost of decoding: pixels times scans."""
         return self.pixels * self.scans
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Parse the header of a PNG, JPEG or WebP; None for any other bytes. Raises ValueError if the header is broken."""
+    """Parse the header of a PNG, JPEG or WebP. Return None for anything else. Raises ValueError if it is broken."""
     if data.startswith(PNG_SIGNATURE):
         name, size, scans = "PNG", _png_size(data), 1
     elif data.startswith(b"\xff\xd8\xff"):
@@ -89,14 +89,14 @@ def _jpeg_size_and_scans(data: bytes) -> tuple[tuple[int, int], int]:
             break
     if size is None:
         raise ValueError("it has no frame header")
-    # In a scan's data, 0 or a restart marker follows each 0xFF, so this counts scans (a thumbnail's included).
+    # In a scan's data, each 0xFF is followed by 0 or a restart marker, so this counts scans, even a thumbnail's.
     if (scans := data.count(SCAN)) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
     return size, max(1, scans)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each marker of the image, with the offset of the length that follows the marker."""
+    """Yield each marker of the image, and the offset of the segment length that follows it."""
     at = 2
     for _ in range(MAX_PIECES):
         lead, marker = data[at : at + 1], data[at + 1 : at + 2]
@@ -111,7 +111,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Return the size of an extended file's canvas, or of a simple file's only frame (RFC 9649)."""
+    """Return (width, height) of an extended file's canvas, or of a simple file's only frame (RFC 9649)."""
     kind = data[12:16]
     if len(data) < 30:
         raise ValueError("its header breaks off")
@@ -126,37 +126,37 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 MAX_PIXELS = 4096 * 4096
-MAX_SIDE_PX = 4 * 4096  # 16 million rows of one pixel take up to five times as long as a square of as many pixels
-MAX_WORK = 16 * MAX_PIXELS  # pixels times scans; cameras and web images have at most a dozen scans
-MAX_WAIT_S = 10.0  # an image is refused if its predicted wait for earlier images is longer
-FIRST_RATE = 20e6  # pixels per second, before the first measurement
+MAX_SIDE_PX = 4 * 4096  # 16 million one-pixel rows take up to five times as long as a square with as many pixels
+MAX_WORK = 16 * MAX_PIXELS  # pixels times scans; images from cameras and the web have at most a dozen scans
+MAX_WAIT_S = 10.0  # an image is refused if it would have to wait longer for earlier images
+FIRST_RATE = 20e6  # pixels per second; a guess until images have been measured
 LEARNING_RATE = 0.2
 Result = TypeVar("Result")
 WANTED = "a PNG, JPEG or WebP image"
-# For error messages: the requirement on a picture whose transparency marks the region to regenerate.
+# For error messages: what a picture must be if its transparent pixels mark the region to regenerate.
 TRANSPARENT = {
     "mask": "transparent where the image is to be made new",
     "image": "transparent where it is to be made new, or come with a mask or with strength",
 }
-WHITE = 128  # a mask's pixels of this grey value and above are regenerated
+WHITE = 128  # pixels of a mask with at least this grey value are regenerated
 
 
 class Payer(Protocol):
-    """The caller that is charged for decoding an upload, see access/."""
+    """The caller who is charged for decoding an upload, see access/."""
 
     @property
     def name(self) -> str:
-        """Return the name of the caller. Uploads are decoded in fair turns by caller."""
+        """The caller's name. Callers take turns in decoding."""
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Charge for decoding. pixels: pixels times scans. Raises QuotaExceeded."""
+        """Charge for decoding. pixels: the image's pixels times its scans. Raises QuotaExceeded."""
 
 
 class Decoder:
-    """Owns the decoding thread. There is only one, so at most one full-size decoded image is in memory."""
+    """Owns the decoding thread. There is only one, so at most one decoded image of full size is in memory."""
 
     def __init__(self) -> None:
-        # Counts the bytes that wait for the thread. Nothing else counts a WebSocket message after its receipt.
+        # Counts the bytes that wait for the thread. Once a WebSocket message has been received, nothing else counts it.
         self._budget = ByteBudget()
         self._pool = started_pool(1, "tminus-decode")
         self._turns = CallerTurns()
@@ -175,7 +175,7 @@ class Decoder:
         return await self._run(caller, given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 
     async def _run(self, caller: Payer, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
-        """Decode in the caller's turn. If cancelled before the turn, use none of the thread's time."""
+        """Decode in the caller's turn. If cancelled before its turn, the request takes no time in the thread."""
         size_bytes = sum(len(data) for _, data in given)
         with self._budget.hold(owner=caller.name) as held:
             held.add(size_bytes)
@@ -190,21 +190,21 @@ class Decoder:
                         result, seconds = await asyncio.shield(decoding)
                     finally:
                         await asyncio.wait([decoding])  # the thread continues even if this task is cancelled
-        if work >= MAX_PIXELS // 100:  # smaller images say little about the rate
+        if work >= MAX_PIXELS // 100:  # smaller images say too little about the rate
             self._rate += LEARNING_RATE * (work / max(seconds, 1e-6) - self._rate)
         return result
 
     def close(self) -> None:
-        """Stop the thread after the image that is being decoded."""
+        """Stop the thread when it has decoded its current image."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:
-    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage with the field's name.
+    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
 
-    The image is prepared by `fit_picture`, like training pictures, so x_0 looks like the training data. For an RGBA
-    model, the image keeps its alpha; without alpha it is opaque. For other models, transparent pixels are laid over
-    black. An image of the model's size is not resampled. crop: if false, an image of another size is refused.
+    The image is prepared by `fit_picture`, as training pictures are. So x_0 looks like the training data. For an RGBA
+    model, the image keeps its alpha, or is opaque if it has none. For other models, transparent pixels are laid over
+    black. An image of the model's size is not resampled. crop: if False, an image of another size is refused.
     """
     with _loaded(data, field) as image:
         if not crop:
@@ -213,11 +213,11 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: b
 
 
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
-    """Decode a mask into bool [H, W] of the model's size: true where the mask is white. Raises InvalidImage.
+    """Decode a mask into bool [H, W] of the model's size: True where the mask is white. Raises InvalidImage.
 
-    The mask is cropped like an image. Each pixel of the result is the mean of the mask's pixels that it covers, and
-    true if that is WHITE or brighter. Transparent pixels count as black. A mask with alpha and without white pixels is
-    refused: it probably follows OpenAI's convention, where transparent pixels are regenerated.
+    The mask is cropped like an image. A pixel of the result is True if the mean of the mask's pixels that it covers is
+    at least WHITE. Transparent pixels count as black. A mask that has alpha but no white pixel is refused: it probably
+    follows OpenAI's convention, where transparent pixels are regenerated.
     """
     with _loaded(data, field) as mask:
         new, has_alpha = _mask(mask, model), may_be_transparent(mask)
@@ -230,16 +230,16 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 def decode_transparent(
     data: bytes, model: ModelInfo, field: Literal["mask", "image"] = "mask", *, crop: bool = True
 ) -> npt.NDArray[np.bool_]:
-    """Decode a mask in OpenAI's convention: like `decode_mask`, but true where the mask is transparent.
+    """Decode a mask in OpenAI's convention: like `decode_mask`, but True where the mask is transparent.
 
-    Colours are ignored. Raises InvalidImage, also if no pixel is transparent: nothing would be regenerated. crop: see
-    `decode_image`.
+    Colours are ignored. Raises InvalidImage, even for a valid image if no pixel is transparent, because nothing would
+    be regenerated. crop: see `decode_image`.
     """
     with _loaded(data, field) as loaded:
         mask = upright(loaded)
         if not crop:
             _check_size(mask, model, field)
-        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow has no RGBA of 16 bits
+        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # in Pillow, 16-bit images have no RGBA
         alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
         raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
@@ -252,11 +252,11 @@ def _mask(image: Image.Image, model: ModelInfo) -> npt.NDArray[np.bool_]:
 
 
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
-    """Decode the image of an edit, and its mask if there is one. Raises InvalidImage.
+    """Decode the image to edit, and its mask if there is one. Raises InvalidImage.
 
-    transparent: use OpenAI's convention. The mask's transparent pixels are regenerated, not its white ones, and the
-    mask may be the image itself. Each picture must have the model's size after EXIF rotation, because OpenAI's clients
-    do not say how to crop.
+    transparent: use OpenAI's convention, in which the mask's transparent pixels are regenerated, not its white ones.
+    The mask may then be the image itself. After EXIF rotation, both must have the model's size, because OpenAI's
+    clients do not say how to crop.
     """
     pixels = decode_image(image, model, crop=not transparent)
     if mask is None:
@@ -300,17 +300,17 @@ def check_header(data: bytes, field: str) -> ImageHeader:
 
 @contextmanager
 def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
-    """Decode an image of at most MAX_PIXELS, for conversion of its pixels in the context. Raises InvalidImage.
+    """Decode an image of at most MAX_PIXELS for the body of the `with` block. Raises InvalidImage.
 
-    Errors in the context become InvalidImage too, because Pillow finds some faults only in a conversion, such as a
-    missing palette.
+    Convert the image's pixels in the `with` block: errors there become InvalidImage too. Pillow finds some faults, such
+    as a missing palette, only when it converts an image.
     """
     header = check_header(data, field)
     try:
         image = Image.open(io.BytesIO(data), formats=[header.format])
         if image.size != (header.width_px, header.height_px):
             raise ValueError("its header contradicts itself")
-        # A phone's JPEG file may hold more images after the first (MPO), such as a thumbnail or a gain map.
+        # A phone's JPEG file may hold further images (MPO), such as a thumbnail or a gain map. Only the first counts.
         frames = 1 if header.format == "JPEG" else getattr(image, "n_frames", 1)
         if frames > 1:
             raise InvalidImage.of(field, "a still image", f"a {header.format} of {frames} frames")
@@ -318,7 +318,7 @@ def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
         yield image
     except (InvalidImage, MemoryError):
         raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others for broken bytes
+    except Exception as error:  # for broken data, Pillow raises OSError, SyntaxError, struct.error and others
         size = f"{header.width_px}x{header.height_px}"
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None

@@ -1,4 +1,4 @@
-"""Encodes images as PNG, contact sheets, zip, JSON and previews. `Encoder` does so in its own threads."""
+"""Encodes images as PNGs, contact sheets, zip, JSON and previews. `Encoder` runs this in its own threads."""
 
 import base64
 import hashlib
@@ -29,9 +29,9 @@ from tminus.service.work import JobResult
 PNG, ZIP, JSON, WEBP, NPY = "image/png", "application/zip", "application/json", "image/webp", "application/x-npy"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
-BACKGROUND = "background"  # key in a recipe: the colour behind an image with alpha
+BACKGROUND = "background"  # key in a recipe: the colour laid behind an image with alpha
 RESULT_THREADS = 2
-ANIMATION_S = 21.0  # seconds for the largest animation: 16 MiB of grey pixels take 17 s on a busy core
+ANIMATION_S = 21.0  # time allowed for the largest animation: 16 MiB of grey pixels take 17 s on a busy core
 RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
@@ -40,14 +40,14 @@ FRAME_OPTIONS: dict[str, dict[str, Any]] = {
 }
 Read = TypeVar("Read")
 Made = TypeVar("Made")
-WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write other bytes
+WEBP_VERSION = f"libwebp {features.version('webp')}"  # another version may write different bytes
 FRAME_MS, LAST_MS = 40, 1500
-TILE_PX, SHEET_PX = 256, 1024  # largest side of an enlarged image, and of an enlarged sheet
-Picture = tuple[Show, int | None, bytes]  # (x_t or x_0, image index or None for a sheet of all, encoded bytes)
+TILE_PX, SHEET_PX = 256, 1024  # maximum side of an image and of a whole sheet, after enlarging
+Picture = tuple[Show, int | None, bytes]  # (x_t or x_0, image index or None for a sheet of all images, encoded bytes)
 
 
 class Encoder:
-    """Owns the encoding threads. Its coroutines wait for a thread, and raise Stalled if that thread hangs."""
+    """Owns the encoding threads. Its coroutines wait for a thread, and raise Stalled if the thread hangs."""
 
     def __init__(self, observe: Callable[[str, float], None]) -> None:
         self._observe = observe
@@ -57,7 +57,7 @@ class Encoder:
         self._pulse = Pulse("the encoder")
         self._pulse_of_animations = Pulse("the encoder of animations", lambda: ANIMATION_S)
         self.pulses = (self._pulse, self._pulse_of_animations)
-        # Cache of recent encoded frames, because many viewers may watch one job. Used only in the frames' thread.
+        # Recently encoded frames, because many viewers may watch one job. Used only in the frames' thread.
         self._recent: TTLCache[Hashable, list[Picture]] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes)
 
     async def encode_frame(
@@ -71,7 +71,7 @@ class Encoder:
     async def encode_pictures(
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
     ) -> list[bytes]:
-        """Encode a finished job as PNGs: one sheet of all images, or one PNG per image."""
+        """Encode a finished job as PNGs: one sheet of all images, or one PNG for each image."""
 
         def make(images: Pixels) -> list[bytes]:
             if layout == "sheet":
@@ -92,7 +92,8 @@ class Encoder:
     ) -> Made:
         """Call `make` with the result of `read` in an encoding thread. `read` may wait for a GPU. Raises NotFinite.
 
-        kind: label in the metric of encoding times; None: no metric. slow: use the thread for work of several seconds.
+        kind: label in the metric of encoding times; None records no time. slow: use the thread for work that may take
+        several seconds.
         """
 
         def encode() -> Made:
@@ -110,7 +111,7 @@ class Encoder:
             return await self._pulse.run(self._pool, encode)
 
     def close(self) -> None:
-        """Stop each thread after its current work."""
+        """Stop the threads when their current work is done."""
         for pool in (self._frames, self._animations, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -134,12 +135,12 @@ class Encoder:
 
 
 def _cached_bytes(pictures: list[Picture]) -> int:
-    """Estimate the memory of a cache entry. Its key holds the frame's pixels, a few times the encoded size."""
+    """Estimate the memory of a cache entry. The entry's key holds the frame's pixels, a few times the encoded size."""
     return 4 * sum(len(picture) for *_, picture in pictures)
 
 
 def as_pictures(images: Pixels, model: ModelInfo) -> Pixels:
-    """Convert a job's images [n, H, W, C] to integer pixels. Drops channels that pictures do not show."""
+    """Convert a job's images [n, H, W, C] to integer pixels. Drop channels that pictures do not show."""
     shown = images[..., : model.shown_channels]
     return as_uint8(shown.astype(np.float32)) if shown.dtype == np.float32 else shown
 
@@ -147,14 +148,14 @@ def as_pictures(images: Pixels, model: ModelInfo) -> Pixels:
 def encode_result(media_type: str, spec: SampleSpec, images: Pixels, model: ModelInfo, *, clip: bool = True) -> bytes:
     """Encode a finished job as one PNG (a sheet if n > 1), a zip of n PNGs, JSON with base64 PNGs, or NPY.
 
-    NPY holds float32 [n, C, H, W]. clip: clip these values to the model's range. Pictures of a float32 job are the same
+    NPY holds float32 [n, C, H, W]. clip: clip these values to the model's range. A float32 job's pictures have the same
     bytes as those of an 8-bit job.
     """
     if media_type == NPY:
         header = io.BytesIO()
         values = images.clip(*VALUE_RANGE) if clip else images
         values = np.ascontiguousarray(values.transpose(0, 3, 1, 2), "<f4")
-        # Do not use np.save, which pickles arrays of objects.
+        # np.save is not used, because it would pickle arrays of objects.
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
         return header.getvalue() + values.tobytes()
     images = as_pictures(images, model)
@@ -169,7 +170,6 @@ def encode_result(media_type: str, spec: SampleSpec, images: Pixels, model: Mode
 
 
 def _document(spec: SampleSpec, images: Pixels, model: ModelInfo) -> dict[str, object]:
-    """Return a finished job as a JSON document, with its images."""
     entries = [
         {
             "index": spec.index + k,
@@ -190,7 +190,7 @@ def encode_path(
     timesteps: Sequence[float],
     model: ModelInfo,
 ) -> bytes:
-    """Encode recorded frames, and the finished images if given, as JSON. timesteps: the timestep of each pass."""
+    """Encode recorded frames as JSON, with the finished images if given. timesteps: the timestep of each pass."""
     steps, images = recorded
     frames = [
         {"step": step, "t": round(timesteps[step], 3)}
@@ -213,7 +213,7 @@ def _base64(data: bytes) -> str:
 
 
 def encode_each(spec: SampleSpec, images: Pixels, model: ModelInfo, *, opaque: bool = False) -> list[bytes]:
-    """Encode each image of a finished job as a PNG of its own. opaque: lay RGBA over white."""
+    """Encode each image of a finished job as a separate PNG. opaque: lay RGBA over white."""
     pictures = [over_white(image) if opaque else image for image in as_pictures(images, model)]
     more = {BACKGROUND: "white"} if opaque else {}
     return [encode_png(picture, recipe(one_image(spec, k), model) | more) for k, picture in enumerate(pictures)]
@@ -226,18 +226,18 @@ def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
 
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
-    """Return the ETag of a response, known before the response is encoded."""
+    """Return the ETag of a response. It is known before the response is encoded."""
     parts = json.dumps([media_type, recipe(spec, model), model.class_names], sort_keys=True)
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 
 def etag_form(media_type: str, *, clip: bool) -> str:
-    """Return the media type for an ETag, with a suffix for unclipped floats, because clipping changes the bytes."""
+    """Return the media type to hash in an ETag. Unclipped floats get a suffix, because clipping changes the bytes."""
     return media_type if clip else f"{media_type}; unclipped"
 
 
 def metric_label(media_type: str) -> str:
-    """Return a media type's label in the metric of encoding times: png, zip, json or npy."""
+    """Return a media type's label for the metric of encoding times: png, zip, json or npy."""
     return media_type.rpartition("/")[2].removeprefix("x-")
 
 
@@ -248,7 +248,7 @@ def one_image(spec: SampleSpec, k: int) -> SampleSpec:
 
 
 def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
-    """Encode [H, W, C] as PNG, with `text` as JSON in a text chunk. C is 1, 3 or 4; with 16 bits, only 1."""
+    """Encode [H, W, C] as PNG, with `text` as JSON in a text chunk. C is 1, 3 or 4, but only 1 with 16 bits."""
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
@@ -258,9 +258,10 @@ def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
 
 
 def encode_frame(pixels: Pixels, frame_format: str, quality: int | None = None, *, opaque: bool = False) -> bytes:
-    """Encode [H, W, C] as png, webp or jpeg. quality: 0 to 100; None: fast rather than small (png and webp lossless).
+    """Encode [H, W, C] as png, webp or jpeg.
 
-    opaque: lay RGBA over white. A jpeg, which has no alpha, is always opaque.
+    quality: 0 to 100; None prefers speed to size, with png and webp lossless. opaque: lay RGBA over white. A jpeg is
+    always opaque, because it has no alpha.
     """
     out = io.BytesIO()
     options = FRAME_OPTIONS[frame_format] if quality is None else {"quality": quality}
@@ -274,7 +275,7 @@ def encode_sheets(frames: Sequence[Pixels]) -> bytes:
 
 
 def encode_animation(frames: Sequence[Image.Image], kind: str = "webp") -> bytes:
-    """Encode pictures of one size and mode as an endless animation. The last picture is shown longer."""
+    """Encode pictures of one size and mode as an animation that repeats forever. The last picture is shown longer."""
     out = io.BytesIO()
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {}
@@ -295,7 +296,7 @@ def _to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def contact_sheet(images: Pixels) -> Pixels:
-    """Arrange [n, H, W, C] left to right, top to bottom, without gaps, as [rows H, columns W, C].
+    """Arrange images [n, H, W, C] in a grid without gaps, left to right and top to bottom: [rows H, columns W, C].
 
     Empty cells are black, or transparent for RGBA.
     """
@@ -314,27 +315,33 @@ def sheet_grid(n: int) -> tuple[int, int]:
 
 
 def sheet_columns(n: int) -> int:
-    """Return the least number of columns >= sqrt(n) without empty cells, or ceil(sqrt(n)) if that is too wide."""
+    """Return the smallest number of columns, at least sqrt(n), that leaves no empty cells.
+
+    If that would make the sheet too wide, return ceil(sqrt(n)).
+    """
     square = math.isqrt(n - 1) + 1
     exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
     return exact if exact <= 2 * square else square
 
 
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
-    """Return the factor to enlarge a sheet of n images for viewing: up to TILE_PX an image, most_px the sheet."""
+    """Return the factor by which to enlarge a sheet of n images for viewing.
+
+    An image may become TILE_PX wide or high, the sheet most_px.
+    """
     rows, columns = sheet_grid(n)
     tile = max(height // rows, width // columns)
     return max(1, min(TILE_PX // tile, most_px // max(height, width)))
 
 
 def enlarge(pixels: Pixels, scale: int) -> Pixels:
-    """Repeat each pixel of [H, W, C] as a square of scale x scale pixels, without interpolation."""
+    """Enlarge [H, W, C] without interpolation: each pixel becomes a square of scale x scale pixels."""
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def _zip(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # stored, because PNGs are already compressed
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo has a fixed date, so equal images give equal zips
     return out.getvalue()

@@ -14,18 +14,18 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Pixels, SampleSpec
 
 TRAJECTORY: Final = "application/vnd.tminus.trajectory"
-FORMAT = 2  # increased when the contents of the file change
-# Another safetensors may write other bytes, and another NumPy may round mean, s and log p differently.
+FORMAT = 2  # incremented when the contents of the file change
+# Another version of safetensors may write other bytes, and of NumPy may round mean, s and log p differently.
 TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}; numpy {np.__version__}"
-METADATA_KEY = "tminus"  # the only key: safetensors writes several keys in no fixed order
+METADATA_KEY = "tminus"  # the only key, because safetensors writes several keys in no fixed order
 MAX_METADATA_BYTES = 2**20
-LENGTH_BYTES = 8  # size of the file's first field, the length of the header
+LENGTH_BYTES = 8  # size of the file's first field, which holds the length of the header
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryFile:
-    """The contents of a file: the arrays of `arrays_of`, and a document about how they were made."""
+    """The contents of a file: the arrays of `arrays_of`, and a document that says how they were made."""
 
     document: Mapping[str, Any]
     arrays: Arrays
@@ -34,7 +34,7 @@ class TrajectoryFile:
 def pack_trajectory(
     trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
 ) -> bytes:
-    """Return a trajectory as a file. images: the finished images, uint8 [n, H, W, C]. recipe: as in PNGs."""
+    """Return the bytes of a trajectory file. images: the finished images, uint8 [n, H, W, C]. recipe: as in PNGs."""
     made_by = {"device": model.device, "executor": model.executor, "precision": model.precision, "exact": model.exact}
     passes = trajectory.selected.passes
     keep = {} if len(passes) == len(trajectory.plan.lines) else {"keep": passes}
@@ -44,7 +44,7 @@ def pack_trajectory(
 
 
 def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: ModelInfo) -> Arrays:
-    """Return the arrays of a file by name."""
+    """Return the arrays of a trajectory file by name."""
     plan, selected, drawn = trajectory.plan, trajectory.selected, transitions(trajectory)
     arrays: dict[str, npt.NDArray[Any]] = {
         "x_t": trajectory.x_t,
@@ -69,9 +69,9 @@ def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: M
 
 
 def read_trajectory(data: bytes) -> TrajectoryFile:
-    """Parse a file. Raises ValueError if it is no trajectory, truncated, damaged, or of an unknown format."""
+    """Parse a trajectory file. Raises ValueError if it is not one, truncated, damaged, or of unknown format."""
     try:
-        arrays = safetensors.numpy.load(data)  # checks the header against the data, and executes no code
+        arrays = safetensors.numpy.load(data)  # checks the header against the data; executes no code
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(f"not a trajectory, or truncated or damaged ({error})") from None
     header_bytes = int.from_bytes(data[:LENGTH_BYTES], "little")
