@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Largest relative error allowed in each precision. For comparison, the largest error over all bundled networks and
 # timesteps was 5e-7 in float32 and 0.007 in bfloat16.
 BOUNDS = {"float32": 0.001, "tf32": 0.02, "bfloat16": 0.04}
-SLACK = 3.0  # the error measured at approval may grow by this factor, because processors round differently
+SLACK = 3.0  # the error may be this many times the error at approval, because processors round differently
 MARK = ".attempt"  # suffix of a marker file that is left behind if a signal kills the process
 ALL = "all"  # key of a verdict that covers all precisions
 
@@ -72,7 +72,7 @@ class Verdict:
         """part: network, encoder or decoder. cache: the folder for verdicts; None disables the cache."""
         about = {
             "verdict": part, "executor": executor, "weights": checkpoint.weights_hash,
-            # A library may fail on certain sets of cores only.
+            # Some libraries fail only on certain sets of cores.
             "cores": sorted(os.sched_getaffinity(0)),
         }  # fmt: skip
         self.name = f"{part} by {executor} in {precision}"
@@ -87,7 +87,7 @@ class Verdict:
 
     @property
     def refusal(self) -> str | None:
-        """The reason why an earlier start refused the executor; None if none did."""
+        """Why an earlier start refused the executor, or None if none did."""
         reason = self._kept.get("refused")
         return f"{self._refused}: {reason}; delete {self._cache.found} to have it tried again" if reason else None
 

@@ -133,7 +133,7 @@ def approve_portions(
 def _deviation(
     checkpoint: Checkpoint, device: torch.device, exact: Executor, lower: Executor
 ) -> Generator[None, None, Deviation]:
-    """Compare the outputs of both executors. `Verdict` uses the result as a bound on other processors."""
+    """Compare the outputs of both executors. `Verdict` derives its error bound from the result."""
     inputs = compared_inputs(checkpoint, device)
     outputs: dict[Executor, list[torch.Tensor]] = {exact: [], lower: []}
     for forward, outs in outputs.items():
@@ -181,7 +181,7 @@ def check_able(checkpoint: Checkpoint, device: torch.device, executor: str) -> N
 
 
 def kept_verdict(checkpoint: Checkpoint, device: torch.device, executor: str, cache: Path | None) -> ChoiceCache:
-    """Return the cache entry for this machine's verdict on bfloat16, for an executor and these weights."""
+    """Return the cache entry for this machine's verdict on bfloat16 with this checkpoint and executor."""
     about = {"approve": LOWER, "executor": executor, "weights_hash": checkpoint.weights_hash}
     return ChoiceCache(cache, checkpoint, device, about, ())
 

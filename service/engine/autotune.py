@@ -41,20 +41,20 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 REFERENCE = ("eager", "float32")  # (executor, precision) that all others are compared with
-WORTH = 0.97  # a time must be below this share of another to count as faster, because measurements vary
-SLOW_PASS_S = 1.0  # a larger size is not tried if a pass would probably take longer
+WORTH = 0.97  # a time counts as shorter only if it is below this share of the other, because measurements vary
+SLOW_PASS_S = 1.0  # a larger size is not tried if its passes would probably take longer
 TRIAL_S = 0.1  # a call is repeated until the total time reaches this
 LONG_S = 0.5  # a longer call is timed only once
-NOISY = 1.5  # if `Builder.noise` was greater, a start on an idle machine measures again
+NOISY = 1.5  # measurements with more `Builder.noise` are repeated by a start on an idle machine
 IDLE_LOAD = 0.3  # load average per core below which a machine counts as idle
 BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine, trying all would take minutes
-LARGE_BYTES = 64 * 2**20  # weights of a large network; each pass size keeps its own copy of them
+LARGE_BYTES = 64 * 2**20  # a network with more weights is large; each pass size keeps its own copy of them
 WORTH_LARGE = 0.85  # used instead of WORTH for a large network
 FEW_THREADS = 4  # with at most this many threads, a large network runs as fast in one stream as in several
 # Skip the remaining measurements of a candidate whose score is worse than the best score by this factor.
 HOPELESS = 8.0
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # minimum and maximum number of rows for comparing two executors
-AGREE_VALUES = 2**18  # below float32: compare enough rows that the first layer outputs this many values
+AGREE_VALUES = 2**18  # below float32, enough rows are compared for the first layer to output this many values
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class Choice:
     sizes: tuple[int, ...] | None = None  # pass sizes; None: a batch of any size is one pass
     wide: int = 0  # at most this many places run in wide passes, on all threads; see `split_wide` and `EagerExecutor`
     streams: int | None = None  # None: one stream per thread; 1: one stream on all threads
-    # Number of torch threads, if there is only one stream. None: as many as the wish says. The number is lower if other
-    # programs were using cores.
+    # Number of torch threads if there is only one stream; None means `Wish.threads`. It is lower if other programs were
+    # using cores.
     threads: int | None = None
 
     @property
@@ -78,7 +78,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the settings demand of the executor. Measurements decide whatever is "auto"."""
+    """The executor that the settings request. Whatever is "auto" is decided by measurement."""
 
     executor: str = "auto"
     precision: str = "auto"
@@ -88,7 +88,7 @@ class Wish:
 
 
 def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """Return the candidates that the wish allows, the likely fastest first. Their pass sizes are still open.
+    """Return the candidates that the wish allows, the likely fastest first. Their pass sizes are chosen later.
 
     A precision below float32 must be approved or requested. Raises ValueError if the wish cannot be met.
     """
@@ -152,7 +152,7 @@ class TimedChoice:
     choice: Choice
     lone_s: float
     row_s: float
-    bits: bytes = b""  # output bytes; empty unless sizes are grouped by their output
+    bits: bytes = b""  # output bytes; empty if sizes are not grouped by their output
 
     @property
     def score(self) -> float:
@@ -178,8 +178,8 @@ class Builder:
     ) -> None:
         """cache: the folder for the converted graph. tell: called with the duration of a one-row pass, in seconds.
 
-        shares_cores: on a CPU, use at most as many torch threads as other programs leave cores free. All threads would
-        wait for one on a busy core.
+        shares_cores: on a CPU, use only as many torch threads as there are free cores, because a thread on a busy core
+        would delay all others.
         """
         self.checkpoint, self.device, self._threads, self._cache, self.tell = checkpoint, device, threads, cache, tell
         self.is_large = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) >= LARGE_BYTES
@@ -192,7 +192,7 @@ class Builder:
 
     @cached_property
     def torch_threads(self) -> int | None:
-        """The number of torch threads, if other programs leave fewer cores free than requested; otherwise None."""
+        """The number of torch threads, or None if other programs leave enough cores for the requested number."""
         threads = threads_left(self._threads) if self._shares_cores else self._threads
         return threads if threads < self._threads else None
 
@@ -370,7 +370,7 @@ def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: P
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
-    """Build the executor that an earlier start chose, without measuring. Return None if it is missing or unfit.
+    """Build the executor that an earlier start chose, without measuring. Return None if there is none or it is unfit.
 
     A choice that was made on a busy machine is used too.
     """
@@ -446,7 +446,7 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
 def _with_sizes(
     builder: Builder, wish: Wish, candidate: Choice, best: TimedChoice | None = None, until_s: float = math.inf
 ) -> TimedChoice:
-    """Measure a candidate and choose its pass sizes. Stop early if it is far slower than the best candidate so far."""
+    """Measure a candidate and choose its pass sizes. Stop early if the best candidate so far is much faster."""
     hopeless = HOPELESS * best.score if best is not None else math.inf
 
     def tried(sizes: tuple[int, ...] | None) -> TimedChoice:
@@ -523,7 +523,7 @@ def _in_one_stream(builder: Builder, wish: Wish, candidate: Choice) -> TimedChoi
 
 
 def _with_wide(builder: Builder, wish: Wish, measured: TimedChoice) -> TimedChoice:
-    """Double `wide` as long as wide passes are faster and, if the wish is exact, their bits agree."""
+    """Double `wide` as long as wide passes are faster and, if the wish is exact, give the same bits."""
     choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
@@ -585,7 +585,7 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return example rows at random timesteps and of random classes. The same arguments give the same rows.
+    """Return example rows with random timesteps and classes. The same arguments give the same rows.
 
     The rows are x [B, C, H, W], t [B] and class_labels [B] or None.
     """
@@ -600,7 +600,7 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
 
 
 def compared_inputs(checkpoint: Checkpoint, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return rows for comparing executors: like `example_inputs`, but at evenly spaced timesteps, first to last."""
+    """Return rows for comparing executors: like `example_inputs`, but with evenly spaced timesteps, first to last."""
     x, _, labels = example_inputs(checkpoint, device, AGREE_ROWS)
     return x, torch.linspace(0, checkpoint.noise.num_train_timesteps - 1, AGREE_ROWS, device=device).round(), labels
 

@@ -1,4 +1,4 @@
-"""The device of a model: its choice, its memory, copies to and from the host, and matmul precision."""
+"""Chooses a model's device, and manages its memory, copies to and from the host, and matmul precision."""
 
 import ctypes
 import gc
@@ -106,7 +106,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Start copying tensors to the host. The returned function waits for the copies.
 
-    On a CPU, the returned function gives back the tensors themselves, so nothing may change them.
+    On a CPU, nothing is copied: the function returns the tensors themselves, so no other code may modify them.
     """
     if device.type != "cuda":
         return lambda: tensors
@@ -144,7 +144,7 @@ def streams(device: torch.device) -> Streams:
 
 
 class LaunchedTicks:
-    """Tracks the ticks launched on a GPU, and which rows were finite after the last tick that has ended.
+    """Tracks the ticks launched on a GPU, and which rows were finite after the last tick that ended.
 
     The flags are read one tick late, so that the host never waits for the tick that it has just launched.
     """
@@ -153,7 +153,7 @@ class LaunchedTicks:
         # For each tick that may still be running: an event at its end, and its flags on the host.
         self._running: list[tuple[torch.cuda.Event, Tensor]] = []
         self.num_launched = self.num_ended = 0
-        self.finite: Tensor | None = None  # flags on the host, from the last tick that has ended
+        self.finite: Tensor | None = None  # flags on the host, from the last tick that ended
 
     def add(self, finite: Tensor) -> None:
         """Record the end of the tick just launched, and start copying its flags to the host."""

@@ -94,7 +94,7 @@ class Engine:
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._plans = PlanStore(device)
         self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> (first line, length) of its plan
-        self._inputs: dict[int, Inputs] = {}  # image and mask by row, for masked rows of a latent model
+        self._inputs: dict[int, Inputs] = {}  # row -> its image and mask; only for masked rows of a latent model
         # On a GPU, the host launches ticks ahead, and checks later whether the rows are finite.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
@@ -107,7 +107,7 @@ class Engine:
         strength, and x_T otherwise. Raises ValueError if the model's schedule does not allow the spec, or if the
         snapshot or the inputs do not fit the spec.
         """
-        # Take slots last, so a refused job takes none.
+        # Take slots last, so that a refused job takes none.
         plan = self._compiler.plan(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
         origin = None
@@ -249,7 +249,7 @@ class Engine:
             self._ticks.wait()
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Return those of the rows that are not finite. On a GPU, a tick counts only after `wait` has waited for it."""
+        """Return the rows that are not finite. On a GPU, ticks that `wait` has not waited for are not considered."""
         slots = list(rows)
         if self._ticks is None:
             finite = self._finite.numpy()[slots]
@@ -261,7 +261,7 @@ class Engine:
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read rows as images. The returned function gives [n, H, W, C], or raises NotFinite if a row is not finite.
+        """Read rows as images. The returned function returns [n, H, W, C], or raises NotFinite if a row is not finite.
 
         bit_depth: 8 or 16 for integers; 32 for the rows' float32 values, which may lie outside [-1, 1]. The rows may be
         removed before the function is called. The function waits for the copy from a GPU; for a latent model, it also
@@ -271,7 +271,7 @@ class Engine:
         return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`. For a latent model, it adds the image's latents."""
+        """Return a function that prepares inputs for `add`: for a latent model, it encodes the image."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
@@ -304,7 +304,7 @@ class Engine:
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read x, x0 and, for a learned variance, the network's v, for a trajectory.
+        """Read the values that a trajectory records: x, x0 and, for a learned variance, the network's v.
 
         Call this once before the rows' first pass too, because v is stored only after the first call.
         """
@@ -315,9 +315,9 @@ class Engine:
         return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t from images as x_0, both uint8 [n, H, W, C].
+        """Return a function that adds noise to images, to make x_t from x_0. Images are uint8 [n, H, W, C].
 
-        The noise eps is the x_T of a job with this seed.
+        The noise is the x_T of a job with this seed.
         """
         return self._pictures.noised(images, t, seed)
 

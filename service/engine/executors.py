@@ -32,7 +32,7 @@ class Executor(Protocol):
 
     name: str
     precision: str
-    details: str  # whatever else may change output bits: layout, pass sizes, streams
+    details: str  # anything else that may change output bits: layout, pass sizes, streams
     queues: bool  # True if a batch may start before the previous one has finished
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -70,7 +70,7 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
 
 
 def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
-    """Divide a batch into passes for the streams and wide passes, which use all threads.
+    """Divide a batch into passes for the streams, and into wide passes that use all threads.
 
     Each stream gets an equal share. The remaining places run in wide passes if there are at most `wide` of them.
     Otherwise, they are divided among the streams too.
@@ -167,7 +167,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear}
     if precision == "float32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         kinds[nn.Conv2d] = _Conv2d
-    if in_streams:  # a wide pass gets the same bits as a pass in a stream
+    if in_streams:  # then a wide pass gives the same bits as a pass in a stream
         kinds[nn.GroupNorm] = _GroupNorm
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     net = copy.deepcopy(net, shared)
@@ -177,7 +177,7 @@ def _of_fixed_kernels(net: Denoiser, precision: str, *, in_streams: bool) -> Den
 
 
 class _Conv2d(nn.Conv2d):
-    """Always uses oneDNN. Torch uses other kernels for a single small image, and for 1x1 convolutions on one thread."""
+    """Always uses oneDNN. Torch would use other kernels for a small single image or a 1x1 convolution on one thread."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert not isinstance(self.padding, str)
@@ -195,7 +195,7 @@ class _Linear(nn.Linear):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """Runs on one thread. On several, torch splits sums over a large image, and the bits depend on their number."""
+    """Runs on one thread. On several, torch would split sums over a large image, which changes the bits."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.get_num_threads() == 1:

@@ -1,4 +1,4 @@
-"""Facts for users about a loaded model, and its fingerprint: a hash of everything that can change output bits."""
+"""Describes a loaded model to users, and makes its fingerprint: a hash of all that can change output bits."""
 
 import hashlib
 import json
@@ -76,7 +76,10 @@ def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
 
 
 def _noise_fields(noise: NoiseConfig) -> dict[str, Any]:
-    """Return the noise settings that can change output bits. Without a continuous schedule, omit settings for one."""
+    """Return the noise settings that can change output bits.
+
+    If the schedule is not continuous, the settings for continuous schedules are left out.
+    """
     fields = asdict(noise)
     if noise.is_continuous:
         return fields

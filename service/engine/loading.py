@@ -50,7 +50,7 @@ QUEUED_SHARE = 0.85  # used instead of FULL_SHARE if two ticks may be in flight
 SHORT_SHARE = 0.6  # used instead of FULL_SHARE for a tick in which a short job runs with much longer ones
 CORES = torch.get_num_threads()  # read now, because executors change this number
 MAX_PLAN_LINES = 20_000_000  # 44 bytes per line, and 160 more after the first sampler with registers
-LITTLE_S = 5.0  # on one core; a job that takes less time is finished sooner without measuring
+LITTLE_S = 5.0  # on one core; for a job that takes less time, measuring does not pay off
 TRIAL_PASSES = 12  # all measurements take roughly as long as this many one-row passes
 LONG_TRIAL_S = 5.0  # a shorter estimate is not reported, because compilation takes longer than the passes
 TEST_S = 5.0  # time for the self-test before a model serves; the remaining tests run while there is no job
@@ -81,7 +81,7 @@ class Loaded:
     engine: Engine
     speed: Speed
     measured: Measured | None = None
-    spare_work: Iterator[None] | None = None  # tests and an approval that remain to be done while no job runs
+    spare_work: Iterator[None] | None = None  # remaining tests and an approval, to be run while there are no jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,10 @@ def prepare_engine(
 def _load_unmeasured(
     checkpoint: Checkpoint, options: LoadOptions, places_of: Callable[[ModelInfo], int], fingerprint: str | None
 ) -> Loaded | None:
-    """Build an engine without measuring. Return None if measuring is worth its time, or no such engine fits."""
+    """Build an engine without measuring.
+
+    Return None if the job is large enough to be worth measuring, or if no unmeasured executor is suitable.
+    """
     device = choose_device(options.device)
     wish, max_rows = wish_of(options, device), options.max_rows or default_max_rows(checkpoint)
     cache = options.cache_dir or default_cache()
@@ -341,7 +344,7 @@ def _bits(checkpoint: Checkpoint, executor: Executor, device: torch.device, wish
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: ChoiceCache) -> Measured:
     """Measure tick durations, and derive batch sizes from them. Batch sizes from an earlier start are reused.
 
-    The durations of long ticks are cached too. They may be outdated, but admission corrects them by real ticks.
+    The durations of long ticks are cached too. Admission corrects them later by the durations of real ticks.
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
@@ -382,7 +385,10 @@ def smallest_batch_at(points: Sequence[tuple[int, float]], share: float) -> int:
 
 
 def _kept_sizes(kept: Mapping[str, Any], largest: int) -> Mapping[str, Any] | None:
-    """Return an earlier start's batch sizes, if valid. If every start measured them, noise would change them."""
+    """Return an earlier start's batch sizes; None if missing or invalid.
+
+    They are reused, because noise would give each start different sizes.
+    """
     sizes: dict[str, Any] = {name: kept.get(name) for name in ("max_batch", "short_batch")}
     leasts = {"max_batch": MIN_BATCH, "short_batch": 1}
     possible = all(

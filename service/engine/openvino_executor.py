@@ -37,7 +37,7 @@ from tminus.service.engine.executors import split_wide
 from tminus.service.engine.openvino_graph import convert, transpose_narrow
 
 try:
-    import openvino  # after openvino_graph, which disables telemetry
+    import openvino  # must follow openvino_graph, which disables telemetry
     import openvino.opset14 as ops
 except ImportError:  # an optional dependency
     openvino = None
@@ -52,9 +52,8 @@ MOST_KEPT_BYTES = 4 * 2**30  # maximum size of all graphs in the cache folder
 # Prefix of a folder that is still being written, and the age in seconds at which it counts as abandoned.
 UNFINISHED, UNFINISHED_S = "graph-new-", 3600.0
 MAX_TIMES_BETWEEN = 4096  # number of cached embeddings of fractional timesteps
-VECTOR = 64  # floats; no processor has longer vectors in torch
-# A mark on a node of the graph, not saved to files. Without it, OpenVINO replaces division by a constant with a
-# product.
+VECTOR = 64  # floats; torch uses no longer vectors on any processor
+# A mark on a graph node, not saved to files. Without it, OpenVINO turns division by a constant into multiplication.
 DIVIDES = "nonconvertable_divide_0"
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -80,7 +79,7 @@ def core() -> Any:
 
 
 def precisions() -> tuple[str, ...]:
-    """Return the precisions that this processor supports. For bfloat16, it needs special instructions."""
+    """Return the precisions that this processor supports. bfloat16 needs special instructions."""
     capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
@@ -172,7 +171,7 @@ class Graph:
         return self._embed_between[t]
 
     def of_size(self, size: int, precision: str) -> Any:
-        """Return the graph for passes of one size, because fixed shapes are a third faster than dynamic ones."""
+        """Return a copy of the graph for passes of one size. Fixed shapes are a third faster than dynamic ones."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
         if precision == "float32":
@@ -247,7 +246,7 @@ class KeptGraph:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the least recently used graphs until the rest fits in MOST_KEPT_BYTES. Never delete this graph."""
+        """Delete the least recently used graphs, except this one, until the others fit in MOST_KEPT_BYTES."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -314,7 +313,7 @@ class OpenVINOExecutor:
         wide: int = 0,
         compiled: Compiled | None = None,
     ) -> None:
-        """sizes: pass sizes, ascending. streams: `threads` or 1. wide: how many places may run in wide passes at most.
+        """sizes: pass sizes, ascending. streams: `threads` or 1. wide: maximum number of places in wide passes.
 
         compiled: compiled passes of this graph, shared with other executors; new ones are added. Executors that share
         passes must not run at the same time.
@@ -346,8 +345,8 @@ class OpenVINOExecutor:
         """Start the network on a batch. A second batch may start before the first has ended.
 
         OpenVINO has a queue for each pass size, from which a free stream takes the next pass. Passes of different sizes
-        would compete for the cores. So a batch starts with one size, and starts passes of other sizes only as earlier
-        ones end.
+        would compete for the cores. So a batch first starts passes of one size only. Passes of other sizes start as
+        earlier ones end.
         """
         graph = self._graph
         temb = graph.embed_time(t)
@@ -423,7 +422,7 @@ def one_thread(module: nn.Module, shape: Sequence[int], file: KeptGraph | None =
 
 
 def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
-    """Convert a module to a graph whose bits are the same as after saving and loading it."""
+    """Convert a module to a graph that computes the same bits as after being saved and loaded."""
     model = convert(module.eval(), example, inputs)
     for node in model.get_ordered_ops():
         if DIVIDES in (marks := node.get_rt_info()):
@@ -471,7 +470,7 @@ class _Pass:
         self.out: Floats = request.get_output_tensor(0).data
 
     def start(self, x: Floats, temb: Floats) -> None:
-        """Start the request. After a short batch, the input still holds older values; callers drop their outputs."""
+        """Start the request. A short batch leaves old values in the rest of the input; callers drop their outputs."""
         self._x[: len(x)], self._temb[: len(temb)] = x, temb
         self._request.start_async()
 

@@ -28,9 +28,9 @@ except ImportError:  # an optional dependency
 else:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-LARGE = 2**18  # values in a row's feature map: 1 MiB, about a core's cache
-# A feature map is narrow if it has at most NARROW channels. If it has at least WORTHWHILE values too, OpenVINO is slow
-# to change its memory layout.
+LARGE = 2**18  # number of values in a row's feature map: 1 MiB, about a core's cache
+# OpenVINO changes the layout of a feature map slowly if it has at most NARROW channels. This matters for maps of at
+# least WORTHWHILE values.
 NARROW, WORTHWHILE = 64, 2**14
 WINDOW = 16  # maximum side of an averaging window, in pixels
 # SPREAD[m, k] is 1 if row k of the 3x3 kernel is added to row m of the 4x4 kernel in `_transposed`.
@@ -39,7 +39,7 @@ SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
 
 def convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
     """Convert a module to a graph. Clear torch's caches, which would keep the traced weights until exit."""
-    with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes that never change here
+    with warnings.catch_warnings(action="ignore"):  # the tracer warns about shapes, which never change here
         # With check_trace, torch would trace a second time to compare, which takes twice as long.
         traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = openvino.convert_model(traced, input=list(inputs))
@@ -101,7 +101,7 @@ def _transpose_once(model: Any) -> None:
         if len(nodes) < 2 or flat.get_type_name() != "Reshape":
             continue
         before, after = (list(each.get_partial_shape()) for each in (flat.input_value(0), flat.output(0)))
-        if len(before) != 4 or len(after) != 3 or before[1] != after[1]:  # only [B, C, H, W] to [B, C, H W]
+        if len(before) != 4 or len(after) != 3 or before[1] != after[1]:  # not from [B, C, H, W] to [B, C, H W]
             continue
         last = ops.transpose(flat.input_value(0), [0, 2, 3, 1])
         pixels = ops.reshape(last, np.array([0, -1, _sizes(flat)[0]]), special_zero=True)
@@ -203,7 +203,7 @@ def _by_channel(values: Any, rows: int = 1) -> Any:
 
 
 def _doubles(node: Any) -> bool:
-    """Return whether a node is a 3x3 convolution of a feature map whose size nearest upsampling has doubled."""
+    """Return whether a node is a 3x3 convolution of a feature map that nearest-neighbour upsampling has doubled."""
     before, attributes = node.input_value(0).get_node(), node.get_attributes()
     if before.get_type_name() != "Interpolate" or before.get_attributes()["mode"] != "nearest":
         return False

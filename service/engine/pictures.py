@@ -44,7 +44,7 @@ class PixelPictures:
         self._shown_channels = shown_channels(checkpoint.image_shape[0], alpha=checkpoint.alpha)
 
     def x_0(self, inputs: Inputs) -> Tensor:
-        """Return the image as the network's input on the device. For a pixel model: its pixels, uint8 [C, H, W]."""
+        """Return the image as the network's input on the device: for a pixel model, its pixels, uint8 [C, H, W]."""
         return to_device(inputs.image, self._device).permute(2, 0, 1)
 
     def read(self, x: Tensor, known: Sequence[Inputs | None], bit_depth: int) -> Callable[[], Pixels]:  # noqa: ARG002
@@ -68,7 +68,7 @@ class PixelPictures:
         return _channels_last(to_uint8(x[:, : self._shown_channels]))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t from images, both uint8 [n, H, W, C]."""
+        """Return a function that adds noise to images, to make x_t from x_0. Images are uint8 [n, H, W, C]."""
         x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
         eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
         x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
@@ -196,7 +196,7 @@ class LatentPictures(PixelPictures):
         return eager, *_timed(eager, x)
 
     def _eager(self, module: nn.Module) -> Pass:
-        """Return a function that runs a module with torch. On a GPU, it uses a stream of its own, beside the ticks."""
+        """Return a function that runs a module with torch. On a GPU, it uses a separate stream beside the ticks."""
         stream = streams(self._device).decoding if self._device.type == "cuda" else None
 
         def run(x: Floats) -> Floats:

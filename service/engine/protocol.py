@@ -75,7 +75,7 @@ class RowEngine(Protocol):
         """Read finished rows as images. The returned function raises NotFinite if a row is not finite."""
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`. Call it in another thread, because it can be slow."""
+        """Return a function that prepares inputs for `add`. It can be slow, so call it in another thread."""
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read running rows as uint8 images."""
@@ -93,7 +93,7 @@ class RowEngine(Protocol):
         """
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that makes x_t from images by the forward process."""
+        """Return a function that adds noise to images by the forward process, to make x_t."""
 
     def latents(self, rows: Sequence[int]) -> Floats:
         """Return the rows' latents. Waits for the device."""
@@ -120,7 +120,7 @@ def sample_locally(
     inputs: Inputs | None = None,
     record: Record | None = None,
 ) -> Pixels:
-    """Run one job to its end, and return its images. Raises NotFinite, and ValueError for the reasons of Engine.add.
+    """Run one job to its end, and return its images. Raises NotFinite, or ValueError if `Engine.add` does.
 
     on_rows: called after each tick with the tick's number of rows. record: called before the first tick with all rows,
     and after each tick with the rows of that tick.

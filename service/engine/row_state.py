@@ -146,7 +146,7 @@ class KnownValues:
 
 
 class Registers:
-    """Owns the registers: tensors that some samplers keep between passes. Created for the first row that needs them."""
+    """Owns the registers: tensors that some samplers keep between passes. Created for the first row with registers."""
 
     def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
         """shape: [C, H, W] of one row."""

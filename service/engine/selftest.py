@@ -43,7 +43,7 @@ class Proof:
     """Tests that an exact executor gives a row the same bits in any batch, and caches the findings.
 
     The cache key depends on weights, machine and versions. Findings are reused only if the executor's output has the
-    same hash as before. A cache file that was changed or comes from another machine is noticed in this way.
+    same hash as before. This reveals a cache file that was changed or comes from another machine.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Proof:
         self._kept = {"row": row, "bits": bits}
 
     def test(self, engine: Engine, max_batch: int, inexact: ModelInfo, seconds: float) -> Iterator[None]:
-        """Run tests for some seconds, and return an iterator that runs the rest. Raises ValueError if bits differ.
+        """Run tests for about `seconds`, and return an iterator that runs the rest. Raises ValueError if bits differ.
 
-        inexact: becomes the engine's info if a test fails in the iterator.
+        inexact: becomes the engine's info if a test in the iterator fails.
         """
         if self._earlier is False:
             raise ValueError(f"{self._failed()}; found before, and tested again without {self._cache.found}")

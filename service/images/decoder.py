@@ -38,7 +38,7 @@ class ImageHeader:
     format: str
     width_px: int
     height_px: int
-    scans: int = 1  # how often decoding passes over all pixels
+    scans: int = 1  # number of passes over all pixels while decoding
 
     @property
     def pixels(self) -> int:
@@ -153,7 +153,7 @@ class Payer(Protocol):
 
 
 class Decoder:
-    """Owns the decoding thread. There is only one, so at most one decoded image of full size is in memory."""
+    """Owns the decoding thread. There is only one, so at most one full-size decoded image is in memory."""
 
     def __init__(self) -> None:
         # Counts the bytes that wait for the thread. Once a WebSocket message has been received, nothing else counts it.
@@ -175,7 +175,7 @@ class Decoder:
         return await self._run(caller, given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 
     async def _run(self, caller: Payer, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
-        """Decode in the caller's turn. If cancelled before its turn, the request takes no time in the thread."""
+        """Decode in the caller's turn. A request that is cancelled before its turn takes no time in the thread."""
         size_bytes = sum(len(data) for _, data in given)
         with self._budget.hold(owner=caller.name) as held:
             held.add(size_bytes)
@@ -200,7 +200,7 @@ class Decoder:
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:
-    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
+    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage that names the field.
 
     The image is prepared by `fit_picture`, as training pictures are. So x_0 looks like the training data. For an RGBA
     model, the image keeps its alpha, or is opaque if it has none. For other models, transparent pixels are laid over
@@ -232,14 +232,14 @@ def decode_transparent(
 ) -> npt.NDArray[np.bool_]:
     """Decode a mask in OpenAI's convention: like `decode_mask`, but True where the mask is transparent.
 
-    Colours are ignored. Raises InvalidImage, even for a valid image if no pixel is transparent, because nothing would
-    be regenerated. crop: see `decode_image`.
+    Colours are ignored. A mask without transparent pixels would regenerate nothing, so it raises InvalidImage too.
+    crop: see `decode_image`.
     """
     with _loaded(data, field) as loaded:
         mask = upright(loaded)
         if not crop:
             _check_size(mask, model, field)
-        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # in Pillow, 16-bit images have no RGBA
+        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow has no 16-bit RGBA
         alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
         raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
@@ -300,10 +300,10 @@ def check_header(data: bytes, field: str) -> ImageHeader:
 
 @contextmanager
 def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
-    """Decode an image of at most MAX_PIXELS for the body of the `with` block. Raises InvalidImage.
+    """Decode an image of at most MAX_PIXELS for use in the `with` block. Raises InvalidImage.
 
-    Convert the image's pixels in the `with` block: errors there become InvalidImage too. Pillow finds some faults, such
-    as a missing palette, only when it converts an image.
+    Convert the image's pixels inside the block, because errors there become InvalidImage too. Pillow finds some faults,
+    such as a missing palette, only when it converts an image.
     """
     header = check_header(data, field)
     try:

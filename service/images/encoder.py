@@ -1,4 +1,4 @@
-"""Encodes images as PNGs, contact sheets, zip, JSON and previews. `Encoder` runs this in its own threads."""
+"""Encodes images as PNGs, contact sheets, zip, JSON and previews. `Encoder` does this in its own threads."""
 
 import base64
 import hashlib
@@ -135,7 +135,10 @@ class Encoder:
 
 
 def _cached_bytes(pictures: list[Picture]) -> int:
-    """Estimate the memory of a cache entry. The entry's key holds the frame's pixels, a few times the encoded size."""
+    """Estimate the memory of a cache entry.
+
+    The entry's key holds the frame's pixels, which take a few times the memory of the encoded pictures.
+    """
     return 4 * sum(len(picture) for *_, picture in pictures)
 
 
@@ -327,7 +330,7 @@ def sheet_columns(n: int) -> int:
 def viewing_scale(n: int, height: int, width: int, most_px: int = SHEET_PX) -> int:
     """Return the factor by which to enlarge a sheet of n images for viewing.
 
-    An image may become TILE_PX wide or high, the sheet most_px.
+    Images are enlarged up to TILE_PX a side, and the sheet up to most_px a side.
     """
     rows, columns = sheet_grid(n)
     tile = max(height // rows, width // columns)

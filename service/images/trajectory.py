@@ -15,7 +15,8 @@ from tminus.service.spec import Pixels, SampleSpec
 
 TRAJECTORY: Final = "application/vnd.tminus.trajectory"
 FORMAT = 2  # incremented when the contents of the file change
-# Another version of safetensors may write other bytes, and of NumPy may round mean, s and log p differently.
+# Another version of safetensors may write other bytes. Another version of NumPy may round mean, s and log p
+# differently.
 TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}; numpy {np.__version__}"
 METADATA_KEY = "tminus"  # the only key, because safetensors writes several keys in no fixed order
 MAX_METADATA_BYTES = 2**20
@@ -69,7 +70,7 @@ def arrays_of(trajectory: Trajectory, images: Pixels, spec: SampleSpec, model: M
 
 
 def read_trajectory(data: bytes) -> TrajectoryFile:
-    """Parse a trajectory file. Raises ValueError if it is not one, truncated, damaged, or of unknown format."""
+    """Parse a trajectory file. Raises ValueError if the data is damaged, truncated, or in another format."""
     try:
         arrays = safetensors.numpy.load(data)  # checks the header against the data; executes no code
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
