@@ -1,1 +1,1 @@
-"""Evaluation: the figures of a model card, and checks that other executors and precisions make no worse images."""
+"""Evaluation of checkpoints: figures for a model card, and checks that an executor or a precision does no harm."""

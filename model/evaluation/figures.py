@@ -1,4 +1,4 @@
-"""The figures of an evaluation as frozen dataclasses: per checkpoint, per seed, and over several seeds."""
+"""The figures of an evaluation, as frozen dataclasses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A figure or point that this checkpoint or data does not allow, with the reason."""
+    """A figure or point that could not be computed for this checkpoint and data, with the reason."""
 
     what: str
     why: str
@@ -16,7 +16,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The mean of L_t in bits/dim over held-out images and the timesteps first <= t <= last, counted from 0."""
+    """The mean of L_t in bits/dim, over held-out images and timesteps first <= t <= last (counted from 0)."""
 
     first: int
     last: int
@@ -27,21 +27,22 @@ class Term:
 class Bound:
     """The variational bound on held-out images: means in bits per dimension (Ho et al. 2020, eq. 5).
 
-    L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` terms (0 if T is 1). Each of `terms` is the
-    mean over a run of timesteps. The means times the lengths of their runs add up to L_steps.
+    L_steps is the sum of L_1 to L_{T-1}, estimated from `timesteps_per_image` terms for each image (0 if T is 1). The
+    timesteps are divided into runs. Each of `terms` is the mean over one run. L_steps is the sum of these means, each
+    multiplied by the length of its run.
     """
 
     L_T: float
     L_steps: float
     L_0: float
     total: float
-    standard_error: float  # standard error of `total` over the images
+    standard_error: float  # of `total`, over the images
     num_images: int
     timesteps_per_image: int
     terms: tuple[Term, ...] = ()
 
     def reaches(self, share: float) -> int:
-        """Return the last timestep of the terms that make up this share of L_0 + L_1 + … + L_{T-1}."""
+        """Return the timestep up to which the terms add up to this share of L_0 + L_1 + … + L_{T-1}."""
         reached, last = self.L_0, 0
         for term in self.terms:
             if reached >= share * (self.L_0 + self.L_steps):
