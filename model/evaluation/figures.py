@@ -28,8 +28,8 @@ class Bound:
     """The variational bound on held-out images: means in bits per dimension (Ho et al. 2020, eq. 5).
 
     L_steps is the sum of L_1 to L_{T-1}, estimated from `timesteps_per_image` terms for each image (0 if T is 1). The
-    timesteps are divided into runs. Each of `terms` is the mean over one run. L_steps is the sum of these means, each
-    multiplied by the length of its run.
+    timesteps are divided into runs of consecutive ones. Each of `terms` is the mean over one run. L_steps is the sum of
+    these means, each multiplied by the length of its run.
     """
 
     L_T: float
@@ -56,15 +56,15 @@ class Bound:
 class Reconstruction:
     """The error of a latent model's autoencoder on real images, which limits the quality of samples."""
 
-    rms: float  # root mean square error over the pixels of held-out images in [-1, 1]
+    rms: float  # root mean square error on held-out images, with pixels in [-1, 1]
     psnr_db: float
-    frechet: float | None  # distance of reconstructed training images; `FrechetDistance.real` is that of the originals
+    frechet: float | None  # of reconstructed training images; for the originals, see `FrechetDistance.real`
     num_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class PerClass:
-    """The classifier's accuracy on one class, for samples and for real test images; None without images."""
+    """The classifier's accuracy on one class, for samples and for real test images; None if the class has no images."""
 
     name: str
     samples: float | None
@@ -74,7 +74,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """The share of samples, and of real test images, that the classifier assigns to the right class."""
+    """The classifier's accuracy on samples, and on real test images."""
 
     samples: float
     real: float
@@ -84,10 +84,10 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features.
+    """The Fréchet distance from the test split, in the classifier's features.
 
-    `real` is the distance of the same number of training images: a floor for the samples. If samples cycle through the
-    classes, test and training images are weighted so that each class counts equally.
+    `real` is the distance of as many training images: in practice, a lower limit for samples. If samples cycle through
+    the classes, test and training images are weighted so that all classes count equally.
     """
 
     samples: float
@@ -98,7 +98,7 @@ class FrechetDistance:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A figure of samples, and of the same number of real training images, each compared with the test split."""
+    """A figure of samples, and of as many real training images. Both are compared with the test split."""
 
     samples: float
     real: float
@@ -106,11 +106,12 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class PixelFigures:
-    """Figures of the pixels alone, without a network (see distances.py).
+    """Figures that compare pixels, without a network (see distances.py).
 
-    frechet_distance: the distance of Gaussians in the first principal components of the training images' pixels (Heusel
-    et al. 2017). variance_ratio: the pixels' variance within a class, divided by that of the test split; None if no
-    class has two images. precision and recall: as in Kynkäänniemi et al. 2019, in the same components.
+    frechet_distance: between Gaussians fitted to principal components of the pixels (Heusel et al. 2017).
+    variance_ratio: the variance within classes, divided by that of the test split; None if no class has two images.
+    precision and recall: in the same principal components (Kynkäänniemi et al. 2019). The components are those of the
+    training images.
     """
 
     frechet_distance: Compared
@@ -122,7 +123,7 @@ class PixelFigures:
 
 @dataclass(frozen=True, slots=True)
 class NearestSummary:
-    """Distances to the nearest training image: root mean square over pixels in [-1, 1]."""
+    """Distances to the nearest training image: root mean square differences of pixels in [-1, 1]."""
 
     minimum: float
     percentile_1: float
@@ -132,7 +133,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Distances from samples and from real test images to training images. Copies are nearer than test images."""
+    """Distances to the nearest training image. Memorised samples are closer to it than real test images are."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -141,7 +142,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """Facts about the classifier that judged the samples."""
+    """What the report says about the classifier that judged the samples."""
 
     weights_hash: str
     test_accuracy: float
@@ -151,7 +152,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """Figures of one seed's samples. A figure is None if the checkpoint or the data does not allow it."""
+    """The figures of one seed's samples. A figure is None if it cannot be computed for this checkpoint and data."""
 
     seed: int
     class_accuracy: ClassAccuracy | None
@@ -162,7 +163,7 @@ class SampleFigures:
 
 
 class Spread(NamedTuple):
-    """The mean and the range of a figure over seeds."""
+    """The mean and range of a figure over seeds."""
 
     mean: float
     minimum: float
@@ -174,7 +175,7 @@ class Spread(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A figure of samples and of real images: its name in JSON, its text in tables, and a function that returns it."""
+    """A figure with its name in JSON, its label in tables, and a function that reads it."""
 
     name: str
     text: str
@@ -189,14 +190,14 @@ VARIANCE_RATIO = Metric("variance_ratio", "variance ratio", lambda each: each.pi
 ACCURACY = Metric("class_accuracy", "class accuracy", lambda each: each.class_accuracy)
 PRECISION = Metric("precision", "precision, of the pixels' components", lambda each: each.pixels.precision)
 RECALL = Metric("recall", "recall, of the pixels' components", lambda each: each.pixels.recall)
-METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # metrics that compare points
+METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # metrics for comparing points
 
 
 @dataclass(frozen=True, slots=True)
 class PointFigures:
-    """The figures of one point by seed, and `sheet`: a PNG of the first images of the first seed.
+    """The figures of one point for each seed. `sheet` is a PNG of the first images of the first seed.
 
-    `passes` counts the network's passes for one image. A guided pass takes two rows of a batch.
+    `passes` is the number of network passes for one image. A guided pass takes two slots of a batch.
     """
 
     sampler: str
@@ -207,7 +208,7 @@ class PointFigures:
     sheet: bytes = dataclasses.field(default=b"", repr=False)
 
     def spread(self, metric: Metric, side: Literal["samples", "real"] = "samples") -> Spread | None:
-        """Return the spread of a figure over seeds, for samples or for real images; None if a seed lacks the figure."""
+        """Return the mean and range of a figure over seeds, or None if it is missing for one of the seeds."""
         figures = [metric.of(each) for each in self.seeds]
         values = [getattr(figure, side) for figure in figures if figure is not None]
         if len(values) < len(figures):
@@ -220,7 +221,7 @@ class PointFigures:
         return sum(each.seconds_per_image for each in self.seeds) / len(self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the spreads and without the sheet."""
+        """Return plain values for JSON. They include the spreads of METRICS, but not the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
         for metric in METRICS:
