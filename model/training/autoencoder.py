@@ -22,7 +22,7 @@ from tminus.model.training.run import Run, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices
 
 COMMITMENT = 0.25  # weight of the commitment loss (van den Oord et al. 2017, eq. 3)
-SCALE_IMAGES = 512  # training images whose latents determine the scaling factor
+SCALE_IMAGES = 512  # number of training images that determine the latents' scaling factor
 
 
 def train_autoencoder(

@@ -138,7 +138,7 @@ class DistillConfig(RunConfig):
 
     @property
     def num_first(self) -> int:
-        """Number of rows of a batch that start from pure noise. These are all rows if the student only takes one step."""
+        """Number of rows in a batch that start from pure noise: all of them if the student takes only one step."""
         return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
 
     @property

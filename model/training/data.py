@@ -36,7 +36,7 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle-boot",
 )
-FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # path in Debian's package dataset-fashion-mnist
+FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist installs it
 MOST_LISTED = 20  # names shown in a message
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 

@@ -36,8 +36,8 @@ from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
-LEVELS = (0.3, 0.05, 0.7)  # alpha_bar where a second, a third and a fourth step begin
-HUBER = 0.03  # c in `pseudo_huber`, for images in [-1, 1] or latents
+LEVELS = (0.3, 0.05, 0.7)  # alpha_bar of the points that are added for two, three and four steps
+HUBER = 0.03  # c in `pseudo_huber`, in units of x0
 
 
 def student_noise(noise: NoiseConfig) -> NoiseConfig:
@@ -49,7 +49,7 @@ def student_noise(noise: NoiseConfig) -> NoiseConfig:
 
 
 def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Return x0 = p x + q out at points k [B] of a plan: x, out [B, C, H, W]. Not clipped, which would stop gradients."""
+    """Return x0 = p x + q out at points k [B] of a plan: x, out [B, C, H, W]. Clipping would stop gradients."""
     p, q = plan.lines[:, :2].to(x)[k].reshape(-1, 2, 1, 1, 1).unbind(1)
     return p * x + q * out.to(x.dtype)
 
