@@ -86,7 +86,7 @@ def train(
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    # Compare class names with those of the data, because users may edit the names in tminus.json.
+    # Use the data's class names, because users may edit those in tminus.json.
     identity |= {"data": f"{data.name}, {len(data)} images", "class_names": data.class_names}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
@@ -251,7 +251,7 @@ def _for_tminus_json(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the images of a step, int64 [batch_size]. Each epoch has a new permutation, and batches may span two epochs."""
+    """Return the images of a step, int64 [batch_size]. Each epoch has a new order, and epochs follow without a gap."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []
