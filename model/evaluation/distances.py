@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # batch sizes, which take 32 MiB of distances
-VALUES_AT_ONCE = 2**24  # pixel values per batch, which take 64 MiB in float32
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # batch sizes: a batch has 32 MiB of distances
+VALUES_AT_ONCE = 2**24  # limit on pixel values per batch: 64 MiB in float32
 COMPONENTS = 48
-FITTED_VALUES = 2**25  # pixel values used to fit components, which take 256 MiB in float64
+FITTED_VALUES = 2**25  # limit on pixel values for fitting: 256 MiB in float64
 NEIGHBOURS = 3  # k in Kynkäänniemi et al. 2019
-LEAST_SHARE = 1e-12  # A smaller share of the largest component's variance is a rounding error.
+LEAST_SHARE = 1e-12  # Variances below this share of the largest are rounding errors.
 
 
 class Gaussian(NamedTuple):
@@ -101,7 +101,7 @@ def fit_components(images: Tensor) -> Components:
     flat = _flat(images)
     mean = flat.mean(0)
     flat -= mean
-    by_image = len(flat) < flat.shape[1]  # Then use the matrix over images: smaller, same nonzero eigenvalues.
+    by_image = len(flat) < flat.shape[1]  # Use the smaller matrix. The nonzero eigenvalues are the same.
     values, vectors = torch.linalg.eigh(flat @ flat.T if by_image else flat.T @ flat)
     kept = int((values[-COMPONENTS:] > LEAST_SHARE * values[-1]).sum())
     values, vectors = values[len(values) - kept :].flip(0), vectors[:, len(vectors) - kept :].flip(1)

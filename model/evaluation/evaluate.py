@@ -307,9 +307,9 @@ def evaluate(
 ) -> Report:
     """Sample a checkpoint, and compare the samples with the training and the test split.
 
-    Each point is sampled with each seed; by default, the point and the seed of `options`. `references` are further
-    points, shown for comparison. With classifier=None, the figures that need a classifier are left out. Cached results
-    are reused.
+    Each of `points` is sampled with each of `seeds`. By default, these are the point and the seed in `options`.
+    `references` are further points, shown for comparison. With classifier=None, the figures that need a classifier are
+    left out. Cached results are reused.
 
     `forward`, if given, is called instead of the checkpoint's network while sampling (see `draw_samples`). The bound is
     always measured on the network. options.executor and options.precision should describe `forward`. `draw_threads` is

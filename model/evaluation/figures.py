@@ -58,7 +58,7 @@ class Reconstruction:
 
     rms: float  # root mean square error on held-out images, with pixels in [-1, 1]
     psnr_db: float
-    frechet: float | None  # of reconstructed training images; for the originals, see `FrechetDistance.real`
+    frechet: float | None  # for reconstructed training images; for the originals, see `FrechetDistance.real`
     num_images: int
 
 
@@ -108,10 +108,9 @@ class Compared:
 class PixelFigures:
     """Figures that compare pixels, without a network (see distances.py).
 
-    frechet_distance: between Gaussians fitted to principal components of the pixels (Heusel et al. 2017).
-    variance_ratio: the variance within classes, divided by that of the test split; None if no class has two images.
-    precision and recall: in the same principal components (Kynkäänniemi et al. 2019). The components are those of the
-    training images.
+    `frechet_distance` is between Gaussians fitted to principal components of the training images' pixels (Heusel et al.
+    2017). `variance_ratio` is the variance within classes, divided by that of the test split; it is None if no class
+    has two images. `precision` and `recall` use the same components (Kynkäänniemi et al. 2019).
     """
 
     frechet_distance: Compared

@@ -53,7 +53,7 @@ class _Real(NamedTuple):
     frechet: float | None
     num_frechet: int
     nearest: NearestSummary
-    projected: Tensor  # test images in principal components [N, K]
+    projected: Tensor  # projections of test images onto the principal components [N, K]
     pixel_frechet: float
     variance: dict[int, float]
     precision: float
@@ -206,7 +206,7 @@ class Judge:
         return fit_gaussian(features, weights)
 
     def _real_frechet(self, images: Tensor, picked: Tensor) -> float:
-        """Return the distance from the test split of the picked training images, or of their reconstructions."""
+        """Return the Fréchet distance of `images`, the picked training images or their reconstructions."""
         assert self._classifier is not None
         labels = self._train.labels[picked] if self._train.labels is not None else None
         gaussian = self._real_gaussian(self._classifier.read(images).features, labels)

@@ -21,11 +21,11 @@ from tminus.model.samplers import sample_passes
 REFERENCE = Point("dpmpp_2m", 40)  # treated as exact
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
 WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # Their noise would hide their truncation.
-# The recommended sampler takes at most this many steps. More steps take longer, and the difference does not grow. Other
-# samplers take at most PRECISE.steps: with more steps they are as exact as the reference.
+# Step limits for recommended samplers: more steps take longer, and the difference does not grow. All other samplers,
+# except tables, are limited to PRECISE.steps, because with more steps they are as exact as the reference.
 MAX_STEPS = {"ddim": 50, "euler": 50}
 SHARE = 0.5  # largest accepted difference over all images, as a share of the truncation
-DRIFT, SPREADS = 1.0, 3.0  # in levels and in standard errors: a mean shift above both is a bias
+DRIFT, SPREADS = 1.0, 3.0  # in levels and standard errors; a mean shift above both is systematic
 LEVELS = 127.5  # levels per unit of x: -1 to 1 spans 255 levels
 MIN_IMAGES, MAX_IMAGES = 4, 16
 SEED = 0
@@ -33,12 +33,12 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference between a sampler's images in two precisions. A level is 1/255 of the range of a pixel.
+    """The difference between a sampler's images in two precisions. A level is 1/255 of a pixel's range.
 
     `rms` is the root mean square difference over all images, in levels, and `worst` is that of the worst image.
-    `truncation_rms` and `truncation_worst` are the same for the truncation. `drift` is the mean shift over all images
-    of one channel, the one with the largest shift relative to its limit. `drift_error` is the standard error of
-    `drift`.
+    `truncation_rms` and `truncation_worst` are the same for the truncation. `drift` is the mean shift of one channel
+    over all images. The channel is the one that exceeds its limit most, or comes closest to it. `drift_error` is the
+    standard error of `drift`.
     """
 
     point: Point
@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is harmless. False for a difference that is not finite."""
+        """Whether the difference is harmless. False if it is not finite."""
         steady = abs(self.drift) <= max(DRIFT, SPREADS * self.drift_error)
         return self.rms <= SHARE * self.truncation_rms and self.worst <= self.truncation_worst and steady
 

@@ -282,11 +282,11 @@ class Comparison:
 
 
 def compare_reports(reference: Report, candidate: Report) -> Comparison:
-    """Accept a candidate whose Fréchet distance is at most 2 % and class accuracy at most 0.01 worse.
+    """Decide whether a candidate's images are as good as a reference's.
 
-    Both reports must have the same weights, settings of the samples, data and classifier. Only their first point and
-    seed are compared. An unconditional model is judged by the distance alone. If neither figure is known, the candidate
-    is rejected.
+    The Fréchet distance may be at most 2 % worse, and the class accuracy at most 0.01 worse. Both reports must agree in
+    weights, sampling settings, data and classifier. Only their first point and seed are compared. An unconditional
+    model is judged by the distance alone. If neither figure is known, the candidate is rejected.
     """
     assert reference.weights_hash == candidate.weights_hash
     ratio = difference = None

@@ -26,7 +26,7 @@ from tminus.model.timesteps import SPACINGS
 from tminus.model.training.data import ImageSet
 
 ALL = "all"
-MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images at most, width at most, images at least
+MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # most images, largest width in pixels, fewest images
 
 
 class EvaluateError(ValueError):
@@ -44,10 +44,10 @@ class EvaluateOptions:
     guidance: float = 1.0
     seed: int = 0
     batch_size: int = 100
-    precision: str = "float32"  # of the network: float32, tf32 or bfloat16; sampler updates are always float32
+    precision: str = "float32"  # of the network: float32, tf32 or bfloat16; sampler updates always use float32
     bound_images: int = 200
-    # The bound's timesteps are divided into this many runs, and each image draws one timestep from each run. Runs of
-    # early timesteps are shorter, because these make up most of the bound.
+    # The bound's timesteps are divided into this many runs, and each image draws one timestep from each run. Early runs
+    # are shorter, because early timesteps make up most of the bound.
     bound_timesteps: int = 100
     spacing: str | None = None  # timestep spacing; None for the checkpoint's own
     guidance_interval: tuple[int, int] | None = None  # Timesteps lo <= t <= hi are guided; None guides all.
@@ -96,7 +96,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """Set guidance to 1 for a checkpoint without a null class. Returns the points, and the scales left out."""
+    """Return the points with guidance 1, for a checkpoint without a null class, and the omitted scales."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -154,14 +154,14 @@ def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
 def class_weights(labels: Tensor, num_classes: int) -> Tensor | None:
     """Return weights that make all classes count equally: labels int64 [N] -> float64 [N].
 
-    Returns None if the classes have equal sizes, or sizes that differ by one. Samples always do.
+    Returns None if class sizes differ by at most one, as they do among samples.
     """
     counts = labels.bincount(minlength=num_classes)
     return None if counts.max() - counts.min() <= 1 else (1 / counts.double())[labels]
 
 
 def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
-    """Compile the sampler of the options. Raises ValueError if that is impossible."""
+    """Compile the sampler in `options`. Raises ValueError if that is impossible."""
     return checkpoint.plan(
         options.sampler, options.steps, guidance=options.guidance, eta=options.eta, spacing=options.spacing
     )

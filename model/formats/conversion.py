@@ -76,7 +76,7 @@ class GivenFacts:
     def needed_for_noise(self, *, learned: bool = False) -> list[str]:
         """Return the facts needed to make the noise schedule, for a file that does not contain it."""
         needed = ["timesteps", "beta_schedule"]
-        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # Projects use different ends.
+        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # Projects differ in the first and last beta.
             needed += ["beta_start", "beta_end"]
         return [*needed, "prediction", *([] if learned else ["variance"])]
 

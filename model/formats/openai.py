@@ -67,7 +67,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
     needed = ["image_size", "prediction"] if of_sigma else ["image_size", *given.needed_for_noise(learned=learned)]
     needed += ["timesteps"] if given.prediction == "consistency" else []  # edm computes its levels from sigma
     needed += ["head_width" if given.head_width is not None else "heads"]
-    one_order = of_sigma or (heads and max(heads.values()) == 1)  # The order of one head is the same.
+    one_order = of_sigma or (heads and max(heads.values()) == 1)  # With one head, the order does not matter.
     needed += [] if one_order else ["attention_order"]
     needed += [] if of_sigma or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
     taken = ["attention_order"] if of_sigma else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]

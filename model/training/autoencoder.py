@@ -97,7 +97,7 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
 
 @torch.no_grad()
 def _begin_codes(net: Autoencoder, x: Tensor) -> None:
-    """Initialise the codes with latents of images. Most of the usual initial codes, near zero, would never be used.
+    """Initialise the codes with latents of images. The default codes are near zero, and most would never be used.
 
     Raises TrainError if the batch has fewer latents than there are codes.
     """

@@ -100,7 +100,7 @@ def _log(value: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose ticks between two powers of ten, given as exponents: powers of ten, or finer ones if these are too few."""
+    """Choose ticks from 10**low to 10**high: powers of ten, or finer steps if there are fewer than three."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for digits in ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100)):
         values = [digit * 10.0 ** (power - 1) for power in powers for digit in digits]

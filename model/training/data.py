@@ -76,7 +76,7 @@ class Examples:
 
     @classmethod
     def some_of(cls, data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
-        """Take `count` evenly spaced images of a data set: pixels stay on the host, latents are on the device."""
+        """Take `count` evenly spaced images of a data set. Pixels stay on the host; latents are on the device."""
         picked = evenly(len(data), count)
         images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
         return cls(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
@@ -124,9 +124,9 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
 def load_image_folder(folder: Path, size_px: int, channels: int | None, background: Colour = BLACK) -> ImageSet:
     """Load all pictures below `folder`, centre-cropped and resized to size_px x size_px.
 
-    The subfolders of `folder` are the classes, sorted by name, or by number if all names are numbers. Pictures may be
-    either in subfolders or directly in `folder`, which means no classes, but not both. Folders inside the classes are
-    allowed, with a warning. Pictures are sorted by path, so the same folder always gives the same data set.
+    The subfolders of `folder` are the classes, sorted by name, or by number if all names are numbers. Folders inside
+    the classes are allowed, with a warning. Alternatively, all pictures are directly in `folder`, and there are no
+    classes. Pictures are sorted by path, so the same folder always gives the same data set.
 
     `channels` is 1 for grey, 3 for RGB or 4 for RGBA. None means grey if no pixel has a colour, otherwise RGB. Except
     in RGBA, transparent pixels are blended with the background. If the background is not black, the name of the data

@@ -49,7 +49,10 @@ def student_noise(noise: NoiseConfig) -> NoiseConfig:
 
 
 def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Return x0 = p x + q out at points k [B] of a plan: x, out [B, C, H, W]. Clipping would stop gradients."""
+    """Return x0 = p x + q out at points k [B] of a plan, for x and out [B, C, H, W].
+
+    x0 is not clipped, because clipping would stop gradients.
+    """
     p, q = plan.lines[:, :2].to(x)[k].reshape(-1, 2, 1, 1, 1).unbind(1)
     return p * x + q * out.to(x.dtype)
 
@@ -69,9 +72,10 @@ def consistency_plan(noise: NoiseConfig, timesteps: Sequence[float]) -> Plan:
 
 
 def student_points(alpha_bar: Tensor, steps: int) -> list[int]:
-    """Return which points of the teacher's plan a student visits in `steps` steps. alpha_bar [P] is that plan's.
+    """Return the points of the teacher's plan that a student visits in `steps` steps, in order.
 
-    Additional steps only add points, so that the student has few points to learn.
+    `alpha_bar` [P] belongs to the teacher's plan. With more steps, the student visits the same points and additional
+    ones, so it has few points to learn.
     """
     chosen = [0]
     for level in LEVELS[: steps - 1]:
@@ -184,7 +188,7 @@ def distill(
             if trajectories is None:
                 return None
 
-        # Pick rows, and a point k of each row's trajectory. The first num_first rows are at pure noise.
+        # Pick trajectories, and a point k on each of them. The first num_first rows are at pure noise.
         row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
         later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
         k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)

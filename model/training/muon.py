@@ -10,7 +10,7 @@ MOMENTUM = 0.95
 ADAM = 0.9, 0.999, 1e-8  # beta_1, beta_2 and epsilon of Adam (Kingma & Ba 2015), for parameters that are not matrices
 STEP = 0.2  # RMS of an update at learning rate 1; similar to Adam's, so both can share a rate (Liu et al. 2025)
 MIN_CHANNELS = 16  # Adam handles smaller layers: the first and last convolutions of a U-Net.
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # by Jordan: five rounds bring singular values in 0.01..1 to about 0.7..1.2
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # from Jordan: five rounds bring singular values in 0.01..1 to about 0.7..1.2
 ROUNDS = 5
 
 

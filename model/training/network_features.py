@@ -67,11 +67,11 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class FrechetLoss(nn.Module):
-    """The Fréchet distance of several kinds of images from one reference. Its state is in buffers, which runs save.
+    """The Fréchet distance of several kinds of images from one reference.
 
-    Only the directions in which the reference varies most are used. The eigenvalues of a covariance estimated from N
-    rows in D directions are spread too widely. The loss would compensate by making the variance about 3 D / 4 N too
-    large.
+    The state is in buffers, so that it is saved with the run. Only the directions in which the reference varies most
+    are used. With more directions D, the eigenvalues of a covariance estimated from N rows spread more widely, and the
+    loss would compensate by making the variance about 3 D / 4 N too large.
     """
 
     wanted_mean: Tensor
@@ -108,7 +108,7 @@ class FrechetLoss(nn.Module):
         self.wanted_root.copy_(torch.diag((values[-size:].clamp(min=0) / scale**2 + RIDGE).sqrt()))
 
     def forward(self, features: Tensor, kind: Tensor) -> Tensor:
-        """Return the loss of each row, for features [B, D] of images of the kinds [B]. Updates the running averages."""
+        """Return each row's loss [B] for its features [B, D] and its kind [B]. Updates the running averages."""
         features = features @ self.directions.to(features)
         losses = torch.zeros(len(features), device=features.device)
         for each in sorted(set(kind.tolist())):

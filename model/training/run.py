@@ -77,7 +77,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state of a run to the CPU. A damaged file may raise errors of many kinds."""
+    """Load the state of a run onto the CPU. A damaged file can raise many kinds of errors."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
     with safe_open(folder / STATE_FILE, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])

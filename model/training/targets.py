@@ -1,4 +1,4 @@
-"""Training targets: from the image and noise that make x_t, a mean of images, or a guided teacher's prediction."""
+"""Training targets, made from x_0 and noise, from a mean of images, or from a guided teacher's prediction."""
 
 import copy
 from collections.abc import Callable

@@ -57,10 +57,10 @@ def train(
 ) -> bool:
     """Train a U-Net in `folder`, or resume the run there. Returns whether all steps are done.
 
-    `init_from` is a checkpoint whose weights a new run starts from, with a fresh optimiser. When resuming, it can be
-    left out, and must not be a different one. With config.guidance, the target is what these initial weights predict
-    with classifier-free guidance (Meng et al. 2023, sec. 3.1). With `autoencoder`, the run trains a latent model: x_0
-    are latents of the images (Rombach et al. 2022).
+    `init_from` is a checkpoint whose weights a new run starts from, with a fresh optimiser. When resuming, it may be
+    left out; if given, it must be the same checkpoint. With config.guidance, x_t comes from the data as usual, but the
+    target is what these initial weights predict with classifier-free guidance (Meng et al. 2023, sec. 3.1). With
+    `autoencoder`, the run trains a latent model: x_0 are latents of the images (Rombach et al. 2022).
 
     Every `sheet_every` steps and at the end, the averaged network is measured on `held_out`, whose image shape and
     classes must be those of the data. `on_sheet` receives the averaged network at the same steps, and after some early
@@ -102,7 +102,7 @@ def train(
     # The data, and the network's forward pass.
     schedule = noise.schedule().to(device)
     examples = Examples.of(data, autoencoder, device)
-    # Compile for fixed shapes. Otherwise, the second network would be compiled for any batch size.
+    # Compile for fixed shapes. Otherwise, the second of two networks would be compiled for any batch size.
     forward = as_ours(torch.compile(net, dynamic=False) if config.compile else net, noise, schedule)
 
     # What the settings choose: sampling of t, weights of timesteps, the target, and measurement on held-out images.
@@ -121,7 +121,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
-        """Draw the batch of a step. Images are a permutation, t is uniform or from `share`, and eps is normal."""
+        """Draw the batch of a step. Images come from a permutation, t is uniform or from `share`, and eps is normal."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -179,7 +179,7 @@ def _check(
     autoencoder: Autoencoder | None,
     held_out: ImageSet | None,
 ) -> None:
-    """Raise TrainError or CheckpointError if the arguments cannot be trained, alone or together."""
+    """Raise TrainError or CheckpointError if these parts and settings cannot be trained together."""
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:

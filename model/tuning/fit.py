@@ -172,7 +172,7 @@ class Fitter:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """The state between two steps: x, up to two latest x0 (newest first), and the lines fitted so far."""
+    """The state between two steps: x, the latest x0 (two at most, newest first), and the lines so far."""
 
     x: Tensor
     history: tuple[Tensor, ...]

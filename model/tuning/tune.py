@@ -32,7 +32,7 @@ from tminus.model.tuning.refine import Refiner
 
 TUNED = "tuned"
 FEW = 4  # number of images for timing gradients in each precision
-TEACHER_STEPS = 50  # at least, so that a table can be more exact than the sampler it replaces
+TEACHER_STEPS = 50  # minimum, so that a table can be more exact than the sampler it replaces
 STARTS = ("linspace", "trailing", "karras")  # spacings from which the search can start
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
@@ -272,7 +272,7 @@ class _Tuning:
     fitter: Fitter
     guidance: float
     config: TuneConfig
-    precision: str  # for computing gradients
+    precision: str  # of the gradients
     say: Callable[[str], None]
     threads: int | None
 
