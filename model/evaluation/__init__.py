@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: figures for a model card, and checks that an executor or a precision does no harm."""
+"""Evaluation of checkpoints, and of the executors and precisions that run them."""

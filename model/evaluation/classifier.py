@@ -35,12 +35,12 @@ MIN_SIDE = 8  # pixels: three 2x2 poolings reduce 8 pixels to 1
 
 
 class ClassifierError(ValueError):
-    """Raised if a classifier cannot be trained or loaded. The message gives the file or data set, and the reason."""
+    """Raised if a classifier cannot be trained or loaded. The message names the file or data set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierConfig(Checked):
-    """The architecture of a classifier. Raises ValueError, with the name of the field, if the values are invalid."""
+    """The architecture of a classifier. Raises ValueError, naming the field, for an invalid value."""
 
     KIND: ClassVar[str] = "classifier config: "
 
@@ -73,14 +73,14 @@ class ClassifierTraining:
 
 
 class Reading(NamedTuple):
-    """The classifier's output for N images: labels int64 [N] and features float32 [N, feature_dim], both on the CPU."""
+    """Output for N images, on the CPU: labels int64 [N] and features float32 [N, feature_dim]."""
 
     labels: Tensor
     features: Tensor
 
 
 class ClassifierNet(nn.Module):
-    """Three stages of convolution, batch norm, ReLU and pooling, followed by a feature layer and a logit layer."""
+    """Three stages of convolution, batch norm, ReLU and pooling, then a feature layer and a logit layer."""
 
     def __init__(self, config: ClassifierConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ClassifierNet(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A trained classifier in float32 and eval mode. `trained_on` records the data set and the training settings."""
+    """A trained classifier. `trained_on` records the data set and the training settings."""
 
     net: ClassifierNet
     config: ClassifierConfig
@@ -117,7 +117,7 @@ class Classifier:
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Reading:
-        """Classify images, uint8 [N, C, H, W]. Raises ValueError if their shape differs from the training images."""
+        """Classify images, uint8 [N, C, H, W]. Raises ValueError if they have the wrong shape."""
         if tuple(images.shape[1:]) != (self.config.channels, *self.config.size_px):
             expected = (self.config.channels, *self.config.size_px)
             raise ValueError(f"the classifier reads images of {expected}, got {tuple(images.shape[1:])}")

@@ -124,7 +124,7 @@ def class_variance(images: Tensor, classes: Tensor) -> dict[int, float]:
 
 
 def variance_ratio(variances: dict[int, float], real: dict[int, float]) -> float | None:
-    """Return the ratio of the variance within classes to that of real images, over the classes that both have.
+    """Return the ratio of variances within classes to those of real images, over the common classes.
 
     The ideal is 1. A lower ratio means that the images of a class are too similar. Returns None if there is no common
     class, or if the real images do not vary.

@@ -1,4 +1,4 @@
-"""Measures a checkpoint: the variational bound on held-out images, and the quality of samples at several settings."""
+"""Measures a checkpoint: the variational bound on held-out images, and the quality of samples."""
 
 import copy
 import dataclasses
@@ -221,7 +221,7 @@ class Measure:
     def points(
         self, points: Sequence[Point], seeds: Sequence[int], options: EvaluateOptions
     ) -> tuple[dict[Point, PointFigures], dict[Point, Exception]]:
-        """Sample and judge points. Returns the figures of the points that worked, and the errors of the others.
+        """Sample and judge points. Returns the figures of points that succeed, and the errors of the others.
 
         The errors are ValueError or EvaluateError. All points are sampled with one seed before the next seed is used.
         """

@@ -64,7 +64,7 @@ class Reconstruction:
 
 @dataclass(frozen=True, slots=True)
 class PerClass:
-    """The classifier's accuracy on one class, for samples and for real test images; None if the class has no images."""
+    """The accuracy on one class, for samples and for real test images; None if it has no images."""
 
     name: str
     samples: float | None
@@ -132,7 +132,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Distances to the nearest training image. Memorised samples are closer to it than real test images are."""
+    """Distances to the nearest training image. They are small for memorised samples."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -151,7 +151,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """The figures of one seed's samples. A figure is None if it cannot be computed for this checkpoint and data."""
+    """The figures of one seed's samples. None means that a figure cannot be computed."""
 
     seed: int
     class_accuracy: ClassAccuracy | None

@@ -1,4 +1,4 @@
-"""Compares samples with real images: class accuracy, Fréchet distances, variance within classes, and memorisation."""
+"""Compares samples with real images: class accuracy, distances, variance within classes, memorisation."""
 
 import math
 from functools import cached_property
@@ -197,7 +197,7 @@ class Judge:
         return class_variance(self._test.images, self._classes_of(self._test))
 
     def _picks(self, data: ImageSet, num_images: int, seed: int) -> Tensor:
-        """Pick real images with the same mix of classes as the samples, as far as there are enough of each class."""
+        """Pick real images with the samples' mix of classes, as far as there are enough of each class."""
         return (balanced_picks if self._in_turn else random_picks)(data, num_images, seed)
 
     def _real_gaussian(self, features: Tensor, labels: Tensor | None) -> Gaussian:

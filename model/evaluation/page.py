@@ -1,6 +1,7 @@
-"""Renders the report as a single HTML file, with plots and samples inlined, so that it is easy to send and archive.
+"""Renders the report as a single HTML file, which is easy to send and archive.
 
-A Markdown report would need separate image files, which mail programs and browsers do not show.
+A Markdown report would need separate image files, which mail programs and browsers do not show. The command itself
+prints the tables of a model card as Markdown.
 """
 
 import html
@@ -55,7 +56,7 @@ def check_installed() -> None:
 
 
 def plot_distances(report: Report) -> bytes | None:
-    """Plot the Fréchet distance against the number of passes: one line per sampler, one panel per guidance scale.
+    """Plot Fréchet distance against passes, with a line for each sampler and a panel for each guidance scale.
 
     Error bars show the range over seeds. Horizontal lines show real images and references. Returns None if there are
     fewer than two points.
@@ -127,7 +128,7 @@ def _colour(number: int) -> str:
 
 
 def _log(axis: Any, passes: Sequence[int]) -> None:
-    """Make both axes logarithmic, with ticks at the points' passes, and at distances such as 1, 2, 5 and 10."""
+    """Make both axes logarithmic, with ticks at the points' passes and at distances like 1, 2 and 5."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []
@@ -218,7 +219,7 @@ def _facts(report: Report) -> Table:
 
 
 def _quality(report: Report, plot: bytes | None) -> str:
-    """Render the quality of the samples: every figure if there is one point, or a comparison of several points."""
+    """Render the quality of the samples: all figures of a single point, or a comparison of points."""
     text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
@@ -235,7 +236,7 @@ def _quality(report: Report, plot: bytes | None) -> str:
 
 
 def _samples(report: Report) -> str:
-    """Render strips of the first images of the first seed. In each column, all images start from the same noise."""
+    """Render strips of the first seed's images. All images in a column start from the same noise."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
         guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""

@@ -1,4 +1,4 @@
-"""Judges a lower precision without data, by comparing its images with float32 images from the same noise.
+"""Judges a lower precision without data: its images are compared with float32 images from the same noise.
 
 The difference is measured against the sampler's truncation, which is the error due to its small number of steps.
 Truncation is the distance from the images that REFERENCE makes from the same noise. Users of the sampler accept this
@@ -82,7 +82,7 @@ def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
 
 
 def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
-    """Return the samplers to compare: PRECISE, and the recommended sampler, or COMMON if none is recommended.
+    """Return the samplers to compare: PRECISE and the recommended one, or PRECISE and COMMON if there is none.
 
     PRECISE is the strictest test, because it has little truncation. It gets the guidance of the recommended sampler.
     The recommended sampler is compared without its noise.

@@ -1,4 +1,4 @@
-"""The report on a checkpoint, as frozen dataclasses that render as JSON or as the tables of a model card.
+"""The report on a checkpoint, which renders as JSON or as the tables of a model card.
 
 `compare_reports` decides whether an executor or a precision makes images worse.
 """

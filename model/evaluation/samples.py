@@ -104,7 +104,7 @@ def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
-    """Return the number in `class_names` of each of the checkpoint's classes, int64 [K]; None if the names differ."""
+    """Map the checkpoint's class numbers to positions in `class_names`, int64 [K]; None if the names differ."""
     names = checkpoint.labels.class_names
     if not names or sorted(names) != sorted(class_names):
         return None
@@ -112,7 +112,7 @@ def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | 
 
 
 def sample_classes(checkpoint: Checkpoint, num_samples: int) -> Tensor | None:
-    """Assign classes to samples in turn, int64 [num_samples]. Returns None for an unconditional checkpoint."""
+    """Assign classes to samples in turn, int64 [num_samples]; None for an unconditional checkpoint."""
     if checkpoint.net.class_embedding is None:
         return None
     return torch.arange(num_samples) % checkpoint.labels.num_classes
@@ -217,7 +217,7 @@ def draw_samples(
 
 
 def strip_length(checkpoint: Checkpoint) -> int:
-    """Return the number of images in a strip, which is a multiple of the number of classes if all classes fit.
+    """Return the number of images in a strip: a multiple of the number of classes if all classes fit.
 
     A strip is at most MAX_STRIP_PX wide, unless MIN_STRIP images are wider than that.
     """

@@ -1,4 +1,4 @@
-"""What a reader of a foreign format takes and returns: facts from the user, and a converted checkpoint."""
+"""The input and output of the readers of foreign formats: facts from the user, and a checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -36,7 +36,7 @@ class FactsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GivenFacts:
-    """Facts from the user. None means not given. Raises FactsError if a value is outside the bounds in FACTS."""
+    """Facts from the user, or None if not given. Raises FactsError for values outside the bounds in FACTS."""
 
     image_size: int | None = None
     timesteps: int | None = None
@@ -64,7 +64,7 @@ class GivenFacts:
             raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts if a needed fact is None, and FactsError if a given fact is neither needed nor taken."""
+        """Raise MissingFacts if a needed fact is missing, and FactsError for a fact that does not apply."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020, as ported to PyTorch in pesser/pytorch_diffusion, or with the same weight names.
+"""The U-Net of Ho et al. 2020, with the weight names of the PyTorch port pesser/pytorch_diffusion.
 
 A file holds only a state dict. An example is `ema_diffusion_cifar10_model/model-790000.ckpt`.
 """
@@ -39,7 +39,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     given.check(f"a file of {FORMAT}", ["image_size", *given.needed_for_noise()], given.taken_for_noise())
     levels = len({key.split(".")[1] for key in state if key.startswith("down.")})
     for level in range(levels - 1):

@@ -1,4 +1,4 @@
-"""Describes a checkpoint in lines of text. It may be a folder that tminus loads, or come from another project."""
+"""Describes a checkpoint in lines of text: a folder that tminus loads, or a foreign file or folder."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ PREDICTS = {
 
 
 def describe(path: Path, given: GivenFacts) -> Description:
-    """Describe a folder or file. Raises CheckpointError, and ValueError for facts that do not apply to the format."""
+    """Describe a folder or file. Raises CheckpointError, and ValueError for facts that do not apply."""
     if path.is_file() or is_bare(path):
         return _of_foreign(path, given)
     given.check("a checkpoint folder", ())

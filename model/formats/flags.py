@@ -1,4 +1,4 @@
-"""Flags of `tminus convert` for facts that a checkpoint file may lack. Must not import torch, to keep --help fast."""
+"""Flags of `tminus convert` for facts that a file may lack. Must not import torch, to keep --help fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checkpoints of lucidrains/denoising-diffusion-pytorch: `model-N.pt`, or the state dict of a GaussianDiffusion."""
+"""Checkpoints of lucidrains/denoising-diffusion-pytorch: `model-N.pt` files, or only the state dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     net = {key.removeprefix(NET): value for key, value in state.items() if key.startswith(NET)}
     _refuse_others(net)
     prediction = _prediction(state)
@@ -84,7 +84,7 @@ def _width(net: Mapping[str, Tensor], level: int) -> int:
 
 
 def _schedule(betas: Tensor) -> dict[str, Any]:
-    """Return the config fields of a schedule with these betas: a known schedule if one matches, or trained_betas."""
+    """Return the config fields for these betas: a named schedule if one matches, otherwise trained_betas."""
     betas, scale = betas.double(), HO_TIMESTEPS / len(betas)
     named: tuple[dict[str, Any], ...] = (
         {"beta_schedule": "linear", "beta_start": HO_BETAS[0] * scale, "beta_end": HO_BETAS[1] * scale},

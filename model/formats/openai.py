@@ -50,7 +50,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     _refuse_others(state)
     modules = _modules(state)
     levels = _levels(modules)
@@ -116,7 +116,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
-    """Return the noise schedule of consistency_models, with its defaults. The network's time is 250 log sigma."""
+    """Return the default noise schedule of consistency_models. The network's time is 250 log sigma."""
     if given.prediction == "consistency":
         assert given.timesteps is not None
         return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
@@ -168,7 +168,7 @@ def _upsampler(modules: Modules, block: int) -> str | None:
 
 
 def _shifts(resnet: Mapping[str, Tensor]) -> bool:
-    """Return whether the timestep both scales and shifts features. If so, its layer has two outputs per channel."""
+    """Return whether the timestep both scales and shifts. If so, its layer has two outputs per channel."""
     return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
 
 
@@ -207,7 +207,7 @@ def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
 def _renamed(
     state: Mapping[str, Tensor], modules: Modules, levels: _Levels, heads: Mapping[int, int], order: str | None
 ) -> dict[str, Tensor]:
-    """Rename a state dict for UNet2DModel, and split q, k and v. Raises CheckpointError for an unknown weight."""
+    """Rename a state dict for UNet2DModel, splitting q, k and v. Raises CheckpointError for an unknown weight."""
     renamed = {}
     left = dict(state)
     for top, place in TOP.items():

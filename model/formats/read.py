@@ -31,7 +31,7 @@ def is_bare(folder: Path) -> bool:
 
 
 def read_bare(folder: Path, given: GivenFacts) -> Converted:
-    """Read a diffusers U-Net without a scheduler, from `save_pretrained` or from the unet/ folder of a repository.
+    """Read a diffusers U-Net without a scheduler: from `save_pretrained`, or a repository's unet/ folder.
 
     Raises CheckpointError, MissingFacts, and FactsError.
     """

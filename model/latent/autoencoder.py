@@ -1,4 +1,4 @@
-"""Autoencoders of latent models: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
+"""The autoencoders `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
 Modules are named as in diffusers. Images are [B, C, H, W] in [-1, 1], latents [B, c, H / factor, W / factor].
 """
@@ -223,7 +223,7 @@ class Quantizer(nn.Module):
         return weight
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest code for each latent of z [B, width, h, w], and the indices of the codes [B, h, w]."""
+        """Return the code nearest to each latent in z [B, width, h, w], and the codes' indices [B, h, w]."""
         flat = z.movedim(1, -1)
         # |z - e|^2 without the term |z|^2, which is the same for all codes
         distance = self.codes.square().sum(1) - 2 * flat.flatten(0, -2) @ self.codes.T
@@ -351,7 +351,7 @@ def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def images_of(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents [N, c, h, w] into images [N, C, H, W] in about [-1, 1], on the device of the latents."""
+    """Decode scaled latents [N, c, h, w] into images [N, C, H, W] in about [-1, 1], on the same device."""
     autoencoder = autoencoder.to(latents.device)
     pixels = latents.shape[2] * latents.shape[3] * autoencoder.config.factor**2
     return torch.cat([autoencoder.decode(part) for part in _batches(latents, pixels)])
@@ -387,7 +387,7 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
 
 
 def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
-    """Turn latents [B, c, h, w] into images [B, C, h factor, w factor] in about [-1, 1], with one colour per latent."""
+    """Turn latents [B, c, h, w] into images of one colour per latent, [B, C, h factor, w factor] in about [-1, 1]."""
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
 

@@ -97,7 +97,7 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
 
 @torch.no_grad()
 def _begin_codes(net: Autoencoder, x: Tensor) -> None:
-    """Initialise the codes with latents of images. The default codes are near zero, and most would never be used.
+    """Replace the initial codes, which are near zero and would mostly remain unused, with latents of images.
 
     Raises TrainError if the batch has fewer latents than there are codes.
     """

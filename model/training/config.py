@@ -1,4 +1,4 @@
-"""The settings of training runs. Must not import torch, because the commands build their options from it."""
+"""The settings of training runs. Must not import torch, because command-line options are made from it."""
 
 import math
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class RunConfig(Checked):
         self.require_among("precision", "auto", "fp32", "bf16")
 
     def looks_at(self, step: int) -> bool:
-        """Return whether to draw a sheet after this step. True every `sheet_every` steps and after some early steps."""
+        """Return whether a sheet follows this step: every `sheet_every` steps, and after some early steps."""
         early, rest = divmod(step, FIRST_LOOK)
         return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
 
@@ -138,7 +138,7 @@ class DistillConfig(RunConfig):
 
     @property
     def num_first(self) -> int:
-        """Number of rows in a batch that start from pure noise: all of them if the student takes only one step."""
+        """Number of rows in a batch that start from pure noise: all rows if the student only takes one step."""
         return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
 
     @property
@@ -148,7 +148,7 @@ class DistillConfig(RunConfig):
 
 
 def usual_batch(num_images: int) -> int:
-    """Return USUAL_BATCH, or half the number of images if that is less."""
+    """Return USUAL_BATCH, or half the number of images if that is less. Larger batches teach little more."""
     return max(1, min(USUAL_BATCH, num_images // 2))
 
 

@@ -1,4 +1,4 @@
-"""The loss curve of a run: the mean loss over strides of steps, saved with the run's state and drawn as an SVG."""
+"""The loss curve of a run: means over strides of steps, saved with the run and drawn as an SVG."""
 
 import html
 import math
@@ -17,7 +17,7 @@ Point = tuple[int, float]
 
 
 class LossCurve:
-    """The mean loss over each stride of steps. The state includes the current stride, so resuming is exact."""
+    """The mean loss over strides of steps. The state includes the current stride, so resuming is exact."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []  # last step of each stride, and the mean loss over it
@@ -38,7 +38,7 @@ class LossCurve:
             self.points = [(step, (one + other) / 2) for (_, one), (step, other) in pairs]
 
     def recent(self) -> float:
-        """Return the mean loss of roughly the last SHOWN_STEPS steps; NaN before the first. Waits for the device."""
+        """Return the mean loss of about the last SHOWN_STEPS steps, or NaN without any. Waits for the device."""
         total, count = float(self._sum), self._count
         for _, mean in reversed(self.points):
             if count >= SHOWN_STEPS:

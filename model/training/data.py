@@ -1,4 +1,4 @@
-"""Training images, read from Fashion-MNIST's IDX files or from a folder, and held in memory as uint8 [N, C, H, W].
+"""Training images, from Fashion-MNIST or from a folder, in memory as uint8 [N, C, H, W].
 
 Examples are the inputs of a network: images, or their latents.
 """
@@ -82,18 +82,18 @@ class Examples:
         return cls(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
 
     def rows(self, picked: Tensor | slice, device: torch.device | None = None) -> Tensor:
-        """Return x_0 of the picked examples in the network's range. device=None means the device of the examples."""
+        """Return x_0 of the picked examples in the network's range, on `device` or where the examples are."""
         x_0 = self.x_0[picked].to(device or self.x_0.device)
         return to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
 
 
 def evenly(length: int, count: int) -> Tensor:
-    """Return `count` evenly spaced indices below `length`, int64 [count]. In sorted data, they cover all classes."""
+    """Return `count` evenly spaced indices below `length`, int64 [count], to cover all classes of sorted data."""
     return torch.arange(count) * length // count
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes, the format of MNIST. Raises DataError if the file is malformed."""
+    """Read a gzipped IDX file of unsigned bytes, the format of MNIST. Raises DataError if that fails."""
     try:
         with gzip.open(path, "rb") as file:
             data = file.read()
@@ -110,7 +110,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet:
-    """Load Fashion-MNIST's `train` (60,000 images) or `test` (10,000) split, padded with black from 28x28 to 32x32."""
+    """Load Fashion-MNIST, padded with black from 28x28 to 32x32.
+
+    `split` is `train` (60,000 images) or `test` (10,000). Raises DataError if the files are missing or malformed.
+    """
     prefix = {"train": "train", "test": "t10k"}[split]
     if not folder.is_dir():
         raise DataError(f"{folder}: not there (apt-get install dataset-fashion-mnist, or name its folder)")

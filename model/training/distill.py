@@ -1,9 +1,10 @@
-"""Distillation: a student learns to predict in a few passes where its teacher's guided trajectories end.
+"""Distillation: a student learns to predict, in a few passes, where its teacher's trajectories end.
 
-The loss has two parts. The first is the distance of the student's image from the end of the teacher's trajectory. The
-second is the distance between the distribution of the student's images and that of real images, or of the teacher's
-images. With the first alone, images are too soft; with the second alone, they do not depend on x_T. As in train.py, all
-random numbers of step k are seeded by (seed, k).
+The trajectories are guided, so the student needs no guidance of its own. The loss has two parts. The first is the
+distance of the student's image from the end of the teacher's trajectory. The second is the distance between the
+distribution of the student's images and that of real images, or of the teacher's images. With the first alone, images
+are too soft; with the second alone, they do not depend on x_T. As in train.py, all random numbers of step k are seeded
+by (seed, k).
 """
 
 import logging
@@ -58,9 +59,10 @@ def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def pseudo_huber(x0: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over rows of sqrt(d^2 + c^2) - c, where d is the RMS of x0 - target (Song & Dhariwal 2023).
+    """Return the mean over rows of sqrt(d^2 + c^2) - c, where d is the RMS of x0 - target.
 
-    Large errors count linearly instead of squared, because the large errors at high noise teach little.
+    Source: Song & Dhariwal 2023. Large errors count linearly instead of squared, because the large errors at high noise
+    teach little.
     """
     squares = (x0 - target).square().flatten(1).mean(1)
     return ((squares + HUBER**2).sqrt() - HUBER).mean()

@@ -15,7 +15,7 @@ ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Applies Muon to the weights of linear layers and convolutions, and Adam to all other parameters of a network."""
+    """Applies Muon to the weights of linear layers and convolutions, and Adam to all other parameters."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
         layers = [each for each in net.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
@@ -73,7 +73,7 @@ def _gradients(weights: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices [N, rows, columns] close to 1, and keep their singular vectors."""
+    """Bring the singular values of matrices [N, rows, columns] close to 1, and keep the singular vectors."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices

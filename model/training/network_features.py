@@ -1,4 +1,4 @@
-"""Image distances in the features of the denoising network, similar to LPIPS, and statistics of these features.
+"""Image distances in the features of the denoising network, similar to LPIPS, and feature statistics.
 
 The mean square error of pixels prefers a blurred image to a sharp image with small differences. A distance between the
 features of a network is closer to how similar images look (Zhang et al. 2018).
@@ -131,7 +131,7 @@ class FrechetLoss(nn.Module):
         self.rows[kind] += len(rows)
 
     def _gradient(self, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the running mean m, and the gradients of the distance with respect to m and to the covariance S.
+        """Return the running mean m, and the distance's gradients with respect to m and to the covariance S.
 
         The distance is |m - m'|^2 + tr(S + S' - 2 (S'^1/2 S S'^1/2)^1/2), where m' and S' belong to the reference. The
         gradients are 2 (m - m') and 1 - S'^1/2 (S'^1/2 S S'^1/2)^-1/2 S'^1/2.

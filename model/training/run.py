@@ -1,4 +1,4 @@
-"""A run: a folder with a checkpoint of the averaged weights (EMA), and with the state for exact resumption.
+"""A run: a folder with a checkpoint of the averaged weights (EMA), and the state for exact resumption.
 
 All training commands share the training loop, the saved state, the signal handling and the progress display.
 """
@@ -39,7 +39,7 @@ FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rat
 
 
 class Ema:
-    """Averaged weights in float32. Early on, the decay is (1 + step) / (10 + step), to forget the initial weights."""
+    """Averaged weights in float32. The decay starts low, so that the initial weights are soon forgotten."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -95,7 +95,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run saved in a folder. Returns {} if there is none or its file is damaged."""
+    """Return the settings of the run saved in a folder; {} if there is none or its file is damaged."""
     try:
         with safe_open(folder / STATE_FILE, framework="pt") as opened:  # does not read tensors
             return dict(json.loads(opened.metadata()["state"])["config"])
@@ -245,7 +245,7 @@ class Run:
             write_text(self.folder / LOSS_FILE, loss_svg(self.curve.points, self.folder.resolve().name))
 
     def _resume(self, config: Config) -> Config:
-        """Load the saved state. Returns the config with the precision and threads of the run. Raises TrainError."""
+        """Load the saved state. Returns the config with the run's precision and threads. Raises TrainError."""
         folder = self.folder
         try:
             state = read_state(folder)
@@ -337,7 +337,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that runs a denoiser on a random x of this shape. Gradients are also computed for x."""
+    """Return a function that runs a denoiser on a random x of this shape, which also gets gradients."""
     x, t = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     classes = t if net.class_embedding is not None else None

@@ -1,4 +1,4 @@
-"""Training targets, made from x_0 and noise, from a mean of images, or from a guided teacher's prediction."""
+"""Training targets, made from x_0 and noise, from a mean of images, or by a guided teacher."""
 
 import copy
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class StableTarget:
         return mean, batch.t, batch.eps + gather(signal / noise, batch.t, batch.x_0) * (batch.x_0 - mean)
 
     def mean(self, x_t: Tensor, t: Tensor, picked: Tensor) -> Tensor:
-        """Return E[x_0 | x_t, group of the picked image] in float32, for x_t [B, C, H, W], t [B] and picked [B]."""
+        """Return E[x_0 | x_t, group of the picked image], float32 [B, C, H, W], for t and picked [B]."""
         mean = torch.empty_like(x_t, dtype=torch.float32)
         groups = self._group_of[picked]
         alpha_bar = self._schedule.alpha_bar[t].to(torch.float32)[:, None]

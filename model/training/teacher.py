@@ -1,4 +1,4 @@
-"""The teacher of `distill`: its trajectories from noise to images, and the reference for the student's images."""
+"""The teacher of `distill`: its trajectories, and the reference for the student's images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # limits for the teacher's imag
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """points [P + 1, N, C, H, W]: P points of each trajectory, then its x_0; labels [N], or None without classes."""
+    """P points of each trajectory and x_0, together [P + 1, N, C, H, W]; labels [N] or None."""
 
     points: Tensor
     labels: Tensor | None
@@ -88,7 +88,7 @@ class Teacher:
     def reference(
         self, data: ImageSet | None, seed: int, class_dropout: float, stop: Callable[[], bool]
     ) -> Gaussian | None:
-        """Fit a Gaussian to the `numbers` of `data` or of the teacher's images. Returns None if stop() becomes true."""
+        """Fit a Gaussian to the `numbers` of `data` or of the teacher's images; None if stop() becomes true."""
         generator = torch.Generator().manual_seed(seed)
         if data is None:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
@@ -135,7 +135,7 @@ class Teacher:
 
 
 def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidance: float) -> Plan:
-    """Return the teacher's plan. Raises TrainError if the teacher cannot be distilled with this solver and guidance."""
+    """Return the teacher's plan. Raises TrainError if this teacher or solver cannot be distilled."""
     if teacher.student is not None:
         raise TrainError(f"{folder}: is a student itself; distill its teacher")
     if teacher.noise.variance_type == "learned_range":

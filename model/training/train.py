@@ -121,7 +121,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
-        """Draw the batch of a step. Images come from a permutation, t is uniform or from `share`, and eps is normal."""
+        """Draw the batch of a step: permuted images, t uniform or weighted by `share`, and normal eps."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -201,7 +201,7 @@ def _check(
 
 
 def _origin(folder: Path, net: UNet2D) -> Checkpoint:
-    """Load the checkpoint that a new run starts from. Raises TrainError if its weights do not fit the network."""
+    """Load the checkpoint that a new run starts from. Raises TrainError if it does not fit the network."""
     origin = load_checkpoint(folder)
     if origin.student is not None:
         raise TrainError(f"{folder}: is a student, made for few steps; begin from its teacher")
@@ -220,7 +220,7 @@ def _for_tminus_json(
     class_names: tuple[str, ...],
     origin: Checkpoint | None,
 ) -> tuple[Labels, Recommended, float | None]:
-    """Return values for tminus.json: the classes, the recommended settings, and the guidance in the weights.
+    """Return values for tminus.json: classes, recommended settings, and the guidance in the weights.
 
     A resumed run keeps the values that it has. A new run takes `class_names` and the settings of `origin`. Settings
     with a table are not taken, because a table fits only its own weights. In that case, and without any settings, the
@@ -251,7 +251,7 @@ def _for_tminus_json(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the images of a step, int64 [batch_size]. Each epoch has a new order, and epochs follow without a gap."""
+    """Return the images of a step, int64 [batch_size]. Epochs have different orders, and follow without a gap."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []

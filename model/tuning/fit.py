@@ -188,7 +188,7 @@ class _Pass:
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
-    """Return coefficients [K] whose weighted sum of inputs [K, N, C, H, W] is closest to the target, in float64."""
+    """Return float64 coefficients [K] for which the weighted inputs [K, N, C, H, W] sum closest to target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
     gram += torch.diag(RIDGE * gram.diagonal())
@@ -228,7 +228,7 @@ def search_timesteps(
 
 
 def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:
-    """Move timestep k by a share of the distance to its neighbour in log rho: the noisier one if share > 0."""
+    """Move timestep k by a share of the log rho distance to its neighbour: the noisier one if share > 0."""
     levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
     cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
     noisiest = log_sigmas[-1] if k == 0 else levels[k - 1]

@@ -32,7 +32,7 @@ JUDGED_TOGETHER = 64
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """The best coefficients [S, 4], and their distance on held-out rows. `fitted` is the distance before refinement."""
+    """The best coefficients [S, 4] and their distance on held-out rows; `fitted` is that before refinement."""
 
     lines: list[list[float]]
     fitted: float
@@ -54,7 +54,7 @@ class Refiner:
         held_out: int,
         precision: str = "fp32",
     ) -> None:
-        """`images` [N, C, H, W] are the teacher's images of `rows`. The last `held_out` rows are only used for judging.
+        """`images` [N, C, H, W] are the teacher's. The last `held_out` rows are only used for judging.
 
         `precision` is fp32 or bf16. For a gradient, bf16 is precise enough.
         """

@@ -317,7 +317,7 @@ class _Tuning:
         return written
 
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Round timesteps if the network only accepts whole ones. Rounded timesteps remain distinct and at least 0."""
+        """Round timesteps if the network only accepts whole ones. They remain distinct and at least 0."""
         if self.checkpoint.fractional:
             return tuple(timesteps)
         whole: list[float] = []
