@@ -1,1 +1,1 @@
-"""Evaluation: the figures of a model card, and checks that other executors and precisions make no worse images."""
+"""Evaluation of checkpoints, and of the executors and precisions that run them."""

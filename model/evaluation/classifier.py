@@ -1,8 +1,8 @@
 """A small classifier that judges samples.
 
-Its labels give the class accuracy; its penultimate layer gives the features for the Fréchet distance. It is saved as
-config.json (the architecture) and classifier.safetensors (the weights). The metadata of the safetensors file holds the
-class names, the training settings and the test accuracy. No pickle is read or written.
+Its labels give the class accuracy. Its penultimate layer gives the features for the Fréchet distance. A saved
+classifier has two files: config.json, with the architecture, and classifier.safetensors, with the weights. The metadata
+of the weights file holds the class names, the training settings and the test accuracy. Nothing is pickled.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from tminus.model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
-GRID = 4  # side of the pooled last feature map; 32x32 images have this size before pooling
+GRID = 4  # side of the last feature map after pooling
 READ_BATCH = 500
-MAX_SIZE = 2**16  # largest layer width, image side and number of classes
-MIN_SIDE = 8  # pixels; three 2x2 poolings reduce 8 pixels to 1
+MAX_SIZE = 2**16  # limit for layer widths, image sides and the number of classes
+MIN_SIDE = 8  # pixels: three 2x2 poolings reduce 8 pixels to 1
 
 
 class ClassifierError(ValueError):
-    """Raised if a classifier cannot be trained or loaded. The message names the file or the data, and the reason."""
+    """Raised if a classifier cannot be trained or loaded. The message names the file or data set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierConfig(Checked):
-    """The architecture of a classifier. Raises ValueError, naming the field, if it cannot be built."""
+    """The architecture of a classifier. Raises ValueError, naming the field, for an invalid value."""
 
     KIND: ClassVar[str] = "classifier config: "
 
@@ -73,14 +73,14 @@ class ClassifierTraining:
 
 
 class Reading(NamedTuple):
-    """A classifier's output for N images: labels int64 [N], features float32 [N, feature_dim], both on the CPU."""
+    """Output for N images, on the CPU: labels int64 [N] and features float32 [N, feature_dim]."""
 
     labels: Tensor
     features: Tensor
 
 
 class ClassifierNet(nn.Module):
-    """Three stages of convolution, batch norm, ReLU and pooling, then a feature layer and a layer for the logits."""
+    """Three stages of convolution, batch norm, ReLU and pooling, then a feature layer and a logit layer."""
 
     def __init__(self, config: ClassifierConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ClassifierNet(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A trained classifier in eval mode and float32. `trained_on` holds the data and the training settings as text."""
+    """A trained classifier. `trained_on` records the data set and the training settings."""
 
     net: ClassifierNet
     config: ClassifierConfig
@@ -117,7 +117,7 @@ class Classifier:
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Reading:
-        """Classify images uint8 [N, C, H, W]. Raises ValueError unless their size is that of the training images."""
+        """Classify images, uint8 [N, C, H, W]. Raises ValueError if they have the wrong shape."""
         if tuple(images.shape[1:]) != (self.config.channels, *self.config.size_px):
             expected = (self.config.channels, *self.config.size_px)
             raise ValueError(f"the classifier reads images of {expected}, got {tuple(images.shape[1:])}")
@@ -133,13 +133,14 @@ class Classifier:
 def train_classifier(
     train: ImageSet, test: ImageSet, training: ClassifierTraining, *, device: torch.device
 ) -> Classifier:
-    """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
+    """Train a classifier on one split, and measure its accuracy on the other.
 
-    Raises ClassifierError for fewer than two classes, and for splits that differ in classes or image size.
+    The weights depend only on the data, the settings, the device and the number of threads. Raises ClassifierError if
+    there are fewer than two classes, or if the splits differ in classes or image size.
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
-    if len(train.class_names) < 2:  # With one class the loss is zero from the first step.
+    if len(train.class_names) < 2:  # With a single class, the loss is always zero.
         raise ClassifierError(f"{train.name}: a classifier needs two classes or more, and these images have one")
     if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
         raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")
@@ -151,7 +152,7 @@ def train_classifier(
 
     images, labels = train.images.to(device), train.labels.to(device)
     batches = max(1, len(images) // training.batch_size)  # Drop an incomplete last batch, unless it is the only one.
-    # Dropout and initial weights draw from the global generator. Fork it to leave the caller's state unchanged.
+    # Initial weights and dropout use the global random generator. Fork it, so that the caller's state does not change.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(training.seed)
         net = ClassifierNet(config, training.dropout).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -175,7 +176,7 @@ def train_classifier(
                     cycle.step()
                     progress.update()
     state = _state(net)
-    net = _assemble(config, state).to(device)  # Use the memory layout of a loaded net: another one rounds differently.
+    net = _assemble(config, state).to(device)  # Rebuild it as loading does: another memory layout rounds differently.
     trained_on = {"data": train.name, **{k: str(v) for k, v in dataclasses.asdict(training).items()}}
     classifier = Classifier(net, config, train.class_names, 0.0, hash_weights(state), trained_on)
     accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
@@ -183,7 +184,7 @@ def train_classifier(
 
 
 def save_classifier(folder: Path, classifier: Classifier) -> None:
-    """Write config.json and classifier.safetensors into `folder`, each atomically."""
+    """Write the classifier's two files to `folder`, each atomically."""
     metadata = {
         "format": "pt",
         "class_names": json.dumps(classifier.class_names),
@@ -197,7 +198,7 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
 
 
 def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
-    """Load a classifier from its folder. Raises ClassifierError with a one-line message."""
+    """Load a classifier from its folder. Raises ClassifierError if that fails."""
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         with config_file.open("rb") as file:
@@ -225,9 +226,9 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
 
 
 def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, device: torch.device) -> Classifier:
-    """Load the classifier in `folder`, or train and save one if there is none.
+    """Load the classifier in `folder`. If there is none, train one and save it there.
 
-    Raises ClassifierError if the saved classifier was trained on other data.
+    Raises ClassifierError if the saved classifier was trained on another data set.
     """
     if (folder / WEIGHTS_FILE).is_file():
         loaded = load_classifier(folder, device=device)
@@ -240,13 +241,13 @@ def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, d
 
 
 def _assemble(config: ClassifierConfig, state: Mapping[str, Tensor]) -> ClassifierNet:
-    with torch.device("meta"):  # Skip initial weights: they would draw from the global generator.
+    with torch.device("meta"):  # No initial weights, which would change the global random state.
         net = ClassifierNet(config)
     net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
 
 def _state(net: ClassifierNet) -> dict[str, Tensor]:
-    # Clone: contiguous() keeps channels_last strides for a single channel, and these strides round differently.
+    # Clone, because contiguous() can keep the channels_last strides of a single channel, and those round differently.
     plain = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Measures a checkpoint on held-out images: the variational bound, and figures of samples at several settings."""
+"""Measures a checkpoint: the variational bound on held-out images, and the quality of samples."""
 
 import copy
 import dataclasses
@@ -46,22 +46,22 @@ from tminus.model.training.data import ImageSet
 
 log = logging.getLogger(__name__)
 
-BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # parsers of cached results
+BOUND, SAMPLE_FIGURES = TypeAdapter(Bound), TypeAdapter(SampleFigures)  # to parse cached results
 OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
-RESULT_FORMAT = 3  # Increase it when the same key would give different figures.
-MAX_RESULT_BYTES = 256 * 2**20  # A file may hold a sheet of large images.
+RESULT_FORMAT = 3  # Increase it whenever the figures for the same key change.
+MAX_RESULT_BYTES = 256 * 2**20  # Results can include a sheet of large images.
 
 
 class ResultCache:
-    """Caches results in a folder, so an evaluation that was killed does not repeat finished work.
+    """Caches results in a folder, so that an interrupted evaluation does not repeat finished work.
 
-    Each file holds a result and its key: everything that the result depends on. A hash of the key names the file. A
-    damaged file, or a file with another key, counts as missing. With folder=None nothing is kept.
+    Each file holds a result and its key, which lists everything that the result depends on. The file name is a hash of
+    the key. A damaged file, or a file with a different key, is treated as missing. With folder=None, nothing is cached.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Create the folder. Raises OSError if that fails."""
+        """Create the folder if needed. Raises OSError if that fails."""
         self._folder = folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class ResultCache:
         return value if content.get("key") == _plain(key) and isinstance(value, dict) else None
 
     def write(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Write a result atomically. Raises OSError."""
+        """Write a result atomically. Raises OSError if that fails."""
         if self._folder is not None:
             write_json(self._file(key), {"key": _plain(key), "result": result})
 
@@ -88,7 +88,7 @@ class ResultCache:
 
 
 def plan_hash(plan: Plan) -> str:
-    """Hash a sampler's plan: in another version the same sampler may have another plan."""
+    """Hash the plan of a sampler, because another version may compile the same sampler differently."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -98,7 +98,7 @@ def plan_hash(plan: Plan) -> str:
 
 
 def data_hash(data: ImageSet) -> str:
-    """Hash the images and their classes: the name of a data set does not identify its content."""
+    """Hash images and classes, because different data sets can have the same name."""
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
     digest.update(repr((tuple(data.images.shape), data.class_names)).encode())
     if data.labels is not None:
@@ -107,15 +107,16 @@ def data_hash(data: ImageSet) -> str:
 
 
 def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the key, with RESULT_FORMAT, as JSON parses it: with lists for tuples."""
+    """Add RESULT_FORMAT to the key, and convert it to what JSON returns: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps({"format": RESULT_FORMAT, **key}))
     return plain
 
 
 def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
-    """Measure the bound on options.bound_images of the test split. Each image has its own timesteps and noise.
+    """Measure the bound on options.bound_images images of the test split.
 
-    Runs on the device of `net`. Returns LeftOut, with the reason, if the bound is not defined.
+    Each image draws its own timesteps and noise. Runs on the device of `net`. If the bound is undefined, returns
+    LeftOut with the reason.
     """
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
     if checkpoint.autoencoder is not None:
@@ -144,7 +145,7 @@ def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options
 
         for start in starts:
             batch = picked[start : start + options.batch_size]
-            # Number images by their position in the split, so an image's terms do not depend on the other images.
+            # Seed each image by its position in the split, so that its terms do not depend on the other images.
             part = variational_bound(
                 counted,
                 noise,
@@ -172,9 +173,10 @@ class _Drawn(NamedTuple):
 
 
 class Measure:
-    """Measures one checkpoint on one device. `forward` replaces the network while sampling (see `draw_samples`).
+    """Measures one checkpoint on one device.
 
-    `draw_threads`: torch's threads while sampling; None keeps the current number.
+    `forward`, if given, is called instead of the network while sampling (see `draw_samples`). `draw_threads` is the
+    number of torch threads while sampling; None keeps the current number.
     """
 
     def __init__(
@@ -219,9 +221,9 @@ class Measure:
     def points(
         self, points: Sequence[Point], seeds: Sequence[int], options: EvaluateOptions
     ) -> tuple[dict[Point, PointFigures], dict[Point, Exception]]:
-        """Return the figures of points that can be sampled, and the errors (ValueError or EvaluateError) of the others.
+        """Sample and judge points. Returns the figures of points that succeed, and the errors of the others.
 
-        All points are sampled with the first seed before any is sampled with the next.
+        The errors are ValueError or EvaluateError. All points are sampled with one seed before the next seed is used.
         """
         errors: dict[Point, Exception] = {}
         plans: dict[Point, Plan] = {}
@@ -246,7 +248,7 @@ class Measure:
         facts = self._judge.facts
         what = {name: getattr(options, name) for name in OF_SAMPLES} | {
             "plan": plan_hash(plan),
-            "of": f"{options.sampler}, {options.steps} steps",  # label for people who read the file
+            "of": f"{options.sampler}, {options.steps} steps",  # for people who read the file
             "classifier": facts.weights_hash if facts is not None else None,
         }
         key = self._key | {"samples": what}
@@ -303,22 +305,22 @@ def evaluate(
     seeds: Sequence[int] = (),
     cache: ResultCache | None = None,
 ) -> Report:
-    """Sample a checkpoint and compare the samples with the two splits.
+    """Sample a checkpoint, and compare the samples with the training and the test split.
 
-    With classifier=None the figures that need a classifier are left out. Each point is sampled with each seed; the
-    defaults are the point and the seed of `options`. `references` are points to compare the others with. Results in
-    `cache` are reused.
+    Each of `points` is sampled with each of `seeds`. By default, these are the point and the seed in `options`.
+    `references` are further points, shown for comparison. With classifier=None, the figures that need a classifier are
+    left out. Cached results are reused.
 
-    `forward` replaces the checkpoint's network while sampling (see `draw_samples`); options.executor and
-    options.precision should describe `forward`. The bound is always measured on the network itself. `draw_threads` sets
-    torch's threads while sampling, in case `forward` needs the cores.
+    `forward`, if given, is called instead of the checkpoint's network while sampling (see `draw_samples`). The bound is
+    always measured on the network. options.executor and options.precision should describe `forward`. `draw_threads` is
+    the number of torch threads while sampling, in case `forward` needs the cores.
 
-    A figure that this checkpoint or data does not allow is None in the report, and `left_out` gives the reason.
-    `left_out` also lists the points that cannot be sampled.
+    Figures that cannot be computed for this checkpoint and data are None in the report. The report's `left_out` lists
+    them with the reasons, and also lists the points that could not be sampled.
 
-    If no point can be sampled, raises the first point's error: ValueError for an impossible sampler or number of steps,
-    EvaluateError for samples that are not finite. Also raises EvaluateError if checkpoint, data and classifier do not
-    fit together, and OSError if a result cannot be written.
+    If no point can be sampled, raises the error of the first one: ValueError for an impossible sampler or number of
+    steps, or EvaluateError for samples that are not finite. Also raises EvaluateError if the checkpoint, the data and
+    the classifier do not match, and OSError if a result cannot be cached.
     """
     points = points or (Point(options.sampler, options.steps, options.guidance),)
     seeds = seeds or (options.seed,)

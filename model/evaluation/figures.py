@@ -1,4 +1,4 @@
-"""The figures of an evaluation as frozen dataclasses: per checkpoint, per seed, and over several seeds."""
+"""The figures of an evaluation, as frozen dataclasses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A figure or point that this checkpoint or data does not allow, with the reason."""
+    """A figure or point that could not be computed for this checkpoint and data, with the reason."""
 
     what: str
     why: str
@@ -16,7 +16,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The mean of L_t in bits/dim over held-out images and the timesteps first <= t <= last, counted from 0."""
+    """The mean of L_t in bits/dim, over held-out images and timesteps first <= t <= last (counted from 0)."""
 
     first: int
     last: int
@@ -27,21 +27,22 @@ class Term:
 class Bound:
     """The variational bound on held-out images: means in bits per dimension (Ho et al. 2020, eq. 5).
 
-    L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` terms (0 if T is 1). Each of `terms` is the
-    mean over a run of timesteps. The means times the lengths of their runs add up to L_steps.
+    L_steps is the sum of L_1 to L_{T-1}, estimated from `timesteps_per_image` terms for each image (0 if T is 1). The
+    timesteps are divided into runs of consecutive ones. Each of `terms` is the mean over one run. L_steps is the sum of
+    these means, each multiplied by the length of its run.
     """
 
     L_T: float
     L_steps: float
     L_0: float
     total: float
-    standard_error: float  # standard error of `total` over the images
+    standard_error: float  # of `total`, over the images
     num_images: int
     timesteps_per_image: int
     terms: tuple[Term, ...] = ()
 
     def reaches(self, share: float) -> int:
-        """Return the last timestep of the terms that make up this share of L_0 + L_1 + … + L_{T-1}."""
+        """Return the timestep up to which the terms add up to this share of L_0 + L_1 + … + L_{T-1}."""
         reached, last = self.L_0, 0
         for term in self.terms:
             if reached >= share * (self.L_0 + self.L_steps):
@@ -55,15 +56,15 @@ class Bound:
 class Reconstruction:
     """The error of a latent model's autoencoder on real images, which limits the quality of samples."""
 
-    rms: float  # root mean square error over the pixels of held-out images in [-1, 1]
+    rms: float  # root mean square error on held-out images, with pixels in [-1, 1]
     psnr_db: float
-    frechet: float | None  # distance of reconstructed training images; `FrechetDistance.real` is that of the originals
+    frechet: float | None  # for reconstructed training images; for the originals, see `FrechetDistance.real`
     num_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class PerClass:
-    """The classifier's accuracy on one class, for samples and for real test images; None without images."""
+    """The accuracy on one class, for samples and for real test images; None if it has no images."""
 
     name: str
     samples: float | None
@@ -73,7 +74,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """The share of samples, and of real test images, that the classifier assigns to the right class."""
+    """The classifier's accuracy on samples, and on real test images."""
 
     samples: float
     real: float
@@ -83,10 +84,10 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features.
+    """The Fréchet distance from the test split, in the classifier's features.
 
-    `real` is the distance of the same number of training images: a floor for the samples. If samples cycle through the
-    classes, test and training images are weighted so that each class counts equally.
+    `real` is the distance of as many training images: in practice, a lower limit for samples. If samples cycle through
+    the classes, test and training images are weighted so that all classes count equally.
     """
 
     samples: float
@@ -97,7 +98,7 @@ class FrechetDistance:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A figure of samples, and of the same number of real training images, each compared with the test split."""
+    """A figure of samples, and of as many real training images. Both are compared with the test split."""
 
     samples: float
     real: float
@@ -105,11 +106,11 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class PixelFigures:
-    """Figures of the pixels alone, without a network (see distances.py).
+    """Figures that compare pixels, without a network (see distances.py).
 
-    frechet_distance: the distance of Gaussians in the first principal components of the training images' pixels (Heusel
-    et al. 2017). variance_ratio: the pixels' variance within a class, divided by that of the test split; None if no
-    class has two images. precision and recall: as in Kynkäänniemi et al. 2019, in the same components.
+    `frechet_distance` is between Gaussians fitted to principal components of the training images' pixels (Heusel et al.
+    2017). `variance_ratio` is the variance within classes, divided by that of the test split; it is None if no class
+    has two images. `precision` and `recall` use the same components (Kynkäänniemi et al. 2019).
     """
 
     frechet_distance: Compared
@@ -121,7 +122,7 @@ class PixelFigures:
 
 @dataclass(frozen=True, slots=True)
 class NearestSummary:
-    """Distances to the nearest training image: root mean square over pixels in [-1, 1]."""
+    """Distances to the nearest training image: root mean square differences of pixels in [-1, 1]."""
 
     minimum: float
     percentile_1: float
@@ -131,7 +132,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Distances from samples and from real test images to training images. Copies are nearer than test images."""
+    """Distances to the nearest training image. They are small for memorised samples."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -140,7 +141,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """Facts about the classifier that judged the samples."""
+    """What the report says about the classifier that judged the samples."""
 
     weights_hash: str
     test_accuracy: float
@@ -150,7 +151,7 @@ class ClassifierFacts:
 
 @dataclass(frozen=True, slots=True)
 class SampleFigures:
-    """Figures of one seed's samples. A figure is None if the checkpoint or the data does not allow it."""
+    """The figures of one seed's samples. None means that a figure cannot be computed."""
 
     seed: int
     class_accuracy: ClassAccuracy | None
@@ -161,7 +162,7 @@ class SampleFigures:
 
 
 class Spread(NamedTuple):
-    """The mean and the range of a figure over seeds."""
+    """The mean and range of a figure over seeds."""
 
     mean: float
     minimum: float
@@ -173,7 +174,7 @@ class Spread(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A figure of samples and of real images: its name in JSON, its text in tables, and a function that returns it."""
+    """A figure with its name in JSON, its label in tables, and a function that reads it."""
 
     name: str
     text: str
@@ -188,14 +189,14 @@ VARIANCE_RATIO = Metric("variance_ratio", "variance ratio", lambda each: each.pi
 ACCURACY = Metric("class_accuracy", "class accuracy", lambda each: each.class_accuracy)
 PRECISION = Metric("precision", "precision, of the pixels' components", lambda each: each.pixels.precision)
 RECALL = Metric("recall", "recall, of the pixels' components", lambda each: each.pixels.recall)
-METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # metrics that compare points
+METRICS = (FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, ACCURACY)  # metrics for comparing points
 
 
 @dataclass(frozen=True, slots=True)
 class PointFigures:
-    """The figures of one point by seed, and `sheet`: a PNG of the first images of the first seed.
+    """The figures of one point for each seed. `sheet` is a PNG of the first images of the first seed.
 
-    `passes` counts the network's passes for one image. A guided pass takes two rows of a batch.
+    `passes` is the number of network passes for one image. A guided pass takes two slots of a batch.
     """
 
     sampler: str
@@ -206,7 +207,7 @@ class PointFigures:
     sheet: bytes = dataclasses.field(default=b"", repr=False)
 
     def spread(self, metric: Metric, side: Literal["samples", "real"] = "samples") -> Spread | None:
-        """Return the spread of a figure over seeds, for samples or for real images; None if a seed lacks the figure."""
+        """Return the mean and range of a figure over seeds, or None if it is missing for one of the seeds."""
         figures = [metric.of(each) for each in self.seeds]
         values = [getattr(figure, side) for figure in figures if figure is not None]
         if len(values) < len(figures):
@@ -219,7 +220,7 @@ class PointFigures:
         return sum(each.seconds_per_image for each in self.seeds) / len(self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the spreads and without the sheet."""
+        """Return plain values for JSON. They include the spreads of METRICS, but not the sheet."""
         values = dataclasses.asdict(self)
         del values["sheet"]
         for metric in METRICS:

@@ -1,4 +1,4 @@
-"""Compares samples with real images: class accuracy, Fréchet distances, variance within classes, memorisation."""
+"""Compares samples with real images: class accuracy, distances, variance within classes, memorisation."""
 
 import math
 from functools import cached_property
@@ -48,12 +48,12 @@ from tminus.model.training.data import ImageSet
 
 
 class _Real(NamedTuple):
-    """Figures of real images: as many images as samples, chosen with the same seed."""
+    """Figures of as many real images as there are samples, picked with the same seed."""
 
     frechet: float | None
     num_frechet: int
     nearest: NearestSummary
-    projected: Tensor  # test images in the pixels' components [N, K]
+    projected: Tensor  # projections of test images onto the principal components [N, K]
     pixel_frechet: float
     variance: dict[int, float]
     precision: float
@@ -61,7 +61,7 @@ class _Real(NamedTuple):
 
 
 class Judge:
-    """Judges samples of one checkpoint. Figures of real images are computed on first use."""
+    """Judges the samples of one checkpoint. The figures of real images are computed on first use."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class Judge:
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
-        """Raise EvaluateError unless checkpoint, data and classifier fit together."""
+        """Raises EvaluateError if the checkpoint, the data and the classifier do not match."""
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
         self._device = device
-        # Samples of a conditional checkpoint cycle through its classes, so real images need the same mix of classes.
+        # The samples of a conditional checkpoint cycle through its classes, so the real images must have the same mix.
         self._in_turn = checkpoint.net.class_embedding is not None
         self._real: dict[tuple[int, int], _Real] = {}
 
@@ -92,7 +92,7 @@ class Judge:
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """Return the figures that this checkpoint or data does not allow, with the reasons."""
+        """Return the figures that cannot be computed for this checkpoint and data, with the reasons."""
         if self._classifier is None:
             why = "no classifier was given"
             if self._train.labels is None or self._test.labels is None:
@@ -107,7 +107,7 @@ class Judge:
         return []
 
     def figures(self, samples: Tensor, seed: int, seconds_per_image: float) -> SampleFigures:
-        """Judge samples 0..N-1 of a seed: uint8 [N, C, H, W] on the CPU."""
+        """Judge samples 0 to N-1 of a seed: uint8 [N, C, H, W] on the CPU."""
         real = self._real_figures(len(samples), seed)
         accuracy, frechet = None, None
         if self._classifier is not None:
@@ -120,7 +120,7 @@ class Judge:
         return SampleFigures(seed, accuracy, frechet, self._pixels(samples, real), memorisation, seconds_per_image)
 
     def reconstruction(self, num_images: int, seed: int) -> Reconstruction | None:
-        """Compare images with their reconstructions by the autoencoder. Returns None for a pixel model."""
+        """Compare real images with their reconstructions by the autoencoder. Returns None for a pixel model."""
         if (autoencoder := self._checkpoint.autoencoder) is None:
             return None
         picked = self._picks(self._train, num_images, seed)
@@ -169,17 +169,17 @@ class Judge:
         )
 
     def _target_classes(self, num_samples: int) -> Tensor:
-        """Return the data's class of each sample, or zeros if classes are not compared."""
+        """Return each sample's class, numbered as in the data; zeros if classes are not compared."""
         asked, to_data = sample_classes(self._checkpoint, num_samples), self._to_data
         return to_data[asked] if asked is not None and to_data is not None else torch.zeros(num_samples).long()
 
     def _classes_of(self, data: ImageSet) -> Tensor:
-        """Return the class of each real image, or zeros if classes are not compared."""
+        """Return each real image's class; zeros if classes are not compared."""
         return data.labels if self._to_data is not None and data.labels is not None else torch.zeros(len(data)).long()
 
     @cached_property
     def _to_data(self) -> Tensor | None:
-        """The data's class number of each class of the checkpoint; None if classes are not compared."""
+        """Map the checkpoint's class numbers to the data's; None if classes are not compared."""
         split = self._train.class_names, self._test.class_names
         return class_map(self._checkpoint, split[1]) if self._in_turn and split[0] == split[1] else None
 
@@ -197,16 +197,16 @@ class Judge:
         return class_variance(self._test.images, self._classes_of(self._test))
 
     def _picks(self, data: ImageSet, num_images: int, seed: int) -> Tensor:
-        """Choose real images with the samples' mix of classes, as far as each class has enough images."""
+        """Pick real images with the samples' mix of classes, as far as there are enough of each class."""
         return (balanced_picks if self._in_turn else random_picks)(data, num_images, seed)
 
     def _real_gaussian(self, features: Tensor, labels: Tensor | None) -> Gaussian:
-        """Fit a Gaussian to features of real images, weighted to the samples' mix of classes."""
+        """Fit a Gaussian to features of real images, with the classes weighted as among the samples."""
         weights = class_weights(labels, len(self._test.class_names)) if self._in_turn and labels is not None else None
         return fit_gaussian(features, weights)
 
     def _real_frechet(self, images: Tensor, picked: Tensor) -> float:
-        """Return the distance of `images`: the chosen training images, or their reconstructions."""
+        """Return the Fréchet distance of `images`, the picked training images or their reconstructions."""
         assert self._classifier is not None
         labels = self._train.labels[picked] if self._train.labels is not None else None
         gaussian = self._real_gaussian(self._classifier.read(images).features, labels)
@@ -249,7 +249,6 @@ class Judge:
 
 
 def _decoded_again(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Encode and decode images uint8 [N, C, H, W], as serving does."""
     return to_uint8(images_of(autoencoder, latents_of(autoencoder, images, device))).cpu()
 
 

@@ -1,7 +1,7 @@
-"""Renders the report as one HTML file. Plots and samples are inlined, so the file can be sent and archived.
+"""Renders the report as a single HTML file, which is easy to send and archive.
 
-A Markdown report would need a folder of pictures, which a mail or a browser does not show. The command prints the
-tables of a model card as Markdown.
+A Markdown report would need separate image files, which mail programs and browsers do not show. The command itself
+prints the tables of a model card as Markdown.
 """
 
 import html
@@ -21,9 +21,9 @@ MARKERS = "osD^v<>PX*"
 GREY = "#555555"
 PANEL_INCHES = (6.0, 4.4)
 LEGEND_INCHES = 1.8
-NEXT_TICK = 1.15  # least ratio of neighbouring ticks: closer ticks leave no room for their numbers
-MAX_STRIPS = 4  # step counts shown for each sampler
-SMALL_PX = 64  # pixels; smaller images are shown at twice their size
+NEXT_TICK = 1.15  # minimum ratio of neighbouring ticks, so that their labels do not overlap
+MAX_STRIPS = 4  # strips per sampler, each with a different number of steps
+SMALL_PX = 64  # Smaller images are shown at twice their size.
 HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -56,9 +56,10 @@ def check_installed() -> None:
 
 
 def plot_distances(report: Report) -> bytes | None:
-    """Plot the Fréchet distance over passes: a line per sampler, a panel per guidance scale.
+    """Plot Fréchet distance against passes, with a line for each sampler and a panel for each guidance scale.
 
-    Bars show the range over seeds; horizontal lines mark real images and references. None for fewer than two points.
+    Error bars show the range over seeds. Horizontal lines show real images and references. Returns None if there are
+    fewer than two points.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -92,7 +93,7 @@ def plot_distances(report: Report) -> bytes | None:
 
 
 def plot_terms(bound: Bound) -> bytes:
-    """Plot L_t over t on held-out images, with one stair for each measured run of timesteps."""
+    """Plot L_t on held-out images against t, as a step plot with one level for each run of timesteps."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(PANEL_INCHES[0] + LEGEND_INCHES, 3.6), layout="constrained")
     values = [bound.L_0, *(term.bits_per_dim for term in bound.terms)]
@@ -110,7 +111,7 @@ def plot_terms(bound: Bound) -> bytes:
 
 
 def _line(axis: Any, name: str, points: Sequence[PointFigures]) -> None:
-    """Draw a sampler's line. Its colour and marker do not depend on the other samplers in the plot."""
+    """Draw the line of one sampler. A sampler has the same colour and marker in every plot."""
     number = [*SAMPLER_FACTS, name].index(name)
     spreads = [spread for point in points if (spread := point.spread(FRECHET)) is not None]
     means = [one.mean for one in spreads]
@@ -127,7 +128,7 @@ def _colour(number: int) -> str:
 
 
 def _log(axis: Any, passes: Sequence[int]) -> None:
-    """Make both axes logarithmic with plain numbers: ticks at the points' passes, and at distances of 1, 2 and 5."""
+    """Make both axes logarithmic, with ticks at the points' passes and at distances like 1, 2 and 5."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []
@@ -152,7 +153,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Make the same figures give the same file, and keep text as text.
+    # Make the SVG files reproducible, and keep their text as text.
     matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
     import matplotlib.pyplot as plt
 
@@ -167,9 +168,10 @@ def _svg(figure: Any, plt: Any) -> bytes:
 
 
 def report_files(report: Report, command: str) -> dict[str, bytes]:
-    """Return a report's files by name: report.html, its plots, and the figures as JSON.
+    """Return the report's files by name: report.html, its plots, and figures.json.
 
-    `command` makes the report again. The same report gives the same bytes. Raises EvaluateError without matplotlib.
+    The report shows `command`, which recreates it. The same report always gives the same bytes. Raises EvaluateError if
+    matplotlib is not installed.
     """
     plots = {"distances.svg": plot_distances(report)}
     if report.bound is not None:
@@ -179,7 +181,7 @@ def report_files(report: Report, command: str) -> dict[str, bytes]:
 
 
 def render(report: Report, command: str, plots: Mapping[str, bytes]) -> str:
-    """Return the report as an HTML page."""
+    """Render the report as an HTML page."""
     title = html.escape(f"Evaluation of {report.checkpoint}")
     sections = [
         _section("Model", _facts(report).to_html()),
@@ -217,7 +219,7 @@ def _facts(report: Report) -> Table:
 
 
 def _quality(report: Report, plot: bytes | None) -> str:
-    """Render the figures of the samples: all figures of a single point, or a comparison of several points."""
+    """Render the quality of the samples: all figures of a single point, or a comparison of points."""
     text = "".join(f"<p>{html.escape(note.replace('`', ''))}</p>" for note in report.notes)
     if report.is_single:
         tables = [report.figures(), report.by_class(), report.over_seeds()]
@@ -234,7 +236,7 @@ def _quality(report: Report, plot: bytes | None) -> str:
 
 
 def _samples(report: Report) -> str:
-    """Render strips of the first seed's first images. Images in a column start from the same noise."""
+    """Render strips of the first seed's images. All images in a column start from the same noise."""
     groups: dict[str, list[PointFigures]] = {}
     for point in report.points:
         guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""
@@ -257,7 +259,7 @@ def _effort(point: PointFigures) -> str:
 
 
 def _few(points: Sequence[PointFigures]) -> list[PointFigures]:
-    """Choose at most MAX_STRIPS points, spread from the fewest steps to the most."""
+    """Choose up to MAX_STRIPS points, spread evenly from the fewest steps to the most."""
     ordered = sorted(points, key=lambda point: point.steps)
     if len(ordered) <= MAX_STRIPS:
         return ordered

@@ -1,7 +1,8 @@
-"""Judges a lower precision without data, by comparing its images with those of float32 from the same noise.
+"""Judges a lower precision without data: its images are compared with float32 images from the same noise.
 
-The measure is a sampler's truncation: the error due to its few steps. Truncation is the distance from the images of
-REFERENCE, from the same noise. A user of the sampler accepts this error, so a much smaller error does no harm.
+The difference is measured against the sampler's truncation, which is the error due to its small number of steps.
+Truncation is the distance from the images that REFERENCE makes from the same noise. Users of the sampler accept this
+error, so a much smaller error does no harm.
 """
 
 from collections.abc import Generator, Iterator
@@ -17,26 +18,27 @@ from tminus.model.guidance import Forward
 from tminus.model.rng import image_noise
 from tminus.model.samplers import sample_passes
 
-REFERENCE = Point("dpmpp_2m", 40)  # taken as the exact solution
+REFERENCE = Point("dpmpp_2m", 40)  # treated as exact
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
-WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # the noise of these samplers would hide their truncation
-# Largest number of steps for the recommended sampler: more steps take longer, and the difference does not grow. Other
-# samplers are limited to PRECISE.steps, because with more steps they are as exact as the reference.
+WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # Their noise would hide their truncation.
+# Step limits for recommended samplers: more steps take longer, and the difference does not grow. All other samplers,
+# except tables, are limited to PRECISE.steps, because with more steps they are as exact as the reference.
 MAX_STEPS = {"ddim": 50, "euler": 50}
 SHARE = 0.5  # largest accepted difference over all images, as a share of the truncation
-DRIFT, SPREADS = 1.0, 3.0  # levels, standard errors; a mean shift above both is systematic
-LEVELS = 127.5  # levels per unit of x: 255 levels from -1 to 1
+DRIFT, SPREADS = 1.0, 3.0  # in levels and standard errors; a mean shift above both is systematic
+LEVELS = 127.5  # levels per unit of x: -1 to 1 spans 255 levels
 MIN_IMAGES, MAX_IMAGES = 4, 16
 SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference between one sampler's images in two precisions, in levels of 255.
+    """The difference between a sampler's images in two precisions. A level is 1/255 of a pixel's range.
 
-    `rms` is the root mean square over all images, and `worst` that of the worst image. `truncation_rms` and
-    `truncation_worst` are the same for the sampler's truncation. `drift` is the mean shift over all images of the
-    channel that comes closest to its limit, or exceeds it most. `drift_error` is its standard error.
+    `rms` is the root mean square difference over all images, in levels, and `worst` is that of the worst image.
+    `truncation_rms` and `truncation_worst` are the same for the truncation. `drift` is the mean shift of one channel
+    over all images. The channel is the one that exceeds its limit most, or comes closest to it. `drift_error` is the
+    standard error of `drift`.
     """
 
     point: Point
@@ -49,7 +51,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is harmless. A difference that is not finite counts as harmful."""
+        """Whether the difference is harmless. False if it is not finite."""
         steady = abs(self.drift) <= max(DRIFT, SPREADS * self.drift_error)
         return self.rms <= SHARE * self.truncation_rms and self.worst <= self.truncation_worst and steady
 
@@ -61,7 +63,7 @@ class Difference:
 
 
 def measure_difference(point: Point, exact: Tensor, lower: Tensor, solution: Tensor) -> Difference:
-    """Compare `exact` with `lower`, and `exact` with `solution`: images [N, C, H, W] in levels."""
+    """Compare `exact` with `lower` and with `solution`: images [N, C, H, W] in levels."""
     shifts = (lower - exact).flatten(2).mean(2)  # [N, C]
     mean, error = shifts.mean(0), shifts.std(0) / len(shifts) ** 0.5
     channel = int((mean.abs() - (SPREADS * error).clamp(min=DRIFT)).argmax())
@@ -80,9 +82,10 @@ def _rms_and_worst(difference: Tensor) -> tuple[float, float]:
 
 
 def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
-    """Return the samplers to compare: dpmpp_2m in 20 steps, and the recommended settings or, without any, ddim in 50.
+    """Return the samplers to compare: PRECISE and the recommended one, or PRECISE and COMMON if there is none.
 
-    dpmpp_2m has little truncation, so it is the strictest test. The recommended sampler is compared without its noise.
+    PRECISE is the strictest test, because it has little truncation. It gets the guidance of the recommended sampler.
+    The recommended sampler is compared without its noise.
     """
     if recommended is None:
         return PRECISE, COMMON
@@ -94,7 +97,7 @@ def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
 
 
 def check_comparable(checkpoint: Checkpoint) -> None:
-    """Raise ValueError for a checkpoint whose truncation cannot be measured."""
+    """Raise ValueError if the checkpoint's truncation cannot be measured."""
     why, num_timesteps = None, checkpoint.noise.num_train_timesteps
     if checkpoint.student is not None:
         why = "a student is sampled by its own tables alone, whose truncation cannot be measured"
@@ -105,13 +108,13 @@ def check_comparable(checkpoint: Checkpoint) -> None:
 
 
 class Comparison:
-    """Compares two precisions pass by pass. Raises ValueError as `check_comparable` does."""
+    """Compares two precisions, one pass at a time. Raises ValueError as `check_comparable` does."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         check_comparable(checkpoint)
         self.points = compared_points(checkpoint.recommended)
         self.differences: list[Difference] = []
-        self.places = 1 if self.points[0].guidance == 1.0 else 2  # batch rows for each image
+        self.places = 1 if self.points[0].guidance == 1.0 else 2  # slots of a batch for each image; guidance needs two
         self._reference = replace(REFERENCE, guidance=self.points[0].guidance)
         self._checkpoint = checkpoint
         self._plans = {
@@ -121,19 +124,19 @@ class Comparison:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Return the passes for each image in float32 and in the lower precision."""
+        """The number of passes for each image, in float32 and in the lower precision."""
         lower = sum(len(self._plans[point]) for point in self.points)
         return len(self._plans[self._reference]) + lower, lower
 
     @property
     def ok(self) -> bool:
-        """Whether every sampler's difference is harmless."""
+        """Whether the difference is harmless for every sampler."""
         return all(difference.ok for difference in self.differences)
 
     def run(
         self, exact: Forward, lower: Forward, device: torch.device, num_images: int, batch_size: int
     ) -> Iterator[None]:
-        """Sample all images and compute `differences`. Yields after each pass of a batch."""
+        """Sample all images and fill `differences`. Yields after each pass of a batch."""
 
         def draw(point: Point, forward: Forward) -> Generator[None, None, Tensor]:
             images = []
@@ -151,7 +154,7 @@ class Comparison:
     def _draw(
         self, point: Point, forward: Forward, device: torch.device, indices: range
     ) -> Generator[None, None, Tensor]:
-        """Sample the images of these indices, in levels."""
+        """Sample the images with these indices, in levels."""
         checkpoint = self._checkpoint
         classes = sample_classes(checkpoint, indices.stop)
         passes = sample_passes(
@@ -167,5 +170,5 @@ class Comparison:
         for x in passes:
             x_0 = x
             yield
-        bound = 1.0 if checkpoint.autoencoder is None else torch.inf  # pixels are clipped when shown
+        bound = 1.0 if checkpoint.autoencoder is None else torch.inf  # Pixels are clipped for display.
         return LEVELS * x_0.clamp(-bound, bound).cpu()

@@ -1,6 +1,6 @@
-"""The report on a checkpoint: frozen dataclasses that render as JSON or as the tables of a model card.
+"""The report on a checkpoint, which renders as JSON or as the tables of a model card.
 
-`compare_reports` decides whether an executor or a precision makes worse images.
+`compare_reports` decides whether an executor or a precision makes images worse.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ OF_PIXELS = (
     "training images' pixels. The variance ratio is the pixels' variance within a class, by that of the test split: 1 "
     "is right, and below it images of a class are too much alike."
 )
-OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that each point sets itself
+OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that differ between points
 MAX_FRECHET_RATIO = 1.02
-MAX_ACCURACY_LOSS = 0.01  # small, because both reports sample from the same noise
+MAX_ACCURACY_LOSS = 0.01  # small, because the samples of both reports start from the same noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def to_markdown(self) -> str:
-        """Render the table in GitHub's Markdown."""
+        """Render as GitHub-flavoured Markdown."""
         rows = [tuple(map(_cell, row)) for row in self.rows]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, ("---",) * len(self.head), *rows)]
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """Render the table as HTML. The first column names the rows."""
+        """Render as HTML, with the first column as row headers."""
         head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in self.head)
         rows = []
         for first, *others in self.rows:
@@ -70,7 +70,7 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts about a checkpoint."""
+    """What the report says about the checkpoint."""
 
     parameters: int
     size_px: tuple[int, int]
@@ -86,10 +86,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one checkpoint, sampled at one or several points with the same seeds.
+    """The figures of one checkpoint, sampled at one or more points with the same seeds.
 
-    `options` belong to the first point and seed. `references` are points to compare with, drawn as horizontal lines in
-    the plot. `left_out` gives the reason for each figure that is None.
+    `options` are those of the first point and seed. `references` are points for comparison, shown as horizontal lines
+    in the plot. `left_out` lists the missing figures and points, with the reasons.
     """
 
     checkpoint: str
@@ -110,7 +110,7 @@ class Report:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one point, and no reference to compare it with."""
+        """Whether there is only one point and no reference."""
         return len(self.points) + len(self.references) == 1
 
     @property
@@ -124,7 +124,7 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Explanations of the distances, in Markdown."""
+        """Notes that explain the distances, in Markdown."""
         return (OF_PIXELS,) if FRECHET.of(self.first) is None else (NOT_FID, OF_PIXELS)
 
     def to_json(self) -> str:
@@ -135,7 +135,7 @@ class Report:
         return json.dumps(values, indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """Render the tables of a model card in Markdown: figures, reasons for missing figures, and settings."""
+        """Render the tables of a model card in Markdown, with settings and the reasons for missing figures."""
         tables = [self.by_point()]
         if self.is_single:
             tables = [self.figures(), self.by_class(), self.over_seeds()]
@@ -149,7 +149,7 @@ class Report:
         return "\n\n".join(blocks) + "\n"
 
     def bound_rows(self) -> list[tuple[str, str]]:
-        """Return rows for the bound and its terms. The bound is measured on real images, so samples have none."""
+        """Return rows for the bound and its parts, which are measured on real images only."""
         if (bound := self.bound) is None:
             return []
         rows = [("variational bound (bits/dim)", f"{bound.total:.4f} ± {bound.standard_error:.4f}")]
@@ -158,7 +158,7 @@ class Report:
         return rows
 
     def reconstruction_rows(self) -> list[tuple[str, str]]:
-        """Return rows for the error of a latent model's autoencoder on real images."""
+        """Return rows for the autoencoder's error on real images; empty for a pixel model."""
         if (lost := self.reconstruction) is None:
             return []
         what = "real images through the autoencoder"
@@ -168,7 +168,7 @@ class Report:
         return rows
 
     def figures(self) -> Table:
-        """Return the figures of the first point's samples beside those of real images."""
+        """Return the figures of the first point's samples, beside those of real images."""
         rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
         metrics = (ACCURACY, FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, PRECISION, RECALL)
         found = [(metric.text, figure) for metric in metrics if (figure := metric.of(self.first)) is not None]
@@ -183,13 +183,13 @@ class Report:
         return Table(("figure", "samples", "real images"), tuple(rows))
 
     def by_class(self) -> Table:
-        """Return the first point's accuracy by class; no rows if there is none."""
+        """Return the accuracy for each class at the first point; no rows if accuracy was not measured."""
         classes = accuracy.per_class if (accuracy := self.first.class_accuracy) is not None else ()
         rows = [(c.name, _number(c.samples), str(c.num_samples), _number(c.real)) for c in classes]
         return Table(("class accuracy", "samples", "n", "real test images"), tuple(rows))
 
     def over_seeds(self) -> Table:
-        """Return the first point's figures by seed, and their spread; no rows for a single seed."""
+        """Return the first point's figures for each seed, and their range; no rows for a single seed."""
         point, rows = self.points[0], list[tuple[str, ...]]()
         if len(point.seeds) > 1:
             rows += [(str(each.seed), *_samples(each)) for each in point.seeds]
@@ -198,7 +198,7 @@ class Report:
         return Table(("seed", *(metric.text for metric in METRICS)), tuple(rows))
 
     def by_point(self) -> Table:
-        """Return a row for each point, and one for real images."""
+        """Return one row for each point, and one for real images."""
         rows: list[tuple[str, ...]] = []
         for point in (*self.points, *self.references):
             way = point.sampler, str(point.steps), str(point.passes), f"{point.guidance:g}"
@@ -273,19 +273,20 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The verdict on a candidate compared with a reference. A figure is None if a report lacks it."""
+    """The result of comparing a candidate with a reference. A figure is None if either report lacks it."""
 
-    frechet_ratio: float | None  # candidate / reference: above 1 is worse
-    accuracy_difference: float | None  # candidate - reference: below 0 is worse
+    frechet_ratio: float | None  # candidate / reference; above 1 is worse
+    accuracy_difference: float | None  # candidate - reference; below 0 is worse
     ok: bool
     reason: str
 
 
 def compare_reports(reference: Report, candidate: Report) -> Comparison:
-    """Accept a candidate that is at most 2 % worse in Fréchet distance and 0.01 worse in class accuracy.
+    """Decide whether a candidate's images are as good as a reference's.
 
-    Both reports must have the same weights, samples, data and classifier. Their first point and seed are compared. An
-    unconditional model is judged by the distance alone. Without either figure, no candidate is accepted.
+    The Fréchet distance may be at most 2 % worse, and the class accuracy at most 0.01 worse. Both reports must agree in
+    weights, sampling settings, data and classifier. Only their first point and seed are compared. An unconditional
+    model is judged by the distance alone. If neither figure is known, the candidate is rejected.
     """
     assert reference.weights_hash == candidate.weights_hash
     ratio = difference = None
@@ -298,7 +299,7 @@ def compare_reports(reference: Report, candidate: Report) -> Comparison:
     if ratio is None and difference is None:
         return Comparison(None, None, ok=False, reason="no classifier judged the samples")
     faults = []
-    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # `not <=` also rejects NaN
+    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # `not <=` also rejects NaN.
         faults.append(f"the Fréchet distance is {ratio:.3f} times the reference's, over {MAX_FRECHET_RATIO}")
     if difference is not None and not difference >= -MAX_ACCURACY_LOSS:
         faults.append(f"class accuracy moves by {difference:+.3f}, more than {-MAX_ACCURACY_LOSS}")

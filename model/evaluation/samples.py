@@ -1,7 +1,7 @@
-"""The samples of an evaluation, made as in serving, with their options and points.
+"""The samples of an evaluation, with their options.
 
-Samples are rounded to uint8. Sample i is image i of a request with this seed. Classes of a checkpoint and of data are
-matched by name, not by number.
+Samples are made as in serving: sample i is image i of a request with the same seed. Their pixels are rounded to uint8.
+The classes of the checkpoint and of the data are matched by name, not by number.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from tminus.model.timesteps import SPACINGS
 from tminus.model.training.data import ImageSet
 
 ALL = "all"
-MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # most images in a strip, largest width in pixels, fewest images
+MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # most images, largest width in pixels, fewest images
 
 
 class EvaluateError(ValueError):
-    """Raised if checkpoint, data and classifier do not fit together, or if samples are not finite."""
+    """Raised if the checkpoint, the data and the classifier do not match, or if samples are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """Options for sampling and measuring. The class of sample i is i % K."""
+    """Options for sampling and measuring. With K classes, sample i has class i % K."""
 
     num_samples: int = 1000
     sampler: str = "ddim"
@@ -44,13 +44,13 @@ class EvaluateOptions:
     guidance: float = 1.0
     seed: int = 0
     batch_size: int = 100
-    precision: str = "float32"  # float32, tf32 or bfloat16 for the network; sampler updates are always float32
+    precision: str = "float32"  # of the network: float32, tf32 or bfloat16; sampler updates always use float32
     bound_images: int = 200
-    # The timesteps are divided into this number of runs, and each image draws one timestep from each run. Early runs
-    # are short, because early timesteps make up most of the bound.
+    # The bound's timesteps are divided into this many runs, and each image draws one timestep from each run. Early runs
+    # are shorter, because early timesteps make up most of the bound.
     bound_timesteps: int = 100
-    spacing: str | None = None  # spacing of the timesteps; None means the checkpoint's own for this sampler
-    guidance_interval: tuple[int, int] | None = None  # guided timesteps lo <= t <= hi; None guides all
+    spacing: str | None = None  # timestep spacing; None for the checkpoint's own
+    guidance_interval: tuple[int, int] | None = None  # Timesteps lo <= t <= hi are guided; None guides all.
     guidance_rescale: float = 0.0  # the `share` of `rescale` in guidance.py
     executor: str = "eager"  # name of the executor that makes the samples
 
@@ -71,7 +71,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A sampler with its steps and guidance scale."""
+    """A sampler, its number of steps and its guidance scale."""
 
     sampler: str
     steps: int
@@ -85,7 +85,7 @@ class Point:
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
-    """Return every combination once; `all` means every sampler. Raises ValueError for an unknown sampler."""
+    """Return each combination once; `all` means every sampler. Raises ValueError for an unknown sampler."""
     known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
@@ -96,7 +96,7 @@ def make_points(
 
 
 def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[LeftOut, ...]]:
-    """Return the points with guidance 1, for a checkpoint without a null class, and the scales left out."""
+    """Return the points with guidance 1, for a checkpoint without a null class, and the omitted scales."""
     scales = sorted({point.guidance for point in points} - {1.0})
     plain = dict.fromkeys(dataclasses.replace(point, guidance=1.0) for point in points)
     why = "the checkpoint has no null class to guide from"
@@ -104,7 +104,7 @@ def without_guidance(points: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
-    """Map each class of the checkpoint to its number in `class_names`: int64 [K], or None if the names differ."""
+    """Map the checkpoint's class numbers to positions in `class_names`, int64 [K]; None if the names differ."""
     names = checkpoint.labels.class_names
     if not names or sorted(names) != sorted(class_names):
         return None
@@ -112,17 +112,17 @@ def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | 
 
 
 def sample_classes(checkpoint: Checkpoint, num_samples: int) -> Tensor | None:
-    """Assign the classes to samples in rotation: int64 [num_samples], or None for an unconditional checkpoint."""
+    """Assign classes to samples in turn, int64 [num_samples]; None for an unconditional checkpoint."""
     if checkpoint.net.class_embedding is None:
         return None
     return torch.arange(num_samples) % checkpoint.labels.num_classes
 
 
 def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
-    """Return the checkpoint's class of each real image, int64 [N].
+    """Return the class of each real image, numbered as in the checkpoint: int64 [N].
 
-    If the class names do not match, every image gets the null class. Returns None for an unconditional checkpoint.
-    Raises ValueError if the names do not match and there is no null class.
+    If the class names differ, all images get the null class, and without a null class this raises ValueError. Returns
+    None for an unconditional checkpoint.
     """
     if checkpoint.net.class_embedding is None:
         return None
@@ -135,12 +135,12 @@ def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
 
 
 def random_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
-    """Pick images at random, regardless of class: int64 [num_images], or fewer if the data has fewer."""
+    """Pick random images regardless of class: int64 [num_images], or fewer if the data has fewer."""
     return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))[:num_images]
 
 
 def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
-    """Pick images at random, with classes in rotation: int64 [num_images], or fewer if the data has fewer."""
+    """Pick random images, with the classes in turn: int64 [num_images], or fewer if the data has fewer."""
     order = random_picks(data, len(data), seed)
     if data.labels is not None:
         labels = data.labels[order]
@@ -152,16 +152,16 @@ def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor | None:
-    """Return weights that make each class count equally: labels int64 [N] -> float64 [N].
+    """Return weights that make all classes count equally: labels int64 [N] -> float64 [N].
 
-    Returns None if the sizes of the classes differ by at most one, as they do among samples.
+    Returns None if class sizes differ by at most one, as they do among samples.
     """
     counts = labels.bincount(minlength=num_classes)
     return None if counts.max() - counts.min() <= 1 else (1 / counts.double())[labels]
 
 
 def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
-    """Compile the sampler of the options. Raises ValueError for an impossible one."""
+    """Compile the sampler in `options`. Raises ValueError if that is impossible."""
     return checkpoint.plan(
         options.sampler, options.steps, guidance=options.guidance, eta=options.eta, spacing=options.spacing
     )
@@ -175,10 +175,10 @@ def draw_samples(
     device: torch.device,
     forward: Forward | None = None,
 ) -> Tensor:
-    """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` must be on `device`.
+    """Sample images 0 to num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU.
 
-    With forward=None, `net` runs in options.precision. Otherwise `forward` is called in place of `net`, without
-    autocast, with tensors on `device`. Raises EvaluateError if samples are not finite.
+    `net` must be on `device`. It runs in options.precision, unless `forward` is given. Then `forward` is called
+    instead, without autocast, with tensors on `device`. Raises EvaluateError if samples are not finite.
     """
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape
@@ -217,9 +217,9 @@ def draw_samples(
 
 
 def strip_length(checkpoint: Checkpoint) -> int:
-    """Return the number of images in a strip.
+    """Return the number of images in a strip: a multiple of the number of classes if all classes fit.
 
-    A strip is at most MAX_STRIP_PX wide, or has MIN_STRIP images. If all classes fit, each class has as many images.
+    A strip is at most MAX_STRIP_PX wide, unless MIN_STRIP images are wider than that.
     """
     most = max(MIN_STRIP, min(MAX_STRIP, MAX_STRIP_PX // checkpoint.size_px[1]))
     classes = max(1, checkpoint.labels.num_classes)
@@ -227,7 +227,7 @@ def strip_length(checkpoint: Checkpoint) -> int:
 
 
 def strip(images: Tensor) -> bytes:
-    """Lay images uint8 [N, C, H, W] side by side, and return a PNG of the channels that pictures show."""
+    """Join images, uint8 [N, C, H, W], side by side, and return a PNG."""
     images = images[:, : shown_channels(images.shape[1], alpha=images.shape[1] == RGBA)]
     row = torch.cat(list(images), dim=2).movedim(0, 2)  # [H, N W, C]
     out = io.BytesIO()

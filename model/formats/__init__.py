@@ -1,1 +1,1 @@
-"""Readers of other projects' checkpoints."""
+"""Readers for the checkpoints of other projects."""

@@ -1,4 +1,4 @@
-"""The input and output of a reader of a foreign format: facts from the user, and a converted checkpoint."""
+"""The input and output of the readers of foreign formats: facts from the user, and a checkpoint."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,13 @@ from tminus.model.files import CheckpointError
 from tminus.model.formats.flags import FACTS, OF_SIGMA, flag
 from tminus.model.noise import NoiseConfig
 
-HO_TIMESTEPS = 1000  # T of Ho et al.'s linear betas; some projects scale the betas for another T
+HO_TIMESTEPS = 1000  # T of Ho et al.'s linear betas; some projects rescale these betas for another T
 HO_BETAS = (1e-4, 0.02)
 CLIPS = "x_0 is clipped to [-1, 1]"
 
 
 class MissingFacts(CheckpointError):
-    """Raised if a file is recognised, but facts are missing. `names`: the facts that the user must give."""
+    """Raised if a file is recognised but lacks facts. `names` are the facts that the user must give."""
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
         self.what, self.names = what, tuple(names)
@@ -31,12 +31,12 @@ class MissingFacts(CheckpointError):
 
 
 class FactsError(ValueError):
-    """Raised if a fact is out of bounds, or does not belong to the format. The message names its flag."""
+    """Raised if a fact is out of bounds, or does not apply to the format. The message names its flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenFacts:
-    """Facts from the user; None means not given. Raises FactsError for a value out of the bounds of FACTS."""
+    """Facts from the user, or None if not given. Raises FactsError for values outside the bounds in FACTS."""
 
     image_size: int | None = None
     timesteps: int | None = None
@@ -64,7 +64,7 @@ class GivenFacts:
             raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts if a needed fact is None, and FactsError for a fact that is neither needed nor taken."""
+        """Raise MissingFacts if a needed fact is missing, and FactsError for a fact that does not apply."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
@@ -74,9 +74,9 @@ class GivenFacts:
             raise MissingFacts(what, missing)
 
     def needed_for_noise(self, *, learned: bool = False) -> list[str]:
-        """Return the facts that the noise schedule needs if the file does not have it."""
+        """Return the facts needed to make the noise schedule, for a file that does not contain it."""
         needed = ["timesteps", "beta_schedule"]
-        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # Projects differ in the ends of these schedules.
+        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # Projects differ in the first and last beta.
             needed += ["beta_start", "beta_end"]
         return [*needed, "prediction", *([] if learned else ["variance"])]
 
@@ -85,12 +85,15 @@ class GivenFacts:
         return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
     def check_of_betas(self) -> None:
-        """Raise FactsError for a prediction that belongs to networks without betas."""
+        """Raise FactsError if the prediction belongs to a network that has sigmas instead of betas."""
         if self.prediction in OF_SIGMA:
             raise FactsError(f"--prediction {self.prediction} is for networks of OpenAI's consistency_models")
 
     def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
-        """Make the noise schedule; no needed fact may be missing. scaled: scale the linear betas by 1000 / T."""
+        """Make the noise schedule from the given facts, which must include all needed ones.
+
+        With `scaled`, linear betas are multiplied by 1000 / T.
+        """
         assert self.timesteps is not None
         self.check_of_betas()
         scale = HO_TIMESTEPS / self.timesteps if scaled and self.beta_schedule == "linear" else 1
@@ -105,7 +108,7 @@ class GivenFacts:
         )
 
     def noise_notes(self, noise: NoiseConfig) -> tuple[str, ...]:
-        """Return notes on the defaults that were assumed, for the user to check."""
+        """Return notes on assumed defaults, for the user to check."""
         betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
         usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
         return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))
@@ -113,9 +116,9 @@ class GivenFacts:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A converted checkpoint, for `save_checkpoint`."""
+    """A converted checkpoint, to be saved with `save_checkpoint`."""
 
-    format: str  # name shown to users
+    format: str  # shown to users
     unet: NetConfig
     state: Mapping[str, Tensor]
     noise: NoiseConfig
@@ -125,7 +128,7 @@ class Converted:
 
 
 def numbered(classes: int | None, *, null_class: bool = False) -> Labels:
-    """Make labels for numbered classes. null_class: the last class means "no class"."""
+    """Return labels for numbered classes. With `null_class`, the last class is the null class."""
     if classes is None:
         return Labels()
     names = tuple(map(str, range(classes - null_class)))

@@ -1,6 +1,6 @@
-"""The U-Net of Ho et al. 2020 in the PyTorch port pesser/pytorch_diffusion, and in code with the same names.
+"""The U-Net of Ho et al. 2020, with the weight names of the PyTorch port pesser/pytorch_diffusion.
 
-A file holds only a state dict, for example `ema_diffusion_cifar10_model/model-790000.ckpt`.
+A file holds only a state dict. An example is `ema_diffusion_cifar10_model/model-790000.ckpt`.
 """
 
 import re
@@ -39,7 +39,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     given.check(f"a file of {FORMAT}", ["image_size", *given.needed_for_noise()], given.taken_for_noise())
     levels = len({key.split(".")[1] for key in state if key.startswith("down.")})
     for level in range(levels - 1):
@@ -72,7 +72,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
 
 def _name(key: str, levels: int) -> str:
-    """Return our name of a key. Files number the up blocks from the largest images, we from the smallest."""
+    """Rename a key for UNet2DModel, which numbers the up blocks in the opposite order."""
     if match := re.match(r"up\.(\d+)\.", key):
         key = f"up.{levels - 1 - int(match[1])}.{key[match.end() :]}"
     for pattern, ours in RENAMES:
@@ -83,6 +83,6 @@ def _name(key: str, levels: int) -> str:
 
 
 def _linear(key: str, value: Tensor) -> Tensor:
-    """Reshape the weights of attention's 1x1 convolutions into those of linear layers."""
+    """Reshape a weight from a 1x1 convolution to a linear layer, if it belongs to attention."""
     of_attention = re.search(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", key)
     return value.reshape(value.shape[:2]) if of_attention else value

@@ -1,4 +1,4 @@
-"""Describes a checkpoint in lines of text: a folder that tminus loads, or a file of another project."""
+"""Describes a checkpoint in lines of text: a folder that tminus loads, or a foreign file or folder."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, to_float32
 
-# Placeholders for missing facts, to describe the rest. Lines that depend on a placeholder are left out.
+# Placeholders for missing facts, so that the rest can be described. Lines that depend on them are left out.
 ASSUMED = GivenFacts(
     image_size=1 << 8,
     timesteps=1000,
@@ -33,7 +33,7 @@ ASSUMED = GivenFacts(
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The lines of a description, with the model and its settings: both are None if facts are missing."""
+    """The description of a checkpoint. The checkpoint and its settings are None if facts are missing."""
 
     format: str
     lines: tuple[tuple[str, str], ...]
@@ -55,7 +55,7 @@ PREDICTS = {
 
 
 def describe(path: Path, given: GivenFacts) -> Description:
-    """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that the format does not have."""
+    """Describe a folder or file. Raises CheckpointError, and ValueError for facts that do not apply."""
     if path.is_file() or is_bare(path):
         return _of_foreign(path, given)
     given.check("a checkpoint folder", ())
@@ -117,13 +117,13 @@ def _of_foreign(file: Path, given: GivenFacts) -> Description:
 
 
 def images(count: int, size_px: tuple[int, int] | None) -> str:
-    """Describe the images' size and channels."""
+    """Describe the size and channels of the images."""
     channels = "one channel" if count == 1 else f"{count} channels"
     return f"{size_px[0]}x{size_px[1]}, {channels}" if size_px is not None else channels
 
 
 def network_lines(unet: NetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Describe the architecture, as far as it is known."""
+    """Describe the architecture. Details that depend on missing facts are left out."""
     if isinstance(unet, UNetConfig):
         yield from _details(unet, missing)
     else:

@@ -1,4 +1,4 @@
-"""Files of dome272/Diffusion-Models-pytorch: a bare state dict, `ckpt.pt` or `ema_ckpt.pt`."""
+"""Checkpoints of dome272/Diffusion-Models-pytorch: a plain state dict in `ckpt.pt` or `ema_ckpt.pt`."""
 
 from collections.abc import Mapping
 
@@ -17,10 +17,10 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises MissingFacts, and FactsError.
+    """Convert a state dict. Raises MissingFacts and FactsError.
 
-    The project samples with the variance beta and does not clip x_0. Without a label, it adds nothing to the timestep's
-    embedding, so the null class gets a zero embedding.
+    The project samples with variance beta, and does not clip x_0. Without a label, it adds nothing to the embedding of
+    the timestep, so the null class gets an embedding of zeros.
     """
     of_noise = [name for name in given.needed_for_noise() if name not in ("prediction", "variance")]
     given.check(f"a file of {FORMAT}", ["image_size", *of_noise], given.taken_for_noise())
@@ -41,7 +41,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
             len(state[f"bot{k}.double_conv.3.weight"]) for k in (1, 2, 3) if f"bot{k}.double_conv.3.weight" in state
         ),
     )
-    noise = given.noise(clip=False)  # The network predicts eps; the project samples with the variance beta.
+    noise = given.noise(clip=False)  # The network predicts eps; the project samples with variance beta.
     note = "x_0 is not clipped, as in its own loop; solvers of few steps may need clip=true"
     return Converted(
         FORMAT,

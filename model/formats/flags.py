@@ -1,4 +1,4 @@
-"""Facts that a checkpoint's file may lack, as flags of `tminus convert`. Must not import torch: --help imports this."""
+"""Flags of `tminus convert` for facts that a file may lack. Must not import torch, to keep --help fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A flag: its help text, its choices and its bound."""
+    """A flag with its help text and the values that it accepts."""
 
     text: str
     choices: tuple[str, ...] = ()
-    largest: float | None = None  # upper bound of a number; the lower bound is 1, or 0 for a float
+    largest: float | None = None  # upper limit of a number; the lower limit is 1, or 0 for a float
     whole: bool = True
 
     @property
@@ -20,7 +20,7 @@ class Fact:
         return int if self.whole else float
 
 
-OF_SIGMA = ("edm", "consistency")  # predictions of networks with sigmas instead of betas
+OF_SIGMA = ("edm", "consistency")  # predictions of networks that have sigmas instead of betas
 FACTS: Mapping[str, Fact] = {
     "image_size": Fact("Side of the images in pixels", largest=4096),
     "timesteps": Fact("Number T of timesteps in training", largest=100_000),
@@ -46,5 +46,5 @@ FACTS: Mapping[str, Fact] = {
 
 
 def flag(name: str) -> str:
-    """Return the name of a fact's flag."""
+    """Return the name of the flag for a fact."""
     return f"--{name.replace('_', '-')}"

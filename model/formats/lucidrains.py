@@ -1,4 +1,4 @@
-"""Files of lucidrains/denoising-diffusion-pytorch: a Trainer's `model-N.pt`, or a GaussianDiffusion state dict."""
+"""Checkpoints of lucidrains/denoising-diffusion-pytorch: `model-N.pt` files, or only the state dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
 FORMAT = "lucidrains/denoising-diffusion-pytorch"
-NET = "model."  # prefix of the network's keys in the diffusion's state dict
-EMA = "ema_model."  # prefix of the diffusion's keys in the Trainer's EMA model
-OF_FLOAT32 = 1e-5  # relative tolerance: the file's tables are float32
+NET = "model."  # prefix of the network's keys in the state dict of a GaussianDiffusion
+EMA = "ema_model."  # prefix of the GaussianDiffusion's keys in `model-N.pt`
+OF_FLOAT32 = 1e-5  # relative tolerance, because the tables in the file are float32
 NOTE = "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default"
 
 
 def weights_of(loaded: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the EMA model's state dict from a Trainer's file, or None for other files."""
+    """Return the averaged weights from a Trainer's `model-N.pt`, or None for another file."""
     ema = loaded.get("ema")
     if not isinstance(ema, dict) or not isinstance(loaded.get("model"), dict):
         return None
@@ -32,7 +32,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     net = {key.removeprefix(NET): value for key, value in state.items() if key.startswith(NET)}
     _refuse_others(net)
     prediction = _prediction(state)
@@ -84,7 +84,7 @@ def _width(net: Mapping[str, Tensor], level: int) -> int:
 
 
 def _schedule(betas: Tensor) -> dict[str, Any]:
-    """Return the fields of the schedule with these betas, or the float32 betas if no named schedule has them."""
+    """Return the config fields for these betas: a named schedule if one matches, otherwise trained_betas."""
     betas, scale = betas.double(), HO_TIMESTEPS / len(betas)
     named: tuple[dict[str, Any], ...] = (
         {"beta_schedule": "linear", "beta_start": HO_BETAS[0] * scale, "beta_end": HO_BETAS[1] * scale},
@@ -98,10 +98,10 @@ def _schedule(betas: Tensor) -> dict[str, Any]:
 
 
 def _prediction(state: Mapping[str, Tensor]) -> str | None:
-    """Infer the prediction type from the weights of the loss; None if they fit no type.
+    """Infer the prediction type from the loss weights. Returns None if they match no type.
 
-    The weights are snr divided by snr for eps, by 1 for x_0, and by snr + 1 for v. With min-SNR weighting (Hang et al.
-    2023) the dividend is at most gamma.
+    The weights are snr / snr for eps, snr for x_0, and snr / (snr + 1) for v. With min-SNR weighting (Hang et al.
+    2023), the numerator is limited to gamma.
     """
     if "loss_weight" not in state:
         return None

@@ -1,7 +1,7 @@
 """U-Nets of OpenAI's improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021, Dhariwal & Nichol 2021).
 
-A file holds only a state dict, for example `ema_0.9999_250000.pt`. Blocks are numbered across all levels. In the up
-path, the block with an upsampler is the last of its level, which gives the number of blocks per level.
+A file holds only a state dict, for example `ema_0.9999_250000.pt`. Blocks are numbered consecutively across levels. In
+the up path, each level except the last ends with an upsampler, which gives the number of blocks per level.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32
-# Number of leading parts of a key that name the module.
+# How many parts of a key name the module; the remaining parts name the parameter.
 DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -38,7 +38,7 @@ Modules = dict[str, dict[str, Tensor]]  # module path -> parameter name -> value
 
 
 class _Levels(NamedTuple):
-    """The number of levels, and of layers in each, as the numbers of the blocks show."""
+    """The number of levels, and the number of layers in each."""
 
     number: int
     layers: int  # resnets per level in the down path; the up path has one more
@@ -50,14 +50,14 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
-    """Convert a state dict. Raises CheckpointError for an unsupported network, MissingFacts, and FactsError."""
+    """Convert a state dict. Raises MissingFacts, FactsError, and CheckpointError for an unsupported network."""
     _refuse_others(state)
     modules = _modules(state)
     levels = _levels(modules)
     firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
     widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
     attends = [f"{first}.1" in modules for first in firsts]
-    # The mid block has attention too.
+    # The mid block always has attention.
     attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]
     out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
     learned = out_channels == 2 * in_channels
@@ -65,9 +65,9 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
 
     of_sigma = given.prediction in OF_SIGMA  # a network of consistency_models
     needed = ["image_size", "prediction"] if of_sigma else ["image_size", *given.needed_for_noise(learned=learned)]
-    needed += ["timesteps"] if given.prediction == "consistency" else []  # edm's levels are a formula of sigma
+    needed += ["timesteps"] if given.prediction == "consistency" else []  # edm computes its levels from sigma
     needed += ["head_width" if given.head_width is not None else "heads"]
-    one_order = of_sigma or (heads and max(heads.values()) == 1)  # one head needs no order
+    one_order = of_sigma or (heads and max(heads.values()) == 1)  # With one head, the order does not matter.
     needed += [] if one_order else ["attention_order"]
     needed += [] if of_sigma or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
     taken = ["attention_order"] if of_sigma else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
@@ -94,7 +94,7 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         layers_per_block=levels.layers,
         downsample_type="resnet" if by_resnet else "conv",
         upsample_type="resnet" if by_resnet else "conv",
-        attention_head_dim=head_widths.pop() if of_one_width else None,  # None means one head
+        attention_head_dim=head_widths.pop() if of_one_width else None,  # None means one head.
         num_heads=None if of_one_width or given.heads == 1 else given.heads,
         norm_num_groups=GROUPS,
         attn_norm_num_groups=GROUPS,
@@ -110,13 +110,13 @@ def convert(state: Mapping[str, Tensor], given: GivenFacts) -> Converted:
         notes = given.noise_notes(noise)
     if given.heads is not None and given.heads > 1:
         notes = (*notes, "as many attention heads on the way up (no num_heads_upsample)")
-    # In consistency_models all networks split q, k and v before heads: use_new_attention_order has no effect there.
+    # In consistency_models, use_new_attention_order has no effect: q, k and v are always split before the heads.
     renamed = _renamed(state, modules, levels, heads, "new" if of_sigma else given.attention_order)
     return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds), notes)
 
 
 def _noise_of_sigma(given: GivenFacts) -> NoiseConfig:
-    """Return the noise schedule of consistency_models with its defaults. Both kinds use the time 250 log sigma."""
+    """Return the default noise schedule of consistency_models. The network's time is 250 log sigma."""
     if given.prediction == "consistency":
         assert given.timesteps is not None
         return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
@@ -142,7 +142,7 @@ def _modules(state: Mapping[str, Tensor]) -> Modules:
 
 
 def _levels(modules: Modules) -> _Levels:
-    """Count the levels and their blocks. Raises CheckpointError if the levels differ."""
+    """Count the levels and their layers. Raises CheckpointError if the levels differ."""
     numbers = {part: {path.split(".")[1] for path in modules if path.startswith(part)} for part in DEPTH}
     outputs = numbers["output_blocks"]
     ends = [block for block in range(len(outputs)) if _upsampler(modules, block)]
@@ -156,7 +156,10 @@ def _levels(modules: Modules) -> _Levels:
 
 
 def _upsampler(modules: Modules, block: int) -> str | None:
-    """Find an up block's upsampler: a convolution, or a resnet that is not the first module. None without one."""
+    """Return the path of an up block's upsampler, or None.
+
+    The upsampler is a convolution, or a resnet that is not the first module of the block.
+    """
     for number in (1, 2):
         path = f"output_blocks.{block}.{number}"
         if modules.get(path, {}).keys() & {"conv.weight", "in_layers.0.weight"}:
@@ -165,12 +168,12 @@ def _upsampler(modules: Modules, block: int) -> str | None:
 
 
 def _shifts(resnet: Mapping[str, Tensor]) -> bool:
-    """Return whether the timestep scales and shifts: then its layer has two outputs for each channel."""
+    """Return whether the timestep both scales and shifts. If so, its layer has two outputs per channel."""
     return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
 
 
 def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
-    """Return the number of heads by layer width; empty if the user gave none. Raises FactsError."""
+    """Return the number of heads for each layer width; empty if the user gave none. Raises FactsError."""
     heads = {}
     for width in attending if given.heads is not None or given.head_width is not None else ():
         heads[width] = given.heads or width // (given.head_width or 1)
@@ -181,7 +184,7 @@ def _heads(given: GivenFacts, attending: list[int]) -> dict[int, int]:
 
 
 def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
-    """Yield each module's path in these files and in a UNet2DModel."""
+    """Yield the path of each module in the file, and its path in a UNet2DModel."""
     per_level = levels.layers + 1
     yield "input_blocks.0.0", "conv_in"
     for level in range(levels.number):
@@ -204,7 +207,7 @@ def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
 def _renamed(
     state: Mapping[str, Tensor], modules: Modules, levels: _Levels, heads: Mapping[int, int], order: str | None
 ) -> dict[str, Tensor]:
-    """Return the state dict in our names, with q, k and v split. Raises CheckpointError for an unknown weight."""
+    """Rename a state dict for UNet2DModel, splitting q, k and v. Raises CheckpointError for an unknown weight."""
     renamed = {}
     left = dict(state)
     for top, place in TOP.items():
@@ -231,9 +234,9 @@ def _renamed(
 
 
 def _apart(qkv: Tensor, heads: Mapping[int, int], order: str | None) -> list[Tensor]:
-    """Split a 1x1 convolution [3 C, C, 1], or its bias [3 C], into q, k and v: each [C, C] or [C], heads in order."""
+    """Split a 1x1 convolution [3 C, C, 1] or its bias [3 C] into q, k and v: [C, C] or [C] each."""
     width = len(qkv) // 3
     rest = qkv.shape[1:2]  # empty for a bias
-    if order == "legacy":  # layout: [heads, 3, width of a head]
+    if order == "legacy":  # layout: [heads, 3, channels per head]
         return list(qkv.reshape(heads[width], 3, -1, *rest).transpose(0, 1).reshape(3, width, *rest))
     return list(qkv.reshape(3, width, *rest))

@@ -1,4 +1,4 @@
-"""Reads a checkpoint of another project: finds its format and converts it into ours."""
+"""Reads checkpoints of other projects: recognises their format, and converts them."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ FORMATS = (openai, ddpm, dome272, lucidrains)
 
 
 def is_bare(folder: Path) -> bool:
-    """Return whether a folder holds a network but no noise schedule."""
+    """Return whether a folder has a network but no scheduler."""
     return (unet_folder_of(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
 
 
@@ -68,7 +68,7 @@ def read_foreign(path: Path, given: GivenFacts) -> Converted:
 
 def _read_file(file: Path, given: GivenFacts) -> Converted:
     state = read_file(file, part_of=lucidrains.weights_of)
-    if all(key.startswith("module.") for key in state):  # prefix of DistributedDataParallel's keys
+    if all(key.startswith("module.") for key in state):  # added by DistributedDataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     found = next((each for each in FORMATS if each.recognises(state)), None)
     if found is None:
@@ -95,9 +95,9 @@ def _read_file(file: Path, given: GivenFacts) -> Converted:
 
 
 def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
-    """Write a foreign checkpoint as a folder of ours, which must be new or empty.
+    """Convert a foreign checkpoint, and write it to a new or empty folder that tminus can load.
 
-    Raises CheckpointError for any other folder, and the errors of `read_foreign`.
+    Raises CheckpointError if the folder is not empty, and the errors of `read_foreign`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; name a new folder")
@@ -106,7 +106,7 @@ def convert(source: Path, folder: Path, given: GivenFacts) -> Converted:
     origin = {"converted_from": source.resolve().name, "format": converted.format, "weights_hash": hash_weights(state)}
     try:
         save_checkpoint(folder, state, converted.unet, converted.noise, converted.labels, origin)
-        load_checkpoint(folder)  # Fail now if the result cannot be served.
+        load_checkpoint(folder)  # Fail now if the result cannot be loaded.
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

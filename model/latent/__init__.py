@@ -1,1 +1,1 @@
-"""Latent diffusion (Rombach et al. 2022): autoencoders."""
+"""Autoencoders for latent diffusion (Rombach et al. 2022)."""

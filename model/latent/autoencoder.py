@@ -1,7 +1,6 @@
-"""Autoencoders with diffusers' module names: `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
+"""The autoencoders `AutoencoderKL` (Kingma & Welling 2014) and `VQModel` (Esser et al. 2021).
 
-This module also has their configuration, their folders, and the coding of many images.
-Images are [B, C, H, W] in [-1, 1], latents [B, c, H / factor, W / factor].
+Modules are named as in diffusers. Images are [B, C, H, W] in [-1, 1], latents [B, c, H / factor, W / factor].
 """
 
 import dataclasses
@@ -40,22 +39,22 @@ USUAL_SCALE = 0.18215
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 MAX_LAYERS = 64
-MAPS_PER_LAYER = 3  # feature maps of a layer's width that are in memory at once
-# Fields without effect on images: a setting for half precision, and a look-up that decoding never does.
+MAPS_PER_LAYER = 3  # feature maps of full width that are in memory at the same time
+# Ignored fields: force_upcast only matters in half precision, and decoding never uses lookup_from_codebook.
 OF_OTHERS = frozenset(("force_upcast", "lookup_from_codebook"))
-EPS = 1e-6  # eps of every group norm
-LOGVAR = (-30.0, 20.0)  # the same bounds as in diffusers
+EPS = 1e-6  # for all group norms
+LOGVAR = (-30.0, 20.0)  # as in diffusers
 BATCH_PIXELS = 2**18  # 64 images of 64x64, or 4 of 256x256
-IMAGES, CELLS, LATENTS = 32, 4, 8  # images of each kind, patches per side, latents per side
+IMAGES, CELLS, LATENTS = 32, 4, 8  # images of each kind; patches and latents along each side of an image
 TINT = 0.25  # largest tint of a grey patch
-RIDGE = 1e-3  # Keeps the fit finite if a latent channel carries no colour.
+RIDGE = 1e-3  # keeps the fit finite if a latent channel carries no colour
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderConfig(Checked):
-    """The fields and defaults of both classes. The fields of the other class keep their defaults.
+    """The configuration of an AutoencoderKL or a VQModel. Fields of the other class keep their defaults.
 
-    Raises ValueError, naming the field and its value, for an autoencoder that cannot be built.
+    Raises ValueError, with the field and its value, if the autoencoder cannot be built.
     """
 
     KIND: ClassVar[str] = "autoencoder config: "
@@ -102,7 +101,7 @@ class AutoencoderConfig(Checked):
 
     @property
     def code_width(self) -> int:
-        """Width of a VQModel's code, which is the number of latent channels."""
+        """Width of a VQModel's codes."""
         return self.vq_embed_dim or self.latent_channels
 
     @property
@@ -111,7 +110,7 @@ class AutoencoderConfig(Checked):
         return self.code_width if self.kind == VQ else self.latent_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of memory for decoding one image of (height, width) in float32."""
+        """Estimate the memory in bytes for decoding one image of (height, width) in float32."""
         height, width = size_px
         last = len(self.block_out_channels) - 1
         total = 0
@@ -120,16 +119,16 @@ class AutoencoderConfig(Checked):
             total += 4 * channels * pixels * MAPS_PER_LAYER
             if name.startswith("Attn") or (level == last and self.mid_block_add_attention):
                 total += 4 * pixels**2
-        if self.kind == VQ:  # distances from each latent to each code
+        if self.kind == VQ:  # distances from all latents to all codes
             total += 4 * (height * width >> 2 * last) * self.num_vq_embeddings
         return total
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "AutoencoderConfig":
-        """Parse diffusers' config.json. Raises ValueError for another class, and for a field that is not supported.
+        """Parse a config.json of diffusers. Raises ValueError for another class or an unsupported field.
 
-        A VQModel without a scaling_factor gets 1. diffusers' default, 0.18215, belongs to another autoencoder; the
-        latents of CompVis' ldm-celebahq-256 are not scaled.
+        If a VQModel has no scaling_factor, it is 1: the latents of CompVis' ldm-celebahq-256 are not scaled. The
+        default in diffusers, 0.18215, belongs to another autoencoder.
         """
         kind = config.get("_class_name", KL)
         if kind not in (VQ, KL):
@@ -148,7 +147,7 @@ class AutoencoderConfig(Checked):
         return cls.from_json(values, kind=kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config.json of diffusers' class."""
+        """Return the config.json for diffusers."""
         fields = dataclasses.asdict(self)
         for name in ("kind", *(_OF_KL if self.kind == VQ else ("num_vq_embeddings", "vq_embed_dim"))):
             del fields[name]
@@ -159,7 +158,7 @@ _OF_KL = frozenset(("shift_factor", "use_quant_conv", "use_post_quant_conv"))
 
 
 class Autoencoder(nn.Module):
-    """An encoder, a bottleneck and a decoder. Its latents have the scale that the denoising network was trained on."""
+    """An encoder, a bottleneck and a decoder. The latents are scaled for the denoising network."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -181,16 +180,16 @@ class Autoencoder(nn.Module):
                 self.post_quant_conv = nn.Conv2d(inner, inner, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images into scaled latents; an AutoencoderKL gives the means."""
+        """Encode images into scaled latents. For an AutoencoderKL, these are the means."""
         return self.scaled(self.moments(images)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents. A VQModel first replaces each latent by its nearest code, as in training."""
+        """Decode scaled latents. A VQModel first replaces each latent by the nearest code, as in training."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decode_codes(self.quantize(z)[0] if self.quantize is not None else z)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the unscaled latents of images, and their log sigma^2 (None for a VQModel)."""
+        """Return the unscaled latents of images, and the log variance (None for a VQModel)."""
         h = self.encoder(images)
         if self.quant_conv is not None:
             h = self.quant_conv(h)
@@ -204,13 +203,13 @@ class Autoencoder(nn.Module):
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode_codes(self, z: Tensor) -> Tensor:
-        """Decode unscaled latents, without quantising them."""
+        """Decode unscaled latents, without replacing them by codes."""
         out: Tensor = self.decoder(self.post_quant_conv(z) if self.post_quant_conv is not None else z)
         return out
 
 
 class Quantizer(nn.Module):
-    """A codebook that replaces each latent by its nearest code (van den Oord et al. 2017)."""
+    """A codebook, which replaces each latent by the nearest code (van den Oord et al. 2017)."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -224,16 +223,16 @@ class Quantizer(nn.Module):
         return weight
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest codes of z [B, width, h, w], and the indices of these codes [B, h, w]."""
+        """Return the code nearest to each latent in z [B, width, h, w], and the codes' indices [B, h, w]."""
         flat = z.movedim(1, -1)
-        # |z - e|^2 without |z|^2, which is the same for all codes.
+        # |z - e|^2 without the term |z|^2, which is the same for all codes
         distance = self.codes.square().sum(1) - 2 * flat.flatten(0, -2) @ self.codes.T
         nearest = distance.argmin(dim=1)
         return self.codes[nearest].reshape(flat.shape).movedim(-1, 1), nearest.reshape(flat.shape[:-1])
 
 
 class _Block(nn.Module):
-    """Resnets, each followed by attention if `attends`. Subclasses then change the size."""
+    """Resnets, each followed by attention if `attends`. Subclasses add the downsampling or upsampling."""
 
     def __init__(self, config: AutoencoderConfig, in_channels: int, out: int, layers: int, *, attends: bool) -> None:
         super().__init__()
@@ -340,7 +339,10 @@ class _Decoder(nn.Module):
 
 @torch.no_grad()
 def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
-    """Encode images uint8 [N, C, H, W] into scaled latents, float32 [N, c, h, w]. Moves the autoencoder to `device`."""
+    """Encode images, uint8 [N, C, H, W], into scaled latents, float32 [N, c, h, w], on `device`.
+
+    Moves the autoencoder to `device`.
+    """
     autoencoder = autoencoder.to(device)
     parts = list(_batches(images, images.shape[2] * images.shape[3]))
     progress = tqdm(parts, unit="batch", desc="latents", disable=None if len(parts) > 100 else True)
@@ -349,7 +351,7 @@ def latents_of(autoencoder: Autoencoder, images: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def images_of(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Decode scaled latents [N, c, h, w], on their device, into images [N, C, H, W] in about [-1, 1]."""
+    """Decode scaled latents [N, c, h, w] into images [N, C, H, W] in about [-1, 1], on the same device."""
     autoencoder = autoencoder.to(latents.device)
     pixels = latents.shape[2] * latents.shape[3] * autoencoder.config.factor**2
     return torch.cat([autoencoder.decode(part) for part in _batches(latents, pixels)])
@@ -361,11 +363,11 @@ def _batches(values: Tensor, pixels: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def fit_colours(autoencoder: Autoencoder) -> Tensor:
-    """Fit a linear map [C, c + 1] from a latent to the mean colour of its pixels. The last column is the constant.
+    """Fit a linear map [C, c + 1] from a latent to the mean colour of its pixels. The last column is an offset.
 
-    No data is needed. The images are patches of random colours, of tinted greys, and of black and white, always the
-    same. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map for its
-    own images. Colours alone give 0.19, and smooth colours 0.22.
+    This needs no data. The map is fitted to patches of random colours, of tinted greys, and of black and white. The
+    patches are always the same. On avatars-64, the mean error is 0.150 for colours in [-1, 1], as good as the best
+    linear map for those images. With random colours alone it is 0.19, and with smooth colours 0.22.
     """
     config, generator = autoencoder.config, torch.Generator().manual_seed(0)
 
@@ -385,7 +387,7 @@ def fit_colours(autoencoder: Autoencoder) -> Tensor:
 
 
 def colours_of(latents: Tensor, fitted: Tensor, factor: int) -> Tensor:
-    """Turn latents [B, c, h, w] into pictures [B, C, h factor, w factor] in about [-1, 1], one colour per latent."""
+    """Turn latents [B, c, h, w] into images of one colour per latent, [B, C, h factor, w factor] in about [-1, 1]."""
     flat = F.conv2d(latents, fitted[:, :-1, None, None], fitted[:, -1])
     return F.interpolate(flat, scale_factor=float(factor), mode="nearest")
 
@@ -399,14 +401,14 @@ def find_autoencoder(folder: Path) -> Path | None:
 
 
 def check_place(folder: Path, autoencoder: Autoencoder | None) -> None:
-    """Raise CheckpointError for a pixel model in a folder with an autoencoder, which would decode its images."""
+    """Raise CheckpointError if a pixel model's folder has an autoencoder, which would be loaded with it."""
     if autoencoder is None and (found := find_autoencoder(folder)) is not None:
         why = f"has an autoencoder in {found.name}/, and this model is one of pixels"
         raise CheckpointError(f"{folder}: {why}; remove it or choose another folder")
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
-    """Load an autoencoder in float32 on the CPU, in eval mode. Raises CheckpointError."""
+    """Load an autoencoder in float32 and eval mode, on the CPU. Raises CheckpointError if that fails."""
     try:
         config = AutoencoderConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
@@ -422,20 +424,20 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
-    """Return the hash of a network's and an autoencoder's weights, or `weights_hash` without an autoencoder."""
+    """Combine the hash of a network's weights with that of its autoencoder, if there is one."""
     if autoencoder is None:
         return weights_hash
     return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
 
 
 def hash_autoencoder(autoencoder: Autoencoder) -> str:
-    """Hash an autoencoder's weights and its config, which contains the scale of the latents."""
+    """Hash an autoencoder's weights and config. The config includes the scale of the latents."""
     parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a folder that tminus and diffusers load. Each file is written atomically."""
+    """Write a folder that tminus and diffusers can load. Each file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, state)
-    write_json(folder / "config.json", config.to_dict())  # Write it last: a folder with a config.json is complete.
+    write_json(folder / "config.json", config.to_dict())  # last, because a folder with a config.json counts as complete

@@ -1,1 +1,1 @@
-"""Training of networks and autoencoders, distillation, and folding of guidance into weights."""
+"""Training of networks and autoencoders, including distillation and guidance folded into weights."""

@@ -1,6 +1,6 @@
 """Trains an autoencoder (Rombach et al. 2022, sec. 3.1, without the adversarial loss).
 
-The folder of a run can be loaded by diffusers. As in train.py, all random numbers of step k are seeded by (seed, k).
+diffusers can load the folder of the run. As in train.py, all random numbers of step k are seeded by (seed, k).
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from tminus.model.training.data import ImageSet, evenly
 from tminus.model.training.run import Run, TrainError, averaged, step_seed
 from tminus.model.training.train import batch_indices
 
-COMMITMENT = 0.25  # weight of the encoder's commitment to its codes (van den Oord et al. 2017, eq. 3)
-SCALE_IMAGES = 512  # training images whose latents determine the scaling factor
+COMMITMENT = 0.25  # weight of the commitment loss (van den Oord et al. 2017, eq. 3)
+SCALE_IMAGES = 512  # number of training images that determine the latents' scaling factor
 
 
 def train_autoencoder(
@@ -34,9 +34,10 @@ def train_autoencoder(
     device: torch.device,
     on_sheet: Callable[[Autoencoder, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, or resume the run there. Returns whether all steps are done.
+    """Train an autoencoder in `folder`, or resume the run there. Returns whether all steps are done.
 
-    SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises TrainError.
+    On SIGTERM or SIGINT, finishes the current step and saves. After SIGINT, also raises KeyboardInterrupt if steps are
+    left. Raises TrainError if the run cannot start or continue.
     """
     run = Run(folder, "train-autoencoder", None)
     torch.manual_seed(step_seed(config.seed, -1))
@@ -59,7 +60,7 @@ def train_autoencoder(
 
     def save() -> None:
         average = averaged(lambda: Autoencoder(model), run.ema)
-        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # evenly: folders are read class by class
+        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # The data may be sorted by class.
         spread = float(latents_of(average, some, device).std()) / model.scaling_factor
         if not spread > 0:
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
@@ -78,9 +79,9 @@ def train_autoencoder(
 def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
     """Return the mean absolute error of reconstructing x [B, C, H, W], plus a regulariser of the latents.
 
-    The regulariser of an AutoencoderKL is kl_weight times the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014,
-    appendix B). That of a VQModel is the distance of latents and codes, with a straight-through gradient (van den Oord
-    et al. 2017).
+    For an AutoencoderKL, the regulariser is kl_weight times the divergence of q(z|x) from N(0, I) (Kingma & Welling
+    2014, appendix B). For a VQModel, it is the distance between latents and codes, with a straight-through gradient
+    (van den Oord et al. 2017).
     """
     mean, logvar = net.moments(x)
     if net.quantize is not None:
@@ -96,7 +97,7 @@ def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor
 
 @torch.no_grad()
 def _begin_codes(net: Autoencoder, x: Tensor) -> None:
-    """Replace the initial codes by latents of images: most codes near zero would never be the nearest.
+    """Replace the initial codes, which are near zero and would mostly remain unused, with latents of images.
 
     Raises TrainError if the batch has fewer latents than there are codes.
     """

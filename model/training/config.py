@@ -1,4 +1,4 @@
-"""The settings of training runs. Must not import torch: the commands make their options from these annotations."""
+"""The settings of training runs. Must not import torch, because command-line options are made from it."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from tminus.model.catalogue import MAX_GUIDANCE, TEACHERS
 from tminus.model.config import Bound, Checked, Count
 
 USUAL_BATCH = 64
-LARGE_SET, LARGE_STEPS = 60_000, 15_000  # size of Fashion-MNIST, and the steps that it needs
+LARGE_SET, LARGE_STEPS = 60_000, 15_000  # the size of Fashion-MNIST, and the number of steps it needs
 FEWEST_STEPS = 500  # enough for a few dozen images
 MAX_STUDENT_STEPS = 4
-FIRST_LOOK = 50  # step of the first sheet; the other early sheets follow at 2, 4, 8, … times this step
+FIRST_LOOK = 50  # step of the first sheet; further early sheets follow at 2, 4, 8, … times this step
 
 NOT_NEGATIVE = Bound("0 or more", lambda value: 0 <= value < math.inf)
 Share = Annotated[float, Bound("in 0..1", lambda share: 0 <= share <= 1)]
 Guidance = Annotated[float, Bound(f"in 0..{MAX_GUIDANCE:g}", lambda scale: 0 <= scale <= MAX_GUIDANCE)]
-# Settings whose defaults differ between the commands.
+# Settings whose defaults differ between commands.
 BatchSize = Annotated[Count, "Images in an optimiser step"]
 LearningRate = Annotated[float, NOT_NEGATIVE, "Highest learning rate"]
 WarmupSteps = Annotated[int, NOT_NEGATIVE, "Steps over which the learning rate rises from zero"]
@@ -25,7 +25,7 @@ DecayFraction = Annotated[Share, "Share of the run, at its end, over which the l
 
 @dataclass(frozen=True, slots=True)
 class RunConfig(Checked):
-    """The settings of every run. A resumed run may change only the fields in run.FREE_TO_CHANGE."""
+    """The settings that all runs have. When a run is resumed, only those in run.FREE_TO_CHANGE may change."""
 
     steps: Annotated[Count, "Optimiser steps in all"] = 10_000
     batch_size: BatchSize = USUAL_BATCH
@@ -46,12 +46,12 @@ class RunConfig(Checked):
         self.require_among("precision", "auto", "fp32", "bf16")
 
     def looks_at(self, step: int) -> bool:
-        """Return whether a sheet is drawn after this step: every `sheet_every` steps, and after some early ones."""
+        """Return whether a sheet follows this step: every `sheet_every` steps, and after some early steps."""
         early, rest = divmod(step, FIRST_LOOK)
         return step % self.sheet_every == 0 or (step < self.sheet_every and rest == 0 and early.bit_count() == 1)
 
     def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate: linear warm-up, constant, then linear decay to zero."""
+        """Return the learning rate: first a linear warm-up, then constant, then a linear decay to zero."""
         warm = (step + 1) / max(1, self.warmup_steps)
         left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
         return self.learning_rate * min(warm, left, 1.0)
@@ -138,21 +138,24 @@ class DistillConfig(RunConfig):
 
     @property
     def num_first(self) -> int:
-        """Rows of a batch that start from pure noise: all rows if the student has only one step."""
+        """Number of rows in a batch that start from pure noise: all rows if the student only takes one step."""
         return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
 
     @property
     def round_steps(self) -> int:
-        """Optimiser steps between two sets of trajectories."""
+        """Number of optimiser steps for which a set of trajectories is used."""
         return max(1, self.uses * self.trajectories // self.num_first)
 
 
 def usual_batch(num_images: int) -> int:
-    """Return USUAL_BATCH, or half the images if that is less: a larger batch teaches little more."""
+    """Return USUAL_BATCH, or half the number of images if that is less. Larger batches teach little more."""
     return max(1, min(USUAL_BATCH, num_images // 2))
 
 
 def usual_steps(num_images: int) -> int:
-    """Return LARGE_STEPS for LARGE_SET images, and fewer steps for fewer images, by the square root of their number."""
+    """Return the usual number of steps, in proportion to the square root of the number of images.
+
+    The minimum is FEWEST_STEPS. The maximum is LARGE_STEPS, reached at LARGE_SET images.
+    """
     steps = LARGE_STEPS * math.sqrt(num_images / LARGE_SET)
     return max(FEWEST_STEPS, min(LARGE_STEPS, 100 * round(steps / 100)))

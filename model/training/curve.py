@@ -1,4 +1,4 @@
-"""The loss curve of a run: means over strides of steps, stored in the run's state and drawn as an SVG."""
+"""The loss curve of a run: means over strides of steps, saved with the run and drawn as an SVG."""
 
 import html
 import math
@@ -7,26 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-FIRST_STRIDE = 10  # steps per point; doubled whenever there are MOST_POINTS
+FIRST_STRIDE = 10  # steps per point; doubled each time the curve reaches MOST_POINTS
 MOST_POINTS = 1000
-SHOWN_STEPS = 100  # steps over which the displayed loss is averaged
-SMOOTHED = 50  # The smooth line averages 1/50 of all points at a time.
+SHOWN_STEPS = 100  # number of steps over which the displayed loss is averaged
+SMOOTHED = 50  # The smooth line is a moving average over 1/50 of the points.
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40  # margins
 Point = tuple[int, float]
 
 
 class LossCurve:
-    """Means of the loss over strides of steps. The state includes the unfinished last stride, so resuming is exact."""
+    """The mean loss over strides of steps. The state includes the current stride, so resuming is exact."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []  # last step of a stride, and the mean over the stride
+        self.points: list[Point] = []  # last step of each stride, and the mean loss over it
         self._stride = FIRST_STRIDE
-        self._sum: Tensor | float = 0.0  # sum since the last point, on the device so that steps need not synchronise
+        self._sum: Tensor | float = 0.0  # kept on the device, so that most steps need not wait for it
         self._count = 0
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Add the loss of step `step`, counted from 1. At the end of a stride the host waits for the device."""
+        """Add the loss of a step, counted from 1. At the end of a stride, this waits for the device."""
         self._sum, self._count = self._sum + loss.detach(), self._count + 1
         if step % self._stride:
             return
@@ -51,14 +51,14 @@ class LossCurve:
         return {"points": [list(point) for point in self.points], **rest}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load a state. Raises KeyError, TypeError or ValueError if it is malformed."""
+        """Load a saved state. Raises KeyError, TypeError or ValueError if it is malformed."""
         self.points = [(int(step), float(mean)) for step, mean in state["points"]]
         self._stride, self._count = int(state["stride"]), int(state["count"])
         self._sum = float(state["sum"])
 
 
 def loss_svg(points: Sequence[Point], name: str) -> str:
-    """Plot the points over the steps on a logarithmic scale, with a smooth line. `points` must not be empty."""
+    """Plot the loss on a logarithmic scale, with a smoothed line. `points` must not be empty."""
     last = points[-1][0]
     logs = [_log(mean) for _, mean in points]
     low, high = min(logs), max(logs)
@@ -100,7 +100,7 @@ def _log(value: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Choose ticks between two logarithms: powers of ten, or finer steps if there are fewer than three."""
+    """Choose ticks from 10**low to 10**high: powers of ten, or finer steps if there are fewer than three."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     for digits in ((10,), (10, 20, 50), (10, 15, 20, 30, 50, 70), range(10, 100)):
         values = [digit * 10.0 ** (power - 1) for power in powers for digit in digits]
@@ -111,7 +111,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(last: int) -> list[int]:
-    """Choose round step numbers from 0 to the last step, nine at most."""
+    """Choose at most nine round step numbers from 0 to `last`."""
     size = 10 ** max(0, len(str(last)) - 1)
     stride = next(each for each in (size // 10, size // 5, size // 2, size, 2 * size) if each and last // each <= 8)
     return list(range(0, last + 1, stride))

@@ -1,6 +1,6 @@
-"""Training images, from Fashion-MNIST's IDX files or a folder of pictures, in memory as uint8 [N, C, H, W].
+"""Training images, from Fashion-MNIST or from a folder, in memory as uint8 [N, C, H, W].
 
-Examples are the inputs of networks: the images themselves, or their latents.
+Examples are the inputs of a network: images, or their latents.
 """
 
 import gzip
@@ -36,18 +36,18 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle-boot",
 )
-FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # path in Debian's package dataset-fashion-mnist
-MOST_LISTED = 20  # names in a message
+FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist installs it
+MOST_LISTED = 20  # names shown in a message
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 
 
 class DataError(ValueError):
-    """Raised if a data set is missing or malformed. The message names the file."""
+    """Raised if a data set is missing or malformed. The message names the file or folder."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set: images uint8 [N, C, H, W]; labels int64 [N], or None without classes."""
+    """A data set: images uint8 [N, C, H, W], and labels int64 [N] or None if there are no classes."""
 
     images: Tensor
     labels: Tensor | None
@@ -60,9 +60,9 @@ class ImageSet:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """x_0 [N, C, H, W], as uint8 pixels or as latents, and class_labels int64 [N] or None, on any device.
+    """x_0 [N, C, H, W], either uint8 pixels or latents, and class_labels int64 [N] or None, on any device.
 
-    Pixels stay uint8, which takes a quarter of float32's memory. Each batch is converted to the network's range.
+    Pixels stay uint8 to save memory. Each batch is converted to the network's range.
     """
 
     x_0: Tensor
@@ -70,30 +70,30 @@ class Examples:
 
     @classmethod
     def of(cls, data: ImageSet, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
-        """Move a whole data set to the device, as images or as an autoencoder's latents."""
+        """Move an entire data set to the device, as pixels, or as latents if there is an autoencoder."""
         x_0 = data.images.to(device) if autoencoder is None else latents_of(autoencoder, data.images, device)
         return cls(x_0, data.labels.to(device) if data.labels is not None else None)
 
     @classmethod
     def some_of(cls, data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> "Examples":
-        """Take `count` evenly spaced images of a data set: images on the host, or latents on the device."""
+        """Take `count` evenly spaced images of a data set. Pixels stay on the host; latents are on the device."""
         picked = evenly(len(data), count)
         images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
         return cls(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
 
     def rows(self, picked: Tensor | slice, device: torch.device | None = None) -> Tensor:
-        """Return x_0 of the picked examples in the network's range. device=None keeps the device of the examples."""
+        """Return x_0 of the picked examples in the network's range, on `device` or where the examples are."""
         x_0 = self.x_0[picked].to(device or self.x_0.device)
         return to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
 
 
 def evenly(length: int, count: int) -> Tensor:
-    """Return `count` evenly spaced indices below `length`, to cover all classes of a folder: int64 [count], CPU."""
+    """Return `count` evenly spaced indices below `length`, int64 [count], to cover all classes of sorted data."""
     return torch.arange(count) * length // count
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes (LeCun's MNIST format). Raises DataError."""
+    """Read a gzipped IDX file of unsigned bytes, the format of MNIST. Raises DataError if that fails."""
     try:
         with gzip.open(path, "rb") as file:
             data = file.read()
@@ -110,7 +110,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet:
-    """Load the `train` (60,000) or `test` (10,000) split of Fashion-MNIST, 28x28 padded with black to 32x32."""
+    """Load Fashion-MNIST, padded with black from 28x28 to 32x32.
+
+    `split` is `train` (60,000 images) or `test` (10,000). Raises DataError if the files are missing or malformed.
+    """
     prefix = {"train": "train", "test": "t10k"}[split]
     if not folder.is_dir():
         raise DataError(f"{folder}: not there (apt-get install dataset-fashion-mnist, or name its folder)")
@@ -122,15 +125,15 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
 
 
 def load_image_folder(folder: Path, size_px: int, channels: int | None, background: Colour = BLACK) -> ImageSet:
-    """Load every picture below `folder`, centre-cropped and resized to size_px x size_px.
+    """Load all pictures below `folder`, centre-cropped and resized to size_px x size_px.
 
-    First-level subfolders are classes, ordered by name, or by number if all names are numbers. Either all pictures are
-    in subfolders, or all are directly in `folder` (no classes). Deeper folders are allowed, with a warning. Pictures
-    are ordered by path, so the same folder gives the same set.
+    The subfolders of `folder` are the classes, sorted by name, or by number if all names are numbers. Folders inside
+    the classes are allowed, with a warning. Alternatively, all pictures are directly in `folder`, and there are no
+    classes. Pictures are sorted by path, so the same folder always gives the same data set.
 
-    channels: 1 for grey, 3 for colour, 4 for RGBA, None for grey if no pixel has a colour and otherwise for colour.
-    Transparent pixels are laid over the background, except in RGBA. The set's name includes a background other than
-    black. Raises DataError, also for a file that cannot be read.
+    `channels` is 1 for grey, 3 for RGB or 4 for RGBA. None means grey if no pixel has a colour, otherwise RGB. Except
+    in RGBA, transparent pixels are blended with the background. If the background is not black, the name of the data
+    set includes it. Raises DataError if there are no pictures, if the layout is wrong, or if a picture cannot be read.
     """
     if channels == RGBA and background != BLACK:
         raise DataError(f"background must be black, its default, for RGBA, which keeps alpha; got {background}")
@@ -158,7 +161,7 @@ def load_image_folder(folder: Path, size_px: int, channels: int | None, backgrou
                 return fit_picture(image, (size_px, size_px), channels or 3, background)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others for broken files.
+        except Exception as error:  # For broken files, Pillow raises OSError, SyntaxError, ValueError and others.
             raise DataError(f"{file}: {str(error) or type(error).__name__}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -170,7 +173,7 @@ def load_image_folder(folder: Path, size_px: int, channels: int | None, backgrou
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join names with commas. Names after the first MOST_LISTED are only counted."""
+    """Join names with commas. Names beyond the first MOST_LISTED are only counted."""
     return ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if names[MOST_LISTED:] else "")
 
 

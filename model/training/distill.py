@@ -1,8 +1,10 @@
-"""Distillation: a student with few passes learns where its teacher's trajectories end, with guidance folded in.
+"""Distillation: a student learns to predict, in a few passes, where its teacher's trajectories end.
 
-The loss is a sum of two distances. The first is from the student's image to the end of its trajectory. The second is
-from the distribution of the student's images to that of real images, or of the teacher's images. The first alone leaves
-images soft; the second alone ignores x_T. As in `train`, random numbers of step k are seeded by (seed, k).
+The trajectories are guided, so the student needs no guidance of its own. The loss has two parts. The first is the
+distance of the student's image from the end of the teacher's trajectory. The second is the distance between the
+distribution of the student's images and that of real images, or of the teacher's images. With the first alone, images
+are too soft; with the second alone, they do not depend on x_T. As in train.py, all random numbers of step k are seeded
+by (seed, k).
 """
 
 import logging
@@ -35,42 +37,47 @@ from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
-LEVELS = (0.3, 0.05, 0.7)  # alpha_bar of the points that a second, a third and a fourth step add
-HUBER = 0.03  # c of `pseudo_huber`, in units of the model's range
+LEVELS = (0.3, 0.05, 0.7)  # alpha_bar of the points that are added for two, three and four steps
+HUBER = 0.03  # c in `pseudo_huber`, in units of x0
 
 
 def student_noise(noise: NoiseConfig) -> NoiseConfig:
-    """Return the noise config of a teacher's student, which predicts v.
+    """Return the noise config of the student, which predicts v.
 
-    In x0, an error of eps counts sigma_T times, and an error of v only once.
+    At high noise, an error in eps becomes a much larger error in x_0. An error in v does not grow.
     """
     return replace(noise, prediction_type="v_prediction", default_sampler="ddpm")
 
 
 def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Return x0 = p x + q out at points k [B] of a plan: x, out [B, C, H, W]. Not clipped, to pass on gradients."""
+    """Return x0 = p x + q out at points k [B] of a plan, for x and out [B, C, H, W].
+
+    x0 is not clipped, because clipping would stop gradients.
+    """
     p, q = plan.lines[:, :2].to(x)[k].reshape(-1, 2, 1, 1, 1).unbind(1)
     return p * x + q * out.to(x.dtype)
 
 
 def pseudo_huber(x0: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over rows of sqrt(d^2 + c^2) - c, with d the RMS of x0 - target (Song & Dhariwal 2023).
+    """Return the mean over rows of sqrt(d^2 + c^2) - c, where d is the RMS of x0 - target.
 
-    Large errors count linearly and not squared: at high noise the errors are large and teach little.
+    Source: Song & Dhariwal 2023. Large errors count linearly instead of squared, because the large errors at high noise
+    teach little.
     """
     squares = (x0 - target).square().flatten(1).mean(1)
     return ((squares + HUBER**2).sqrt() - HUBER).mean()
 
 
 def consistency_plan(noise: NoiseConfig, timesteps: Sequence[float]) -> Plan:
-    """Return the plan of consistency sampling at these timesteps."""
+    """Return the plan of consistency sampling with these timesteps."""
     return table_plan(noise, noise.schedule(), consistency_table(noise, timesteps), clip=None)
 
 
 def student_points(alpha_bar: Tensor, steps: int) -> list[int]:
-    """Return the points of the teacher's plan, alpha_bar [P], that a student visits in `steps` steps, in order.
+    """Return the points of the teacher's plan that a student visits in `steps` steps, in order.
 
-    The points of fewer steps are a subset of the points of more steps, so a student has few points to learn.
+    `alpha_bar` [P] belongs to the teacher's plan. With more steps, the student visits the same points and additional
+    ones, so it has few points to learn.
     """
     chosen = [0]
     for level in LEVELS[: steps - 1]:
@@ -90,20 +97,21 @@ def distill(
 ) -> bool:
     """Train a student in `folder`, or resume the run there. Returns whether all steps are done.
 
-    All trajectories start from noise. The student learns to distribute its images like `data`, or like the teacher's
-    images without `data`. SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises
-    TrainError, CheckpointError, and ValueError for an impossible sampler.
+    All trajectories start from noise. The second part of the loss compares the student's images with `data`, or with
+    the teacher's images if there is no `data`. On SIGTERM or SIGINT, finishes the current step and saves. After SIGINT,
+    also raises KeyboardInterrupt if steps are left. Raises TrainError, CheckpointError, and ValueError for an
+    impossible sampler.
     """
     teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
     of_teacher = teacher.checkpoint
     if folder.resolve() == teacher_folder.resolve():
         raise TrainError(f"{folder}: is the teacher's folder; choose another for the student")
-    check_place(folder, of_teacher.autoencoder)  # Fail now, and not at the first save.
+    check_place(folder, of_teacher.autoencoder)  # Fail now, not at the first save.
     if data is not None:
         teacher.check(data)
     unet, noise, labels = of_teacher.net.config, student_noise(of_teacher.noise), of_teacher.labels
 
-    # The plan has a line for each point that the student visits: the coefficients that turn its output into x0.
+    # The plan has one line for each point that the student visits. The line turns the student's output into x0.
     levels = teacher.plan.alpha_bar
     points = student_points(levels, max(config.student_steps))
     timesteps = teacher.plan.timesteps.tolist()
@@ -111,7 +119,7 @@ def distill(
     bound = float(plan.lines[0, 6])
 
     run = Run(folder, "distill", str(teacher_folder))
-    # The student starts from the teacher's weights, although it predicts v.
+    # The student starts from the teacher's weights, even if the teacher does not predict v.
     torch.manual_seed(step_seed(config.seed, -1))
     net = build(unet)
     net.load_state_dict(of_teacher.net.state_dict())
@@ -174,7 +182,7 @@ def distill(
                 return None
             frechet.set_reference(reference)
 
-        # The teacher solves new trajectories every `round_steps` steps.
+        # Every `round_steps` steps, the teacher solves new trajectories.
         nonlocal trajectories
         if trajectories is None or step % config.round_steps == 0:
             seed = step_seed(config.seed, REFERENCE - 1 - step // config.round_steps)
@@ -182,17 +190,18 @@ def distill(
             if trajectories is None:
                 return None
 
-        # Pick rows of the trajectories and their points k. The first num_first rows are at pure noise.
+        # Pick trajectories, and a point k on each of them. The first num_first rows are at pure noise.
         row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
         later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
         k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)
         classes = trajectories.labels[row] if trajectories.labels is not None else None
 
-        # The first loss is the distance of the student's images from the ends of the trajectories.
+        # First part of the loss: the distance from the ends of the trajectories.
         x0 = predict(k, trajectories.points[k, row], classes)
         loss = pseudo_huber(x0, trajectories.points[-1, row])
 
-        # The second loss compares images of one step, and of two steps as the sampler takes them, with the reference.
+        # Second part of the loss: compare images made in one step, and in two steps like the sampler's, with the
+        # reference.
         if config.frechet_weight:
             images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
             of_images = classes[:num_first] if classes is not None else None

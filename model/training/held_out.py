@@ -1,7 +1,7 @@
-"""The loss on held-out images, beside the loss on as many training images.
+"""Measures the loss on held-out images, and on the same number of training images.
 
-While both fall, the run still learns. If the held-out loss stays level, more steps are of no use. If the held-out loss
-rises while the training loss falls, the network memorises its images.
+While both losses fall, training helps. If the held-out loss no longer falls, more steps are useless. If it rises while
+the training loss falls, the network memorises its training images.
 """
 
 import csv
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
 HEAD = "step,training,held_out,held_out_images"
-MEASURED = 2000  # largest number of images from each set
-BATCH = 64  # largest batch
+MEASURED = 2000  # number of images from each set, at most
+BATCH = 64  # largest batch size
 SEED = 0
 
 
 def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
-    """Describe how two sets differ in shape or classes; None if they agree."""
+    """Describe how two data sets differ in image shape or classes. Returns None if they do not."""
     for what, of_held_out, of_data in (
         ("images of", held_out.images.shape[1:], data.images.shape[1:]),
         ("the classes", held_out.class_names, data.class_names),
@@ -42,7 +42,7 @@ def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
 
 
 class HeldOutLoss:
-    """The loss of a run's averaged network on training images, and on as many held-out images."""
+    """Measures the averaged network's loss on held-out images, and on as many training images."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class HeldOutLoss:
         schedule: NoiseSchedule,
         weights: Tensor | None,
     ) -> None:
-        """`examples`: the run's training data, on the schedule's device. `weights` [T]: see `mean_loss`."""
-        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # same count, so same timesteps, for both sets
+        """`examples` are the training data, on the schedule's device. `weights` [T] are those of `mean_loss`."""
+        self._count = min(len(examples.x_0), len(held_out), MEASURED)  # Equal counts give both sets the same timesteps.
         others = Examples.some_of(held_out, self._count, autoencoder, schedule.betas.device)
         self._examples, self._name = (examples, others), f"{held_out.name} ({len(held_out)})"
         self._loss = noise, schedule, weights
 
     def note(self, folder: Path, step: int, average: Forward, batch_size: int) -> None:
-        """Measure both losses and add them to the run's losses.csv. `batch_size` is the run's, which fits in memory."""
+        """Measure both losses and add them to losses.csv. The run's `batch_size` is known to fit in memory."""
         size = min(batch_size, BATCH)
         ours, theirs = (mean_loss(average, each, self._count, *self._loss, batch_size=size) for each in self._examples)
         note_losses(folder, step, ours, theirs, self._name)
@@ -78,10 +78,11 @@ def mean_loss(
     *,
     batch_size: int = BATCH,
 ) -> float:
-    """Return the mean L_simple of `count` examples with their classes, each at one t; weights [T] weigh the t.
+    """Return the mean L_simple of `count` evenly spaced examples, each at one timestep.
 
-    The timesteps are spread evenly over 0..T-1. Timesteps and eps are the same in every call with the same `count`, so
-    two losses differ only by network and images. The network must be on the schedule's device.
+    The timesteps are spread evenly over 0..T-1, with optional weights [T]. Calls with the same `count` use the same
+    timesteps and eps, so their losses differ only because of the network and the images. The network must be on the
+    schedule's device.
     """
     device, net = schedule.betas.device, as_ours(net, noise, schedule)
     picked = evenly(len(examples.x_0), count)
@@ -104,9 +105,9 @@ def mean_loss(
 
 
 def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
-    """Add a line to the run's losses.csv; `of` names the held-out images, which may change within a run.
+    """Add a line to the run's losses.csv. `of` names the held-out images, which may change during a run.
 
-    Lines of this step and later steps, which a killed run left, are removed.
+    Removes lines for this step and later ones, which an interrupted run may have left.
     """
     file = folder / LOSSES_FILE
     known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): an optimiser whose steps change a matrix equally in all directions of its gradient."""
+"""The Muon optimiser (Jordan et al. 2024): it orthogonalises the update of each weight matrix."""
 
 import math
 from itertools import groupby
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ADAM = 0.9, 0.999, 1e-8  # beta_1, beta_2 and epsilon (Kingma & Ba 2015) for parameters that are not matrices
-STEP = 0.2  # root mean square of a step at rate 1: about that of Adam, so one rate suits both (Liu et al. 2025)
-MIN_CHANNELS = 16  # Adam takes layers with fewer: the first and last convolution of a U-Net.
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # from Jordan: five rounds bring singular values from 0.01..1 to about 0.7..1.2
+ADAM = 0.9, 0.999, 1e-8  # beta_1, beta_2 and epsilon of Adam (Kingma & Ba 2015), for parameters that are not matrices
+STEP = 0.2  # RMS of an update at learning rate 1; similar to Adam's, so both can share a rate (Liu et al. 2025)
+MIN_CHANNELS = 16  # Adam handles smaller layers: the first and last convolutions of a U-Net.
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # from Jordan: five rounds bring singular values in 0.01..1 to about 0.7..1.2
 ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Runs Muon on the weights of linear layers and convolutions, and Adam on all other parameters of a network."""
+    """Applies Muon to the weights of linear layers and convolutions, and Adam to all other parameters."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
         layers = [each for each in net.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
         matrices = [each.weight for each in layers if min(each.weight.shape[:2]) >= MIN_CHANNELS]
-        # Sort by shape: matrices of one shape are multiplied together.
+        # Sort by shape, so that matrices of the same shape can be multiplied together.
         matrices.sort(key=lambda weight: weight.flatten(1).shape)
         known = set(matrices)
         others = [each for each in net.parameters() if each not in known]
@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, means, scales, -lr / (1 - beta_1**step))
 
     def _kept(self, name: str, weights: list[Tensor]) -> list[Tensor]:
-        """Return the state `name` of each weight, initially zero."""
+        """Return each weight's entry `name` in the optimiser's state, initially zero."""
         for each in weights:
             if name not in self.state[each]:
                 self.state[each][name] = torch.zeros_like(each)
@@ -73,7 +73,7 @@ def _gradients(weights: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Bring the singular values of each matrix close to 1 and keep its singular vectors: [N, rows, columns]."""
+    """Bring the singular values of matrices [N, rows, columns] close to 1, and keep the singular vectors."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices

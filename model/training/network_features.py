@@ -1,7 +1,7 @@
-"""Image distances in the features of the denoising network, as in LPIPS, and statistics to compare sets of images.
+"""Image distances in the features of the denoising network, similar to LPIPS, and feature statistics.
 
-The mean square error of pixels prefers soft images to sharp images that differ a little. A distance in the features of
-a network is closer to how similar images look (Zhang et al. 2018).
+The mean square error of pixels prefers a blurred image to a sharp image with small differences. A distance between the
+features of a network is closer to how similar images look (Zhang et al. 2018).
 """
 
 from contextlib import ExitStack
@@ -14,27 +14,28 @@ from tminus.model.evaluation.distances import Gaussian
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseSchedule
 
-READ_AT = 0.02  # share of T: the timestep, and so the noise, at which the network reads images
-HALF_LIFE = 2000.0  # rows after which older rows count half
-LEAST_ROWS, ALL_ROWS = 1500, 6000  # rows of a kind: its loss counts from the first number on, in full from the second
-MOST_DIRECTIONS = 128  # directions of the features: those in which the reference varies most
-RIDGE = 1e-6  # share of the reference's variance that is added to each direction, because some have none
+READ_AT = 0.02  # the timestep at which the network reads images, as a share of T
+HALF_LIFE = 2000.0  # number of rows after which the weight of a row is halved
+LEAST_ROWS, ALL_ROWS = 1500, 6000  # rows of a kind before its loss counts at all, and before it counts in full
+MOST_DIRECTIONS = 128  # number of directions used: those in which the reference varies most
+RIDGE = 1e-6  # share of the reference's variance added to each direction, because some have none
 
 
 class NetworkFeatures:
-    """Reads images with a fixed network. Gradients reach the images."""
+    """Computes features of images with a frozen network. Gradients flow back to the images."""
 
     def __init__(self, net: Denoiser, schedule: NoiseSchedule, forward: Forward) -> None:
-        """`forward` must call the blocks of `net`, because hooks collect their outputs."""
+        """`forward` must call the blocks of `net`, because hooks on the blocks collect the features."""
         self._net, self._forward = net, forward
         self._t = max(1, round(READ_AT * schedule.num_timesteps)) - 1
         alpha_bar = float(schedule.alpha_bar[self._t])
         self._signal, self._sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
     def distance(self, images: Tensor, target: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """Return the distance [B] of each image from its target, both [B, C, H, W], read with the same noise eps.
+        """Return the distance [B] of each image from its target, both [B, C, H, W], with the same noise eps.
 
-        The distance is the mean over positions and blocks of the squared distance between features of length 1: 0 to 4.
+        The distance is 0 to 4. The features at each position are scaled to length 1. Their squared distance is averaged
+        over positions and blocks.
         """
         with torch.no_grad():
             theirs = self._read(target, labels, eps)
@@ -42,11 +43,11 @@ class NetworkFeatures:
         return torch.stack([(_unit(one) - _unit(other)).square().sum(1).mean((1, 2)) for one, other in pairs]).mean(0)
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """Return the mean of each channel of each block, with noise eps on the images: [B, C, H, W] -> [B, D]."""
+        """Return the mean of each channel of each block, with noise eps added: images [B, C, H, W] -> [B, D]."""
         return torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
 
     def _read(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> list[Tensor]:
-        """Run the network and return the output of each block."""
+        """Run the network, and return the output of each block."""
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
@@ -66,10 +67,11 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class FrechetLoss(nn.Module):
-    """The Fréchet distance of each kind of image from one reference. Its state is in buffers, so a run saves it.
+    """The Fréchet distance of several kinds of images from one reference.
 
-    Only the directions in which the reference varies most are used. On average a covariance estimated from N rows in D
-    directions is less even than the true one. The loss would compensate with a variance about 3 D / 4 N too large.
+    The state is in buffers, so that it is saved with the run. Only the directions in which the reference varies most
+    are used. With more directions D, the eigenvalues of a covariance estimated from N rows spread more widely, and the
+    loss would compensate by making the variance about 3 D / 4 N too large.
     """
 
     wanted_mean: Tensor
@@ -95,10 +97,10 @@ class FrechetLoss(nn.Module):
         keep("second", kinds, size, size)
         keep("weight", kinds)
         keep("rows", kinds, dtype=torch.int64)
-        keep("distance", kinds)  # distance at the last call, in units of the reference's variance
+        keep("distance", kinds)  # latest distance, in units of the reference's variance
 
     def set_reference(self, reference: Gaussian) -> None:
-        """Set the distribution that features are compared with."""
+        """Set the distribution that images are compared with."""
         values, vectors = torch.linalg.eigh(reference.covariance)
         scale, size = values.clamp(min=0).sum().sqrt(), len(self.wanted_mean)
         self.directions.copy_(vectors[:, -size:] / scale)
@@ -106,7 +108,7 @@ class FrechetLoss(nn.Module):
         self.wanted_root.copy_(torch.diag((values[-size:].clamp(min=0) / scale**2 + RIDGE).sqrt()))
 
     def forward(self, features: Tensor, kind: Tensor) -> Tensor:
-        """Return the loss of each row: features [B, D] of images of several kinds [B] -> [B]. Updates the averages."""
+        """Return each row's loss [B] for its features [B, D] and its kind [B]. Updates the running averages."""
         features = features @ self.directions.to(features)
         losses = torch.zeros(len(features), device=features.device)
         for each in sorted(set(kind.tolist())):
@@ -129,9 +131,9 @@ class FrechetLoss(nn.Module):
         self.rows[kind] += len(rows)
 
     def _gradient(self, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mean m of the remembered features, and the distance's gradients in m and in the covariance S.
+        """Return the running mean m, and the distance's gradients with respect to m and to the covariance S.
 
-        The distance is |m - m'|^2 + tr(S + S' - 2 (S'^1/2 S S'^1/2)^1/2), with m' and S' of the reference. The
+        The distance is |m - m'|^2 + tr(S + S' - 2 (S'^1/2 S S'^1/2)^1/2), where m' and S' belong to the reference. The
         gradients are 2 (m - m') and 1 - S'^1/2 (S'^1/2 S S'^1/2)^-1/2 S'^1/2.
         """
         mean, root = self.mean[kind] / self.weight[kind], self.wanted_root

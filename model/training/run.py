@@ -1,6 +1,6 @@
-"""A run: a folder with a checkpoint of the EMA weights, and the state from which training resumes bit by bit.
+"""A run: a folder with a checkpoint of the averaged weights (EMA), and the state for exact resumption.
 
-All training commands share this module: the training loop, its state on disk, its signals and its progress.
+All training commands share the training loop, the saved state, the signal handling and the progress display.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 STATE_FILE = "training-state.safetensors"
 PARTS = ("net", "ema", "remembered")
 LOSS_FILE = "loss.svg"
-FIRST_LINE, LINE_EVERY = 10, 100  # step of the first log line, steps between lines; used if there is no terminal
-TIMED_PASSES = 3  # passes in each precision; the fastest counts
+FIRST_LINE, LINE_EVERY = 10, 100  # step of the first log line, and steps between further lines, if there is no terminal
+TIMED_PASSES = 3  # passes timed in each precision; the fastest counts
 Config = TypeVar("Config", bound=RunConfig)
 Net = TypeVar("Net", bound=nn.Module)
 FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
 
 
 class Ema:
-    """Averaged weights in float32. The decay warms up as (1 + step) / (10 + step), to forget the initial weights."""
+    """Averaged weights in float32. The decay starts low, so that the initial weights are soon forgotten."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -47,13 +47,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """Move the average towards the weights after optimiser step `step` (counted from 0)."""
+        """Move the average towards the weights after a step, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         state = net.state_dict()
         torch._foreach_lerp_(list(self.shadow.values()), [state[k] for k in self.shadow], 1 - decay)
 
     def load(self, shadow: dict[str, Tensor]) -> None:
-        """Load a saved average. Raises ValueError if its keys differ."""
+        """Load a saved average. Raises ValueError if the keys differ."""
         if shadow.keys() != self.shadow.keys():
             raise ValueError("the saved average belongs to another network")
         for key, value in shadow.items():
@@ -61,7 +61,7 @@ class Ema:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state atomically: PARTS and `optimizer` are state dicts, the rest is written as JSON."""
+    """Write the state of a run atomically. PARTS and `optimizer` are state dicts; the rest becomes JSON."""
     moments = state["optimizer"]["state"]
     tensors: dict[str, Tensor] = {
         **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
@@ -69,7 +69,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     }
     rest = {key: value for key, value in state.items() if key not in (*PARTS, "optimizer")}
     rest["param_groups"] = state["optimizer"]["param_groups"]
-    # The optimiser's kernel processes weights and moments in memory order, so their memory layout must be kept.
+    # Keep the memory layout, because the optimiser's kernel processes weights and moments in memory order.
     rest["channels_last"] = [key for key, value in tensors.items() if not value.is_contiguous()]
     tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
     head = {"format": "pt", "state": json.dumps(rest)}
@@ -77,7 +77,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state that `write_state` wrote, on the CPU. A damaged file raises errors of many kinds."""
+    """Load the state of a run onto the CPU. A damaged file can raise many kinds of errors."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
     with safe_open(folder / STATE_FILE, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])
@@ -95,11 +95,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run saved in this folder; empty if there is none or its file is damaged."""
+    """Return the settings of the run saved in a folder; {} if there is none or its file is damaged."""
     try:
-        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # reads no tensors
+        with safe_open(folder / STATE_FILE, framework="pt") as opened:  # does not read tensors
             return dict(json.loads(opened.metadata()["state"])["config"])
-    except Exception:  # Resuming the run reports the error.
+    except Exception:  # Resuming the run will report the error.
         return {}
 
 
@@ -108,16 +108,16 @@ class TrainError(ValueError):
 
 
 class Run:
-    """The folder and the state of a run: weights, their average, the optimiser's moments, and the step."""
+    """A run's folder and state: the weights, their average, the optimiser's moments and the step."""
 
     net: nn.Module
     ema: Ema
 
     def __init__(self, folder: Path, command: str, origin: str | None) -> None:
-        """`command`: the only command that may resume the run. `origin`: the checkpoint that a new run starts from."""
+        """Only `command` may resume the run. `origin` is the checkpoint that a new run starts from."""
         self.folder, self.command, self.origin, self.step = folder, command, origin, 0
         self.curve = LossCurve()
-        self._received: list[int] = []  # received signals
+        self._received: list[int] = []
         self.begun = (folder / STATE_FILE).is_file()
 
     def begin(
@@ -130,11 +130,11 @@ class Run:
         forward: Callable[[], Tensor],
         remembered: nn.Module | None = None,
     ) -> Config:
-        """Start with this network and optimiser, or load the saved state, and prepare the network for training.
+        """Start a new run or load the saved state, and prepare the network for training.
 
-        `identity`: values that, like the config, must not change when the run resumes. `forward`: a forward pass of a
-        batch, used to time the precisions. `remembered`: a module that is saved with the state, such as a teacher.
-        Returns the config with the threads and the precision that the run chose at its start. Raises TrainError.
+        `identity` holds values that must stay the same when the run is resumed, in addition to the config. `forward`
+        runs the network on a batch, to time the precisions. `remembered` is a module whose state is saved too, such as
+        a teacher. Returns the config with the precision and the number of threads that the run uses. Raises TrainError.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.net, self.optimizer, self.remembered, self.identity = net, optimizer, remembered, identity
@@ -143,7 +143,7 @@ class Run:
             config = self._resume(config)
         net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         config = take_threads(config, device)
-        if config.precision == "auto":  # chosen once: a resumed run must use the same precision
+        if config.precision == "auto":  # A resumed run keeps the choice.
             config = dataclasses.replace(config, precision=faster_of(net, forward, device))
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
         log.info("%s: step %d of %d, %s, %s", self.folder, self.step, config.steps, device, config.precision)
@@ -160,12 +160,14 @@ class Run:
         save: Callable[[], None],
         look: Callable[[], None],
     ) -> bool:
-        """Take the remaining steps, and return whether all steps are done.
+        """Take the remaining steps. Returns whether all steps are done.
 
-        All randomness of a step is seeded by (seed, step). `loss_of` returns the loss of a step, or None if it was
+        All random numbers of a step are seeded by (seed, step). `loss_of` returns the loss of a step, or None if it was
         interrupted. `save` writes the checkpoint of the averaged weights. `look` shows and measures the averaged
-        network. Each save and each look redraws the loss curve. SIGTERM and SIGINT finish the step and save. If steps
-        are left, SIGINT then raises KeyboardInterrupt, so that a script stops too.
+        network. Each save and look also redraws the loss curve.
+
+        On SIGTERM or SIGINT, finishes the current step and saves. After SIGINT, also raises KeyboardInterrupt if steps
+        are left, to stop a calling script.
         """
 
         def note(signum: int, _frame: object) -> None:
@@ -195,7 +197,7 @@ class Run:
                         look()
                 save()
                 self.save(config)
-                if began_at < self.step == config.steps:  # After the save, so a failure here loses no steps.
+                if began_at < self.step == config.steps:  # after the save, so that an error loses no steps
                     look()
         finally:
             for signum, handler in previous.items():
@@ -206,7 +208,7 @@ class Run:
         return done
 
     def _step_down(self, loss: Tensor, config: RunConfig) -> Tensor:
-        """Take one optimiser step, update the average, and return the gradient's norm."""
+        """Take one optimiser step and update the average. Returns the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,7 +224,7 @@ class Run:
         return {"trained_by": f"tminus {self.command}", **origins, **seen}
 
     def save(self, config: RunConfig) -> None:
-        """Write the state file atomically, and draw the loss curve."""
+        """Write the state file atomically, and redraw the loss curve."""
         state = {
             "command": self.command,
             "step": self.step,
@@ -255,11 +257,11 @@ class Run:
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = dataclasses.replace(config, precision=was["precision"])
-            if config.threads == 0 and was["threads"] <= torch.get_num_threads():  # not on a smaller machine
+            if config.threads == 0 and was["threads"] <= torch.get_num_threads():  # unless this machine has fewer
                 config = dataclasses.replace(config, threads=was["threads"])
-            # JSON turns tuples into lists.
+            # A round trip through JSON turns tuples into lists, as in the saved values.
             now = json.loads(json.dumps({**dataclasses.asdict(config), **self.identity}))
-            usual = {each.name: each.default for each in dataclasses.fields(config)}  # defaults for older files
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # for files from older versions
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
                 if begun != now[field]:
@@ -281,13 +283,13 @@ class Run:
 
 
 def _quoted(value: Any) -> str:
-    """Format a setting for a message, and shorten long lists of names."""
+    """Format a setting for a message. Long lists of names are shortened."""
     names = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return f"[{listed(value)}]" if names else repr(value)
 
 
 class Progress:
-    """Shows the progress of a run: a bar on a terminal, otherwise lines in the log."""
+    """Shows the progress of a run, as a bar on a terminal or as log lines."""
 
     def __init__(self, config: RunConfig, bar: "tqdm[NoReturn]", curve: LossCurve) -> None:
         self._config, self._bar, self._curve = config, bar, curve
@@ -295,9 +297,10 @@ class Progress:
         bar.bar_format = "step {n_fmt}/{total_fmt} {percentage:3.0f}%, {remaining} left{postfix}"
 
     def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
-        """Show step `step`, which took `seconds`. The loss is read every ten steps, at saves and at the end.
+        """Record the loss of a step that took `seconds`, and show the progress.
 
-        Reading the loss makes the host wait for the device. Raises TrainError if loss or gradient are not finite.
+        Reading the loss waits for the device, so this happens only every ten steps, at saves and at the end. Raises
+        TrainError if the loss or the gradient is not finite.
         """
         config, bar = self._config, self._bar
         self._curve.add(step, loss)
@@ -317,7 +320,7 @@ class Progress:
 
 
 def take_threads(config: Config, device: torch.device) -> Config:
-    """Set torch's number of threads for a run on a CPU, and return the config with this number."""
+    """On a CPU, set the number of torch threads, and return the config with this number."""
     if device.type != "cpu":
         return config
     threads = config.threads or threads_left(torch.get_num_threads())
@@ -326,7 +329,7 @@ def take_threads(config: Config, device: torch.device) -> Config:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Mix (seed, step) into 63 bits with splitmix64's finaliser, so that neighbouring steps share no randomness."""
+    """Mix (seed, step) into 63 bits with the finaliser of splitmix64, so that steps share no randomness."""
     z = (seed * 0x9E3779B97F4A7C15 + step) & 0xFFFFFFFFFFFFFFFF
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ (z >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
@@ -334,7 +337,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-    """Return a function that runs a denoiser on x [B, C, H, W] of this shape. The gradient goes to x too."""
+    """Return a function that runs a denoiser on a random x of this shape, which also gets gradients."""
     x, t = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     classes = t if net.class_embedding is not None else None
@@ -342,7 +345,7 @@ def example_pass(net: Denoiser, shape: tuple[int, ...], device: torch.device) ->
 
 
 def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
-    """Return the faster of fp32 and bf16 autocast, by a forward and a backward pass. Does not change the weights."""
+    """Return the faster precision, "fp32" or "bf16" with autocast, for a forward and a backward pass."""
     seconds = {}
     for precision in ("fp32", "bf16"):
         timings = []
@@ -360,7 +363,7 @@ def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.devic
 
 
 def averaged(make: Callable[[], Net], ema: Ema) -> Net:
-    """Return a network in eval mode that shares the averaged weights."""
+    """Return a new network in eval mode that shares memory with the averaged weights."""
     with torch.device("meta"):
         net = make()
     net.load_state_dict(ema.shadow, assign=True)

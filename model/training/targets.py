@@ -1,4 +1,4 @@
-"""Training targets: the image and noise that x_t was made of, a mean of images, or a guided teacher's prediction."""
+"""Training targets, made from x_0 and noise, from a mean of images, or by a guided teacher."""
 
 import copy
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from tminus.model.training.run import TrainError
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 
-GROUP = 256  # images at most: a larger group reads more data in each step, but the target hardly varies less
+GROUP = 256  # images at most; larger groups read more data per step, and the target hardly varies less
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step: x_0, eps and x_t [B, C, H, W], t [B] and class_labels [B] or None.
+    """The rows of one step: x_0, eps and x_t [B, C, H, W], t [B], and class_labels [B] or None.
 
-    picked: int64 [B] on the CPU, the index of each row's image in the data.
+    `picked` holds the index of each row's image in the data, int64 [B] on the CPU.
     """
 
     x_0: Tensor
@@ -43,7 +43,7 @@ Target = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PlainTarget:
-    """The target of Ho et al. 2020: eps, or for other prediction types a function of eps and x_0."""
+    """The usual target: eps as in Ho et al. 2020, or the equivalent for other prediction types."""
 
     noise: NoiseConfig
     schedule: NoiseSchedule
@@ -53,11 +53,12 @@ class PlainTarget:
 
 
 class StableTarget:
-    """The target with E[x_0 | x_t] over training images in place of x_0, which varies less (Xu et al. 2023, STF).
+    """The target with x_0 replaced by a mean of training images, which varies less (Xu et al. 2023, STF).
 
-    The images are divided into groups of one class. For any groups, E[x_0 | x_t, group] has the same mean given x_t as
-    x_0 has, so the same network minimises the loss. Near t = T, where x_t may come from any image, the target hardly
-    varies. Near t = 0 it is x_0 itself.
+    The training images are divided into groups, each of a single class. The mean is E[x_0 | x_t, group], over the group
+    of the row's own image. For any grouping, its expectation given x_t is that of x_0, so the same network minimises
+    the loss. The target varies little near t = T, where any image could have led to x_t. Near t = 0, the mean is x_0
+    itself.
     """
 
     def __init__(self, examples: Examples, noise: NoiseConfig, schedule: NoiseSchedule) -> None:
@@ -66,7 +67,7 @@ class StableTarget:
         labels, count = examples.class_labels, len(examples.x_0)
         of_class = torch.zeros(count, dtype=torch.int64) if labels is None else labels.cpu()
         self._groups: list[Tensor] = []
-        self._group_of = torch.empty_like(of_class)  # on the host, so steps need not wait for the device
+        self._group_of = torch.empty_like(of_class)  # on the host, so that steps do not wait for the device
         for label in sorted(set(of_class.tolist())):
             members = (of_class == label).nonzero()[:, 0]
             for part in members.tensor_split(-(-len(members) // GROUP)):
@@ -77,13 +78,13 @@ class StableTarget:
         return training_target(self._noise, self._schedule, *self.explain(batch))
 
     def explain(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return E[x_0 | x_t, group], t, and the eps for which sqrt(alpha_bar) mean + sqrt(1 - alpha_bar) eps = x_t."""
+        """Return E[x_0 | x_t, group] as x_0, t, and the eps that gives x_t with this x_0."""
         mean = self.mean(batch.x_t, batch.t, batch.picked)
         signal, noise = self._schedule.alpha_bar.sqrt(), (1 - self._schedule.alpha_bar).sqrt()
         return mean, batch.t, batch.eps + gather(signal / noise, batch.t, batch.x_0) * (batch.x_0 - mean)
 
     def mean(self, x_t: Tensor, t: Tensor, picked: Tensor) -> Tensor:
-        """Return E[x_0 | x_t, group of the picked image], float32 [B, C, H, W]: x_t [B, C, H, W], t [B], picked [B]."""
+        """Return E[x_0 | x_t, group of the picked image], float32 [B, C, H, W], for t and picked [B]."""
         mean = torch.empty_like(x_t, dtype=torch.float32)
         groups = self._group_of[picked]
         alpha_bar = self._schedule.alpha_bar[t].to(torch.float32)[:, None]
@@ -99,7 +100,7 @@ class StableTarget:
 
 @dataclass(frozen=True, slots=True)
 class GuidedTarget:
-    """A frozen teacher's prediction with classifier-free guidance. Training folds the guidance into the network.
+    """A frozen teacher's prediction with classifier-free guidance, which the network learns to include.
 
     See Meng et al. 2023, On Distillation of Guided Diffusion Models, sec. 3.1.
     """
@@ -116,12 +117,12 @@ class GuidedTarget:
 
 
 def product_of(guidance: float, teacher: Checkpoint) -> float:
-    """Return the total guidance in a network's weights: `guidance` times that in its teacher's weights."""
+    """Return the total guidance in the trained weights: `guidance` times that in the teacher's weights."""
     return round(guidance * teacher.folded_guidance, 6)
 
 
 def teacher_of(net: UNet2D) -> UNet2D:
-    """Return a frozen copy of a network that is about to be trained."""
+    """Return a frozen copy of a network, before it is trained."""
     teacher = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return cast(UNet2D, teacher).requires_grad_(False).eval()
 
@@ -134,7 +135,7 @@ def check_teacher(
     class_names: tuple[str, ...],
     autoencoder: Autoencoder | None,
 ) -> None:
-    """Raise TrainError unless the teacher's prediction is a target for this network."""
+    """Raise TrainError if this network cannot learn the teacher's prediction."""
 
     def require_same(field: str, theirs: object, ours: object) -> None:
         if theirs != ours:

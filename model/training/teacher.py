@@ -1,4 +1,4 @@
-"""The teacher of `distill`: its trajectories from noise to images, and the reference for the student's images."""
+"""The teacher of `distill`: its trajectories, and the reference for the student's images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,20 +17,20 @@ from tminus.model.training.data import Examples, ImageSet
 from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.training.run import TrainError
 
-REFERENCE = -2  # the `step` of step_seed for the reference; the rounds of trajectories use -3, -4, …
-REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # images at most: of the teacher, of `data`
+REFERENCE = -2  # step of `step_seed` for the reference; the sets of trajectories use -3, -4, …
+REFERENCE_ROWS, REFERENCE_IMAGES = 2048, 10_000  # limits for the teacher's images and for `data`
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """points [P + 1, N, C, H, W]: P points of each trajectory, then x_0; labels [N] or None."""
+    """P points of each trajectory and x_0, together [P + 1, N, C, H, W]; labels [N] or None."""
 
     points: Tensor
     labels: Tensor | None
 
 
 class Teacher:
-    """A checkpoint with its guidance and the solver of its trajectories."""
+    """A checkpoint that generates trajectories with a given guidance and solver."""
 
     def __init__(self, folder: Path, sampler: str, steps: int, guidance: float) -> None:
         """Load the checkpoint and compile the solver.
@@ -46,7 +46,7 @@ class Teacher:
     def prepare(
         self, device: torch.device, autocast: AbstractContextManager[object], *, rows_at_once: int, compile_net: bool
     ) -> None:
-        """Move the network to the device, and set how it runs."""
+        """Move the network to the device, and set how it is run."""
         self.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward: Forward = torch.compile(self.net) if compile_net else self.net
         self._device, self._autocast, self._rows_at_once = device, autocast, rows_at_once
@@ -54,7 +54,7 @@ class Teacher:
         self._features = NetworkFeatures(self.net, schedule, self.net)
 
     def check(self, data: ImageSet) -> None:
-        """Raise TrainError unless the images have the teacher's shape and number of classes."""
+        """Raise TrainError if the images do not have the teacher's shape and number of classes."""
         shape = self.checkpoint.image_shape
         if tuple(data.images.shape[1:]) != shape:
             raise TrainError(
@@ -67,7 +67,7 @@ class Teacher:
     def solve(
         self, seed: int, rows: int, class_dropout: float, points: Sequence[int], stop: Callable[[], bool]
     ) -> Trajectories | None:
-        """Solve trajectories from noise, with classes in rotation. Returns None if `stop()` is true."""
+        """Generate trajectories from noise, with the classes in turn. Returns None if stop() becomes true."""
         generator = torch.Generator().manual_seed(seed)
         checkpoint = self.checkpoint
         x_T = torch.randn(rows, *checkpoint.row_shape, generator=generator).to(self._device)
@@ -88,7 +88,7 @@ class Teacher:
     def reference(
         self, data: ImageSet | None, seed: int, class_dropout: float, stop: Callable[[], bool]
     ) -> Gaussian | None:
-        """Fit a Gaussian to the `numbers` of `data`, or of the teacher's images. Returns None if `stop()` is true."""
+        """Fit a Gaussian to the `numbers` of `data` or of the teacher's images; None if stop() becomes true."""
         generator = torch.Generator().manual_seed(seed)
         if data is None:
             solved = self.solve(seed, REFERENCE_ROWS, class_dropout, (), stop)
@@ -117,7 +117,7 @@ class Teacher:
             return self._features.numbers(images, labels, eps)
 
     def num_numbers(self) -> int:
-        """Return D, the length of one image's `numbers`."""
+        """Return the length of one image's `numbers`."""
         x = torch.zeros(1, *self.checkpoint.row_shape, device=self._device)
         labels = torch.zeros(1, dtype=torch.long, device=self._device) if self.net.class_embedding is not None else None
         with torch.no_grad():
@@ -135,7 +135,7 @@ class Teacher:
 
 
 def _solver(folder: Path, teacher: Checkpoint, sampler: str, steps: int, guidance: float) -> Plan:
-    """Return the plan by which the teacher solves. Raises TrainError for a teacher that cannot be distilled."""
+    """Return the teacher's plan. Raises TrainError if this teacher or solver cannot be distilled."""
     if teacher.student is not None:
         raise TrainError(f"{folder}: is a student itself; distill its teacher")
     if teacher.noise.variance_type == "learned_range":

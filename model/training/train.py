@@ -1,6 +1,7 @@
-"""Trains a U-Net (Ho et al. 2020, algorithm 1). A run is a folder with a checkpoint of the EMA weights, and its state.
+"""Trains a U-Net (Ho et al. 2020, algorithm 1).
 
-All random numbers of step k are seeded by (seed, k), so a run that is stopped and resumed ends as if it never stopped.
+A run is a folder with its state and a checkpoint of the averaged weights (EMA). All random numbers of step k are seeded
+by (seed, k), so stopping and resuming a run does not change its result.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit
 
-GUIDANCE = 1.5  # recommended at first for a network that has learned a null class
+GUIDANCE = 1.5  # first recommendation for a network that has learned a null class
 
 
 def train(
@@ -54,23 +55,24 @@ def train(
     held_out: ImageSet | None = None,
     on_sheet: Callable[[Denoiser, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, or resume the run there. Returns whether all steps are done.
+    """Train a U-Net in `folder`, or resume the run there. Returns whether all steps are done.
 
-    `init_from` starts a new run from another checkpoint's weights, with a fresh optimiser. A resumed run does not need
-    `init_from`, and accepts no other checkpoint. With config.guidance, x_t is made of the data as usual, but the target
-    is the prediction of those initial weights with classifier-free guidance (Meng et al. 2023, sec. 3.1). With
-    `autoencoder`, the run trains a latent model (Rombach et al. 2022): x_0 are the latents of the images.
+    `init_from` is a checkpoint whose weights a new run starts from, with a fresh optimiser. When resuming, it may be
+    left out; if given, it must be the same checkpoint. With config.guidance, x_t comes from the data as usual, but the
+    target is what these initial weights predict with classifier-free guidance (Meng et al. 2023, sec. 3.1). With
+    `autoencoder`, the run trains a latent model: x_0 are latents of the images (Rombach et al. 2022).
 
-    Every `sheet_every` steps and at the end, the averaged network is measured on `held_out`, which must have the shape
-    and classes of the data. `on_sheet` gets the averaged network at these steps and at some early ones.
+    Every `sheet_every` steps and at the end, the averaged network is measured on `held_out`, whose image shape and
+    classes must be those of the data. `on_sheet` receives the averaged network at the same steps, and after some early
+    steps.
 
-    SIGTERM and SIGINT finish the step and save; SIGINT then raises KeyboardInterrupt. Raises TrainError,
-    CheckpointError.
+    On SIGTERM or SIGINT, finishes the current step and saves. After SIGINT, also raises KeyboardInterrupt if steps are
+    left. Raises TrainError and CheckpointError.
     """
     run = Run(folder, "train", str(init_from) if init_from is not None else None)
     _check(run, data, unet, noise, config, autoencoder, held_out)
 
-    # The state of the run: weights, their average, the optimiser's moments, the step.
+    # The state of the run: weights, their average, the optimiser's moments, and the step.
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)
     origin = None
@@ -79,12 +81,12 @@ def train(
         net.load_state_dict(origin.net.state_dict())
         if config.guidance != 1:
             check_teacher(init_from, origin, unet, noise, data.class_names, autoencoder)
-    teacher = teacher_of(net) if config.guidance != 1 else None  # A resumed run loads the teacher's weights.
+    teacher = teacher_of(net) if config.guidance != 1 else None  # When resuming, run.begin() loads its weights.
     rate = config.learning_rate
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    # Include the class names of the image folder, because users may edit the names in tminus.json.
+    # Use the data's class names, because users may edit those in tminus.json.
     identity |= {"data": f"{data.name}, {len(data)} images", "class_names": data.class_names}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
@@ -97,13 +99,13 @@ def train(
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels, recommended, folded_guidance = _for_tminus_json(run, config, unet, noise, data.class_names, origin)
 
-    # The data and the network's forward pass.
+    # The data, and the network's forward pass.
     schedule = noise.schedule().to(device)
     examples = Examples.of(data, autoencoder, device)
-    # Compile for fixed shapes: otherwise the second network would be compiled for batches of any size.
+    # Compile for fixed shapes. Otherwise, the second of two networks would be compiled for any batch size.
     forward = as_ours(torch.compile(net, dynamic=False) if config.compile else net, noise, schedule)
 
-    # The options: sampling of t, weights of the errors at t, the target, and the measurement on held-out images.
+    # What the settings choose: sampling of t, weights of timesteps, the target, and measurement on held-out images.
     share = lognormal_timesteps(noise.schedule()).to(device) if config.timestep_sampling == "lognormal" else None
     weights = None
     if config.weighting == "velocity":
@@ -119,7 +121,7 @@ def train(
         measured = HeldOutLoss(examples, held_out, autoencoder, noise, schedule, weights)
 
     def draw(step: int) -> Batch:
-        """Draw the batch of a step from (seed, step): permuted images, t uniform or by `share`, eps normal."""
+        """Draw the batch of a step: permuted images, t uniform or weighted by `share`, and normal eps."""
         of_batch = batch_indices(len(data), config.batch_size, config.seed, step)
         picked = of_batch.to(device)
         x_0 = examples.rows(picked).to(memory_format=torch.channels_last)
@@ -137,7 +139,7 @@ def train(
         return Batch(x_0, t, eps, schedule.q_sample(x_0, t, eps), class_labels, of_batch)
 
     def loss_of(step: int) -> Tensor:
-        """Compute the loss of algorithm 1 in Ho et al. 2020; `Run.descend` takes the step."""
+        """Return the loss of a step (Ho et al. 2020, algorithm 1)."""
         batch = draw(step)
         target = target_of(batch)
         with run.autocast:
@@ -177,7 +179,7 @@ def _check(
     autoencoder: Autoencoder | None,
     held_out: ImageSet | None,
 ) -> None:
-    """Raise TrainError or CheckpointError for a part or a combination of parts that cannot be trained."""
+    """Raise TrainError or CheckpointError if these parts and settings cannot be trained together."""
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:
@@ -195,11 +197,11 @@ def _check(
             raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
-    check_place(run.folder, autoencoder)  # Fail now, and not at the first save.
+    check_place(run.folder, autoencoder)  # Fail now, not at the first save.
 
 
 def _origin(folder: Path, net: UNet2D) -> Checkpoint:
-    """Load the checkpoint whose weights a network starts from. Raises TrainError if it does not fit."""
+    """Load the checkpoint that a new run starts from. Raises TrainError if it does not fit the network."""
     origin = load_checkpoint(folder)
     if origin.student is not None:
         raise TrainError(f"{folder}: is a student, made for few steps; begin from its teacher")
@@ -218,11 +220,12 @@ def _for_tminus_json(
     class_names: tuple[str, ...],
     origin: Checkpoint | None,
 ) -> tuple[Labels, Recommended, float | None]:
-    """Return values for tminus.json: the classes, the recommended settings, and the guidance in the weights.
+    """Return values for tminus.json: classes, recommended settings, and the guidance in the weights.
 
-    A resumed run keeps its tminus.json. A new run takes `class_names`, and the settings of `origin`. If no settings fit
-    (a table fits only its own weights), the usual settings apply. They include guidance if the network learns the null
-    class and the weights contain no guidance.
+    A resumed run keeps the values that it has. A new run takes `class_names` and the settings of `origin`. Settings
+    with a table are not taken, because a table fits only its own weights. In that case, and without any settings, the
+    usual ones are recommended. They include guidance if the network learns a null class and its weights contain no
+    guidance.
     """
     labels = Labels(class_names, unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None)
     recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
@@ -248,7 +251,7 @@ def _for_tminus_json(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the images of step `step` [batch_size]: epochs, each freshly permuted, follow without a gap."""
+    """Return the images of a step, int64 [batch_size]. Epochs have different orders, and follow without a gap."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []
@@ -258,6 +261,6 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Ten
     return torch.cat(picked)
 
 
-@lru_cache(maxsize=2)  # All steps of an epoch use one permutation.
+@lru_cache(maxsize=2)  # All steps of an epoch use the same permutation.
 def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(step_seed(seed, -2 - epoch)))

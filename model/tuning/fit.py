@@ -1,13 +1,13 @@
-"""Fits the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
+"""Fits the coefficients of a sampler with few steps to one checkpoint, for given timesteps.
 
-The teacher is the same checkpoint, sampled in more steps. From the same x_T, a table of few steps should end in the
-same image. The coefficients of each step solve a linear least-squares problem:
+The teacher is the same checkpoint, sampled in more steps. From the same noise x_T, the fitted table should give the
+same image as the teacher. The coefficients of each step solve a linear least-squares problem:
 
     minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
 
-where x* is the teacher's x at the next timestep. The inputs come from the table's own steps, so each step corrects the
-errors of the steps before it. Held-out rows judge a table. For other linear solvers fitted to a network, see Shaul et
-al. 2024 (BNS) and Frankel et al. 2025 (S4S).
+Here x* is the teacher's x at the next timestep. The inputs come from the table's own earlier steps, so each step
+corrects their errors. Tables are judged on held-out rows (a row is one image). Other linear solvers fitted to a network
+are BNS (Shaul et al. 2024) and S4S (Frankel et al. 2025).
 """
 
 import math
@@ -25,15 +25,15 @@ from tminus.model.samplers import Plan, solve
 from tminus.model.solvers import Levels
 from tminus.model.timesteps import log_sigma_at, timestep_at
 
-RIDGE = 1e-6  # share of each input's mean square; restrains coefficients that the rows barely determine
-LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # shares of a timestep's distance to its neighbour, in log rho
-LONGEST_WAY = 2.0  # limit of that distance in log rho; the first timesteps may be further apart
-WORTHWHILE = 0.01  # share of the error; a round that improves less halves the moves
+RIDGE = 1e-6  # share of each input's mean square; limits coefficients that the rows hardly determine
+LARGEST_MOVE, SMALLEST_MOVE = 0.5, 0.06  # shares of the distance to the neighbouring timestep, in log rho
+LONGEST_WAY = 2.0  # limit for that distance, because the first timesteps can be further apart
+WORTHWHILE = 0.01  # If a round reduces the error by a smaller share, the moves are halved.
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows to sample: noise, which is x_T [N, C, H, W], and class_labels [N] or None."""
+    """The images to sample: x_T [N, C, H, W] as `noise`, and class_labels [N] or None."""
 
     noise: Tensor
     class_labels: Tensor | None
@@ -41,18 +41,20 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The teacher's trajectory: alpha_bar [G] in float64, rising to 1, and its points x [G, N, C, H, W] in float16."""
+    """The teacher's trajectory at G noise levels, from noise to images.
+
+    alpha_bar [G] rises to 1 and is float64. The points x [G, N, C, H, W] are float16.
+    """
 
     alpha_bar: Tensor
     points: Tensor
 
     @property
     def images(self) -> Tensor:
-        """x_0 [N, C, H, W] in float32."""
         return self.points[-1].float()
 
     def at(self, alpha_bar: Tensor) -> Tensor:
-        """Return x [N, C, H, W] at a noise level. Between two of the teacher's levels, x / alpha is linear in rho."""
+        """Return x [N, C, H, W] at a noise level. Between the teacher's levels, x / alpha is linear in rho."""
         known, rho = _rho(self.alpha_bar), _rho(alpha_bar)
         high = int((known > rho).sum().clamp(1, len(known) - 1))
         share = min(1.0, max(0.0, float((known[high - 1] - rho) / (known[high - 1] - known[high]))))
@@ -67,7 +69,7 @@ def _rho(alpha_bar: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A table, and the mean square error of its images on the rows that it was fitted to, and on held-out rows."""
+    """A fitted table, with its mean square errors on the rows used for fitting and on held-out rows."""
 
     timesteps: tuple[float, ...]
     lines: tuple[tuple[float, ...], ...]
@@ -77,7 +79,7 @@ class Fit:
 
 
 class Fitter:
-    """Fits tables of one checkpoint at one guidance to the teacher's solution. Not thread-safe."""
+    """Fits tables for one checkpoint and one guidance scale to the teacher's trajectory. Not thread-safe."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Fitter:
         held_out: int,
         batch_size: int = 64,
     ) -> None:
-        """Use the last `held_out` rows only for judging."""
+        """The last `held_out` rows are only used for judging."""
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
         self._forward, self.rows, self._guidance, self._batch = forward, rows, guidance, batch_size
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
@@ -108,7 +110,7 @@ class Fitter:
         return torch.cat([self._forward(x[part], t[part], mine) for part, mine in zip(parts, labels, strict=True)])
 
     def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
-        """Return the network's prediction of x_0, guided and clipped: x [N, C, H, W] of all rows -> [N, C, H, W]."""
+        """Return the guided and clipped prediction of x_0 for all rows: x [N, C, H, W] -> [N, C, H, W]."""
         at = parametrize(self.noise, alpha_bar, torch.tensor(t))
         p, q, scale, time = (float(each) for each in (at.p, at.q, at.scale, at.time))
         ts = torch.full((len(x),), time, device=x.device)
@@ -117,16 +119,16 @@ class Fitter:
 
     @torch.inference_mode()
     def solve(self, plan: Plan) -> None:
-        """Sample the rows with the teacher's plan, and keep the trajectory as the solution."""
+        """Sample the rows with the teacher's plan, and keep the trajectory."""
         self._solution = Solution(torch.cat([plan.alpha_bar, plan.alpha_bar.new_ones(1)]), self._walk(plan).half())
 
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
-        """Return the mean square error of another sampler's images on the held-out rows."""
+        """Return the mean square error of another plan's images on the held-out rows."""
         return self._errors(self._walk(plan)[-1])[1]
 
     def _walk(self, plan: Plan) -> Tensor:
-        """Return x of the rows before the first pass of a plan, and after each pass."""
+        """Return x of all rows before a plan's first pass, and after each pass."""
         rows = self.rows
         return solve(self._run, plan, rows.noise, rows.class_labels, self._null_class, self._guidance)
 
@@ -134,14 +136,14 @@ class Fitter:
     def fit(self, timesteps: Sequence[float], like: Fit | None = None) -> Fit:
         """Fit the coefficients for these timesteps to the teacher's trajectory.
 
-        `like` is a fit of as many timesteps. Its passes are reused up to the first timestep that differs.
+        `like` is a fit with the same number of timesteps. Its passes are reused up to the first timestep that differs.
         """
         assert self._solution is not None
         levels, passes = self._levels(timesteps), list[_Pass]()
         if like is not None:
             same = (mine == its for mine, its in zip(timesteps, like.timesteps, strict=True))
             passes = [each for each, _ in zip(like.passes, takewhile(bool, same), strict=False)]
-        # A step's coefficients depend on its own timestep, the next timestep, and the state before the step.
+        # The coefficients of a step depend on its timestep, the next timestep, and the state before the step.
         known = len(passes)
         state = passes[-1].state if passes else _Standing(self.rows.noise, (), ())
         for k in range(max(0, known - 1), len(timesteps)):
@@ -170,7 +172,7 @@ class Fitter:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """The state between two steps: x, the last one or two x0 (newest first), and the lines so far."""
+    """The state between two steps: x, the latest x0 (two at most, newest first), and the lines so far."""
 
     x: Tensor
     history: tuple[Tensor, ...]
@@ -186,7 +188,7 @@ class _Pass:
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
-    """Return the coefficients, float64 [K], that bring the sum of inputs [K, N, C, H, W] nearest to the target."""
+    """Return float64 coefficients [K] for which the weighted inputs [K, N, C, H, W] sum closest to target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
     gram += torch.diag(RIDGE * gram.diagonal())
@@ -200,11 +202,11 @@ def search_timesteps(
     settle: Callable[[Sequence[float]], tuple[float, ...]],
     on_round: Callable[[int, Fit], None],
 ) -> tuple[Fit, int]:
-    """Move the timesteps one by one, up and down, while the error of the fitted table falls.
+    """Move the timesteps of a fit up and down, one at a time, as long as the error falls.
 
-    The error must fall both on the fitted and on the held-out rows. Returns the best fit and the number of fits tried.
-    `settle` turns timesteps into those that the network accepts. `on_round` gets the number of each round and the best
-    fit so far. The search ends when the moves are small.
+    A move is accepted if it lowers the error both on the fitted and on the held-out rows. The search ends when the
+    moves are small. `settle` rounds timesteps to those that the network accepts. `on_round` receives the number of each
+    round and the best fit so far. Returns the best fit, and the number of fits that were tried.
     """
     move, rounds, tried = LARGEST_MOVE, 0, 0
     while move >= SMALLEST_MOVE:
@@ -226,7 +228,7 @@ def search_timesteps(
 
 
 def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:
-    """Move timestep k by a share of the distance to its neighbour in log rho: to the noisier one if share > 0."""
+    """Move timestep k by a share of the log rho distance to its neighbour: the noisier one if share > 0."""
     levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
     cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
     noisiest = log_sigmas[-1] if k == 0 else levels[k - 1]

@@ -1,8 +1,9 @@
-"""Refines the coefficients of a table by the gradient of a distance from the teacher's images.
+"""Refines the coefficients of a table by gradient descent.
 
-Least squares fits each step to the teacher's next point. But only the end of the last step counts, and the mean square
-error says little about how an image looks. So the distance here is the mean square error plus a distance between
-features of the network (network_features.py). The gradient goes through all passes; only the coefficients change.
+Least squares fits each step to the teacher's next point. But only the final image matters, and the mean square error
+says little about how an image looks. So refinement minimises the distance of the final images from the teacher's: the
+mean square error plus a distance between features of the network (network_features.py). Gradients flow through all
+passes, but only the coefficients change.
 """
 
 import math
@@ -19,19 +20,19 @@ from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.training.network_features import NetworkFeatures
 from tminus.model.tuning.fit import Rows
 
-FEATURE_WEIGHT = 0.05  # weight of the distance of features, beside the mean square error
+FEATURE_WEIGHT = 0.05  # weight of the feature distance relative to the mean square error
 LEARNING_RATE = 4e-3
-DECAY_FROM = 0.5  # share of the iterations after which the learning rate falls to zero
+DECAY_FROM = 0.5  # share of the iterations after which the learning rate starts to fall
 BETAS = (0.9, 0.95)
 CHECK_EVERY = 25  # iterations between checks
 PATIENCE = 3  # checks without improvement before the learning rate is lowered
-SLOWER = (1.0, 0.25, 0.0625)  # factors of the learning rate, used one after the other
+SLOWER = (1.0, 0.25, 0.0625)  # successive factors for the learning rate
 JUDGED_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """The best coefficients [S, 4] and their distance on held-out rows. `fitted` is the distance before refinement."""
+    """The best coefficients [S, 4] and their distance on held-out rows; `fitted` is that before refinement."""
 
     lines: list[list[float]]
     fitted: float
@@ -40,7 +41,7 @@ class Refinement:
 
 
 class Refiner:
-    """Refines a table of given timesteps and guidance, with gradients through the network."""
+    """Refines the coefficients of tables with given timesteps and guidance."""
 
     def __init__(
         self,
@@ -53,9 +54,9 @@ class Refiner:
         held_out: int,
         precision: str = "fp32",
     ) -> None:
-        """`images` [N, C, H, W] are the teacher's images of these rows. The last `held_out` rows are only for judging.
+        """`images` [N, C, H, W] are the teacher's. The last `held_out` rows are only used for judging.
 
-        `precision`: fp32, or bf16, which is enough for a gradient.
+        `precision` is fp32 or bf16. For a gradient, bf16 is precise enough.
         """
         noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
         self._net, self._guidance = checkpoint.net, guidance
@@ -75,10 +76,10 @@ class Refiner:
         batch_size: int,
         on_check: Callable[[int, float], None],
     ) -> Refinement:
-        """Refine the a, b, c, d of lines in at most `iterations`, while the distance on held-out rows falls.
+        """Refine the coefficients a, b, c and d of a table's lines in at most `iterations`.
 
-        After PATIENCE checks without improvement, refinement continues from the best coefficients with a lower learning
-        rate. `on_check` gets the iteration and the least distance so far.
+        After PATIENCE checks without improvement, refinement restarts from the best coefficients with the next lower
+        learning rate. `on_check` receives the iteration and the lowest distance so far.
         """
         best, iteration = torch.tensor([line[:4] for line in lines]), 0
         fitted = distance = self.judge(best)
@@ -102,7 +103,7 @@ class Refiner:
 
     @torch.no_grad()
     def judge(self, C: Tensor) -> float:
-        """Return the distance on the held-out rows, always with the same noise."""
+        """Return the distance on the held-out rows. Every call uses the same noise."""
         generator = torch.Generator().manual_seed(0)
         judged = range(self._cut, len(self._images), JUDGED_TOGETHER)
         parts = [torch.arange(start, min(start + JUDGED_TOGETHER, len(self._images))) for start in judged]
@@ -110,19 +111,19 @@ class Refiner:
         return float(torch.stack(distances).sum() / (len(self._images) - self._cut))
 
     def images(self, C: Tensor, picked: Tensor) -> Tensor:
-        """Sample the picked rows by a table with coefficients C [S, 4]: images clipped to [-1, 1], or latents."""
+        """Sample the picked rows with coefficients C [S, 4]. Returns images clipped to [-1, 1], or latents."""
         x = self._rows.noise[picked]
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         previous = before = torch.zeros_like(x)
         for (a, b, c, d), (p, q, scale, time) in zip(C, self._at, strict=True):
-            # Recompute activations in the backward pass, so that only those of one pass are in memory.
+            # Recompute activations in the backward pass, so that memory holds those of one pass only.
             out = recompute(self._predict, scale * x, time, labels, use_reentrant=False)
             x0 = (p * x + q * out).clamp(-self._bound, self._bound)
             x, previous, before = a * x + b * x0 + c * previous + d * before, x0, previous
         return x.clamp(-self._range, self._range)
 
     def distance(self, images: Tensor, picked: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the mean square error from the teacher's images plus the weighted distance of features."""
+        """Return the mean square error from the teacher's images plus the weighted feature distance."""
         target = self._images[picked]
         eps = torch.randn(images.shape, generator=generator).to(images.device)
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None

@@ -1,11 +1,11 @@
-"""`tminus tune`: fits tables of few steps to a checkpoint, and chooses the table that it recommends.
+"""`tminus tune`: fits tables of few steps to a checkpoint, and recommends one of them.
 
-Each table is written as soon as it is fitted. A run that was stopped resumes with the first missing table.
+Each table is written as soon as it is fitted. An interrupted run resumes with the first missing table.
 
-The table to recommend is the smallest one that is as exact as the plain sampler. The distance to the teacher's images
-cannot judge a table, because the table is fitted to them. Tables are judged by the exact solution instead: the teacher
-in twice as many steps, from noise that no table was fitted to. A table is good enough if its images are no further from
-this solution than those of the plain sampler that it would replace.
+The recommended table is the smallest one that is as exact as the plain sampler it replaces. Tables are not judged by
+the teacher's images, because they are fitted to them. They are judged by a more exact solution: the teacher's sampler
+in twice as many steps, from noise that was not used for fitting. A table is good enough if its images are at least as
+close to this solution as the plain sampler's images.
 """
 
 import dataclasses
@@ -31,26 +31,26 @@ from tminus.model.tuning.fit import Fit, Fitter, Rows, search_timesteps
 from tminus.model.tuning.refine import Refiner
 
 TUNED = "tuned"
-FEW = 4  # images for timing the precisions of gradients
-TEACHER_STEPS = 50  # least steps, so that a table can be more exact than the sampler that it replaces
-STARTS = ("linspace", "trailing", "karras")  # spacings that the search may start from
+FEW = 4  # number of images for timing gradients in each precision
+TEACHER_STEPS = 50  # minimum, so that a table can be more exact than the sampler it replaces
+STARTS = ("linspace", "trailing", "karras")  # spacings from which the search can start
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
 
 class TuneError(ValueError):
-    """Raised if nothing can be fitted. The message names the option, its bound and its value."""
+    """Raised if tables cannot be fitted. The message names the option, its limits and its value."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuneConfig:
     """The settings for fitting tables."""
 
-    rows: int = 192  # images to fit, in rotation of classes
-    held_out: int = 64  # further images, used only for judging
-    teacher: str = f"dpmpp_2m:{TEACHER_STEPS}"  # sampler:steps
-    seed: int = 1_000_000  # seed of the noise, unlike the seeds that people sample and evaluate with
+    rows: int = 192  # images for fitting, with the classes in turn
+    held_out: int = 64  # further images, only for judging
+    teacher: str = f"dpmpp_2m:{TEACHER_STEPS}"  # SAMPLER:STEPS
+    seed: int = 1_000_000  # for the noise; unlikely to be used for sampling or evaluation
     batch_size: int = 64
-    iterations: int = 200  # iterations of refining the coefficients at most
+    iterations: int = 200  # limit for refining the coefficients
 
     def __post_init__(self) -> None:
         for name in ("rows", "held_out", "batch_size"):
@@ -61,7 +61,7 @@ class TuneConfig:
 
 
 def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[float], config: TuneConfig) -> None:
-    """Raise TuneError if this checkpoint cannot be tuned for these steps, guidances and settings."""
+    """Raise TuneError if this checkpoint cannot be tuned with these steps, guidances and settings."""
     T, labels = checkpoint.noise.num_train_timesteps, checkpoint.labels
     if checkpoint.student is not None:
         raise TuneError(f"{checkpoint.name}: a student has its own tables, and no many-step solution to be tuned to")
@@ -84,7 +84,7 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
 
 
 def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) -> Plan:
-    """Return the teacher's plan. Raises TuneError for an impossible one."""
+    """Return the teacher's plan. Raises TuneError if config.teacher is invalid."""
     sampler, _, steps = config.teacher.partition(":")
     bound = f"SAMPLER:STEPS, the sampler one of {', '.join(TEACHERS)}"
     if sampler not in TEACHERS or not steps.isdecimal():
@@ -96,11 +96,11 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """Return the default teacher, as SAMPLER:STEPS.
+    """Return the default teacher as SAMPLER:STEPS.
 
-    The sampler is the recommended one if it can teach, otherwise the usual one. It takes TEACHER_STEPS steps or more,
-    but at most T. If a table is recommended, its own teacher is the default, so that the same command finds the table
-    tuned already.
+    The sampler is the recommended one if it is suitable, otherwise the usual one. The number of steps is at least
+    TEACHER_STEPS and at most T. If a table is recommended, its own teacher is the default, so that repeating the
+    command finds the existing tables.
     """
     own, T = checkpoint.settings, checkpoint.noise.num_train_timesteps
     for table in checkpoint.tables:
@@ -123,18 +123,18 @@ def tune(
     say: Callable[[str], None],
     threads: int | None = None,
 ) -> list[Path]:
-    """Fit and write a table for each number of steps at each guidance, and return the files. Raises TuneError.
+    """Fit and write a table for each number of steps at each guidance scale. Returns the new files.
 
-    Existing tables of these weights and settings are kept. The smallest table that is good enough is then recommended
-    in tminus.json, unless all tables existed and were judged before. `forward` runs the checkpoint's network.
-    `threads`: torch's threads while computing gradients; None keeps the current number.
+    Existing tables for these weights and settings are kept. Then the smallest table that is good enough is recommended
+    in tminus.json, unless all tables existed and were judged before. `forward` runs the checkpoint's network. `threads`
+    is the number of torch threads for computing gradients; None keeps the current number. Raises TuneError.
     """
     check(checkpoint, steps, guidances, config)
     settings = dataclasses.asdict(config)
     tables = [table for table in checkpoint.tables if table.sampler == TUNED]
     done = {(table.steps, table.guidance): table for table in tables if table.about.get("settings") == settings}
     files: list[Path] = []
-    precision = None if config.iterations else "fp32"  # None until timed below
+    precision = None if config.iterations else "fp32"  # None until it is chosen below
     for guidance in guidances:
         for count in sorted(count for count in set(steps) if (count, guidance) in done):
             say(f"{count} steps at guidance {guidance:g}: tuned already")
@@ -147,7 +147,7 @@ def tune(
         say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {config.rows + held_out} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
         if precision is None:
-            with torch_threads(threads):  # A CPU without bf16 takes twenty times as long in bf16.
+            with torch_threads(threads):  # On a CPU without bf16 support, bf16 is 20 times slower.
                 few = example_pass(checkpoint.net, (FEW, *checkpoint.row_shape), device)
                 precision = faster_of(checkpoint.net, few, device)
             say(f"gradients in {precision}, which is faster here")
@@ -161,17 +161,17 @@ def tune(
 
 
 class Verdict(NamedTuple):
-    """The table to recommend, or None to keep the recommendation, and a phrase with the reason."""
+    """The table to recommend, or None to keep the current recommendation, with the reason."""
 
     recommended: Recommended | None
     why: str
 
 
 class Trial:
-    """Compares the tables of one guidance with the plain sampler that they would replace."""
+    """Compares tables with the plain sampler that they would replace."""
 
     def __init__(self, checkpoint: Checkpoint, tables: Iterable[Table]) -> None:
-        """Keep the tables with the recommended guidance and fewer passes than the plain sampler."""
+        """Select the tables that have the recommended guidance, and fewer passes than the plain sampler."""
         own = checkpoint.settings
         usual = dataclasses.replace(usual_settings(checkpoint.noise.num_train_timesteps), guidance=own.guidance)
         self.plain = usual if own.sampler == TUNED else own
@@ -191,9 +191,9 @@ class Trial:
         return None
 
     def run(self, teacher: str, forward: Forward, rows: Rows, batch_size: int) -> Verdict:
-        """Judge the tables, in order of steps, until one is good enough.
+        """Judge tables, starting with the fewest steps, until one is good enough.
 
-        `teacher`: SAMPLER:STEPS, a plain solver. `forward` runs the checkpoint's network.
+        `teacher` is SAMPLER:STEPS, with a plain sampler. `forward` runs the checkpoint's network.
         """
         if self.hindrance is not None:
             return Verdict(None, self.hindrance)
@@ -227,10 +227,10 @@ def _recommend(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Compare the folder's tables, and store the recommendation in tminus.json.
+    """Judge the folder's tables, and store the recommendation in tminus.json.
 
-    Then mark the tables of these settings as judged, so that the same command does not judge them again: after a new
-    recommendation, tables would be compared with another sampler, and the result could change.
+    Then mark the tables with these settings as judged, so that repeating the command does not judge them again. A new
+    recommendation can change the sampler that tables are compared with, and so the result.
     """
     tables, _ = read_tables(
         folder,
@@ -240,7 +240,7 @@ def _recommend(
         null_class=checkpoint.labels.null_class is not None,
         fractional=checkpoint.fractional,
     )
-    trial, first = Trial(checkpoint, tables), config.rows + config.held_out  # first row that no table was fitted to
+    trial, first = Trial(checkpoint, tables), config.rows + config.held_out  # first row not used for fitting
     rows = make_rows(checkpoint, config.seed, range(first, first + config.held_out), trial.plain.guidance, device)
     recommended, why = trial.run(config.teacher, forward, rows, config.batch_size)
     if recommended is None:
@@ -255,24 +255,24 @@ def _recommend(
 
 
 def make_rows(checkpoint: Checkpoint, seed: int, indices: range, guidance: float, device: torch.device) -> Rows:
-    """Make the rows to sample: noise, and classes in rotation. Without guidance the null class is one of them."""
+    """Make rows to sample: noise, and classes in turn. Without guidance, the null class counts as a class."""
     labels, null_class = None, checkpoint.labels.null_class
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)
-        labels = torch.arange(indices.start, indices.stop, device=device) % kinds  # the null class is the last label
+        labels = torch.arange(indices.start, indices.stop, device=device) % kinds  # The null class is the last label.
     return Rows(image_noise(seed, indices, 0, checkpoint.row_shape, device), labels)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tuning:
-    """Fits tables of one guidance to one solution of the teacher."""
+    """Fits tables for one guidance scale to the teacher's trajectory."""
 
     folder: Path
     checkpoint: Checkpoint
     fitter: Fitter
     guidance: float
     config: TuneConfig
-    precision: str  # precision of the gradients
+    precision: str  # of the gradients
     say: Callable[[str], None]
     threads: int | None
 
@@ -287,7 +287,7 @@ class _Tuning:
             self.say(f"{name}: coefficients, iteration {iteration}, distance {distance:.6f}")
 
         fit, tried = search_timesteps(self.fitter, self._best_start(steps), self._settle, on_round)
-        fit = dataclasses.replace(fit, passes=())  # frees their memory for the gradients
+        fit = dataclasses.replace(fit, passes=())  # to free memory for the gradients
         with torch_threads(self.threads):
             refiner = Refiner(
                 self.checkpoint, fit.timesteps, self.guidance, self.fitter.rows, self.fitter.images,
@@ -317,7 +317,7 @@ class _Tuning:
         return written
 
     def _settle(self, timesteps: Sequence[float]) -> tuple[float, ...]:
-        """Round timesteps if the network accepts only whole ones. Rounded timesteps still decrease, to 0 at least."""
+        """Round timesteps if the network only accepts whole ones. They remain distinct and at least 0."""
         if self.checkpoint.fractional:
             return tuple(timesteps)
         whole: list[float] = []
@@ -342,4 +342,4 @@ class _Tuning:
             )
             return self.fitter.fit(self._settle(t))
 
-        return min(map(fit, STARTS), key=lambda each: each.held_out)  # not a list: each fit holds its passes
+        return min(map(fit, STARTS), key=lambda each: each.held_out)  # A list would keep all passes in memory.
