@@ -24,7 +24,7 @@ class ByteBudget:
         self.owned_bytes: Counter[str] = Counter()  # keyed by caller; excludes shared bytes
 
     def hold(self, exempt_bytes: int = 0, owner: str | None = None) -> "Hold":
-        """Return an empty hold. The hold is never refused up to `exempt_bytes`.
+        """Return an empty hold. Adding bytes never fails while the hold has at most `exempt_bytes`.
 
         owner: the caller whose share limits the hold; with None, only the budget's limit applies.
         """

@@ -21,7 +21,7 @@ SECRET = re.compile(
 )
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
 ENTITY_CHARACTERS = 11
-LONGEST_SECRET = 3 * 46  # in characters, with every character percent-encoded
+LONGEST_SECRET = 3 * 46  # characters of a secret that is fully percent-encoded
 MOST_FAULTS = 20  # maximum number of errors in one problem document
 HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -82,7 +82,7 @@ class ServiceError(Exception):
         return members
 
     def fault(self) -> dict[str, Any]:
-        """Return the members that describe the wrong value and the allowed values."""
+        """Return the members that describe the error, and the wrong parameter if there is one."""
         members: dict[str, Any] = {"code": self.code, "detail": masked(self.detail)}
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
@@ -138,9 +138,10 @@ class ValidationErrors:
 
 
 class InvalidField(ServiceError, ValueError):
-    """A parameter has the wrong type or is out of bounds.
+    """A parameter has the wrong type or a value that is not allowed.
 
-    Or the parameter cannot be combined with the model, with another parameter or with the `Accept` header.
+    The value may be out of bounds. It may also be valid only with another model, other parameters or another `Accept`
+    header.
     """
 
     status, code, title, of_parameters = 422, "invalid_field", "A parameter is invalid", True
@@ -165,9 +166,10 @@ class UnknownField(ServiceError):
 
 
 class ConflictingField(ServiceError):
-    """A parameter has two values: one in the query and one in the body, or several if the parameter takes one.
+    """A parameter has two values.
 
-    Or a parameter is sent under two of its names, or two images are sent.
+    For example, the query and the body both contain the parameter, a parameter that is not a list is repeated, or a
+    parameter is sent under two of its names. Two images in one request also cause this error.
     """
 
     status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
@@ -246,10 +248,10 @@ class UnsupportedEncoding(ServiceError):
 
 
 class InvalidImage(ServiceError, ValueError):
-    """An image is not a PNG, JPEG or WebP, or is broken, too large or animated.
+    """An image or a mask cannot be used.
 
-    Or an image is not valid base64, or is missing from the form. Or a mask has transparency and no white pixel; see
-    [editing](editing.md).
+    The image may be missing from the form, not valid base64, not a PNG, JPEG or WebP, broken, too large or animated. A
+    mask may have transparency and no white pixel; see [editing](editing.md).
     """
 
     status, code, title, of_parameters = 422, "invalid_image", "The image is invalid", True
@@ -317,8 +319,8 @@ class TooManyStreams(ServiceError):
 class MalformedRequest(ServiceError):
     """The request is not HTTP/1.1, or breaks a limit on its headers or chunks.
 
-    The request line and headers may have 16 KiB, and the body may have 1,024 chunks plus one for each 64 bytes. A
-    WebSocket handshake may have neither a body nor control characters. After these errors, the connection closes. A
+    The request line and headers may have at most 16 KiB, and the body at most 1,024 chunks plus one for each 64 bytes.
+    A WebSocket handshake may have neither a body nor control characters. After these errors, the connection closes. A
     request with two `Idempotency-Key` headers is also refused with this error.
     """
 
@@ -377,8 +379,8 @@ class BodyTooLarge(ServiceError):
 class TooManyBytes(ServiceError):
     """The clients together, or one key, are sending or reading too much.
 
-    The clients together may hold 256 MiB of request bodies, of uploads that wait to be decoded, and of answers. One key
-    may hold three quarters of the bytes that other keys leave free. Bodies up to 64 KiB are always accepted. The
+    The server holds at most 256 MiB each of request bodies, of uploads that wait to be decoded, and of answers. One key
+    may take three quarters of the bytes that other keys leave free. Bodies up to 64 KiB are always accepted. The
     connection closes; a WebSocket closes with code 1013, and an event stream ends.
     """
 
@@ -420,7 +422,7 @@ class NotAcceptable(ServiceError):
 class Overloaded(ServiceError):
     """The request would exceed a [limit](reference/settings.md#what-is-accepted) on work, jobs or images.
 
-    Or ten thousand events already wait for the receiver of the job's [webhook](webhooks.md).
+    The error also occurs if ten thousand events already wait for the receiver of the job's [webhook](webhooks.md).
     """
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
@@ -631,8 +633,8 @@ class QuotaExceeded(ServiceError):
 class EngineFailed(ServiceError):
     """A forward pass failed. The jobs in that pass are lost; other jobs continue.
 
-    Or the worker crashed or the GPU no longer answers, and the server is about to exit. Or a durable job has [ended the
-    server twice](jobs.md).
+    The error also occurs if the worker crashes or the GPU stops answering; the server then exits. A durable job that
+    has [ended the server twice](jobs.md) also gets this error.
     """
 
     status, code, title = 500, "engine_failed", "The denoising step failed"

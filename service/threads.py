@@ -13,7 +13,7 @@ from tminus.service.errors import Stalled
 Result = TypeVar("Result")
 
 LOADING = "tminus-load"  # name of threads that load or measure models
-STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs after STALL_S seconds and STALL_TIMES its usual duration
+STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds both STALL_S seconds and STALL_TIMES its usual time
 LOOK_S = 1.0  # seconds between checks for hung threads
 
 
@@ -54,7 +54,7 @@ class Pulse:
         return took_s if took_s > max(STALL_S, STALL_TIMES * self._usual_s()) else 0.0
 
     async def beat(self) -> None:
-        """Record a call every LOOK_S seconds until cancelled. If a call is overdue, the event loop hangs."""
+        """Record a call every LOOK_S seconds until cancelled. If the next call is late, the event loop hangs."""
         try:
             while True:
                 self.begin()

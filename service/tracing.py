@@ -50,7 +50,7 @@ def note(attributes: Attributes) -> None:
 
 
 def fail(span: Span, code: str, *, by_server: bool) -> None:
-    """Record why a span failed. by_server: True if the server is at fault, so an operator should look."""
+    """Record why a span failed. by_server: True if the cause is in the server, so an operator should look."""
     span.set_attribute("error.type", code)
     if by_server:
         span.set_status(StatusCode.ERROR, code)
@@ -79,7 +79,7 @@ def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[st
 
 
 def why(error: BaseException) -> tuple[str, bool]:
-    """Return an error's code or type, and True if the server is at fault."""
+    """Return an error's code or type, and True if the cause is in the server."""
     if isinstance(error, ServiceError):
         return error.code, error.status >= 500
     return type(error).__name__, isinstance(error, Exception)

@@ -30,7 +30,7 @@ STAY_S = 3.0
 
 
 class ModelLoader:
-    """Loads and unloads models, one at a time, in a single task.
+    """Loads models one at a time, in a single task that also unloads idle models.
 
     With `idle_unload_s`, a request for an unloaded model loads that model. Models are loaded in the order in which they
     are requested. If memory is short, the least recently used idle model is unloaded first. If all models are busy, the

@@ -332,7 +332,7 @@ class ServedModels:
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
-        """Free the memory of a model, which is still served. The model must not be busy or accept jobs.
+        """Free the memory of a model that is not busy and accepts no jobs. The model is still served.
 
         Raises the worker's errors, such as Draining.
         """

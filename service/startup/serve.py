@@ -189,7 +189,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
         for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
-        opened.pop_all()  # all stores are open, so keep them open
+        opened.pop_all()  # all stores were opened, so do not close them
     crash_file_place, crash_reports = read_crash_reports(settings, models[0].folder)
     log_crash_reports(crash_reports)
     stores = Stores(open_store, results, first, crash_reports)
@@ -304,8 +304,8 @@ def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | 
 def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[CrashReport]]:
     """Return where this process writes its crash file, and the crash reports of earlier processes.
 
-    The place is a folder and a prefix of the file's name, or None if there is no folder. folder: the default model's
-    folder. The prefix depends on it, so that the next start finds the file even after a reload.
+    The first value is a folder and a prefix of the file's name, or None without a state folder. folder: the default
+    model's folder. The prefix depends on it, so that the next start finds the file even after a reload.
     """
     store = ""
     if settings.job_store is not None:

@@ -44,12 +44,12 @@ class Removal(DeliveryStore):
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before `before_us`. If the rest exceeds `max_bytes`, also delete the oldest.
+        """Delete jobs that ended before `before_us`, and the oldest ended jobs beyond `max_bytes`.
 
-        The newest job is not deleted for its size. A job with pending deliveries may be deleted for space, but not for
-        its age. Deliveries of events before `owed_after_us` do not count as pending: without a secret to sign them,
-        they are never sent. The freed space is returned to the disk. One call does only part of the work, so that other
-        calls need not wait long. Returns True if the caller should call again.
+        The newest ended job may exceed `max_bytes` on its own. A job with pending deliveries may be deleted for space,
+        but not for its age. Deliveries of events before `owed_after_us` do not count as pending: without a secret to
+        sign them, they are never sent. The freed space is returned to the disk. One call does only part of the work, so
+        that other calls need not wait long. Returns True if the caller should call again.
         """
 
     @Call(writes=True)
@@ -236,7 +236,7 @@ class JobStore(Removal):
 
     @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """Return the job that was added with this key, and True if the job was added by the same request."""
+        """Return the job that was added with this key, and True if the request was identical."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None

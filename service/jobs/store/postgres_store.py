@@ -134,9 +134,9 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
 def own_address(url: str, host: str, port: int) -> str | None:
     """Return the URL at which other replicas can reach this server, or None if it is unknown.
 
-    If the server listens on all addresses, the URL has the local address that connects to the database. If the server
-    listens only on loopback, only replicas on the same machine can reach it, so the database must be on that machine
-    too.
+    If the server listens on all addresses, the URL has the local address of the route to the database. If the server
+    listens only on loopback, only replicas on the same machine can reach it, so the URL is known only if the database
+    is on that machine too.
     """
     try:
         towards = _towards(sa.make_url(url).host or "localhost")

@@ -26,13 +26,16 @@ from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
 CLAIM_JOBS = 32  # maximum number of jobs that each query of a claim returns
-MOST_DOUBLINGS = 8  # limits how long a job waits that repeatedly loses its replica
-AWAY = timedelta(minutes=5)  # how long jobs that only a lost replica can run wait for it to restart
+MOST_DOUBLINGS = 8  # limits the wait of a job that keeps losing its replica
+AWAY = timedelta(minutes=5)  # time that a lost replica has to restart, for jobs that no other replica can run
 DATABASE_S = sa.func.extract("epoch", sa.func.clock_timestamp())
 
 
 class SharedStore(JobStore):
-    """A replica's access to the jobs of one set of weights, in PostgreSQL's dialect. Subclasses connect."""
+    """A replica's access to the jobs of one set of weights, in PostgreSQL's dialect.
+
+    A subclass provides the database connection.
+    """
 
     def __init__(
         self, namespace: str, weights_hash: str, replica: str, lease_s: float, address: str | None = None
@@ -46,14 +49,14 @@ class SharedStore(JobStore):
         self._weights, self._replica, self._address, self.lease_s = weights_hash[:16], replica, address, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # If a job has no live lease, this means that its replica was lost. A replica that releases a job or shuts down
-        # clears the column.
+        # If a job has no live lease, a replica in this column means that the replica was lost. A replica that releases
+        # a job or shuts down clears the column.
         self._left_behind = tables.jobs.c.replica.is_not(None)
         # A suspect is a job that may have crashed its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # the fences of held jobs, keyed by job id
-        self._unsure: set[str] = set()  # ids of jobs to delete: adding failed, but may have been committed
+        self._unsure: set[str] = set()  # ids of jobs to delete: `add` failed, but may have been committed
         self._ahead_us = now_us() - _steady_us()  # the database's clock minus this machine's monotonic clock
 
     def _now(self) -> sa.ColumnElement[int]:

@@ -48,7 +48,7 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
 # deletes the row, so a row that can still be read means that the WAL is missing. Earlier versions can ignore the table,
 # so VERSION did not change.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
-HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of the header of each frame; a frame is its header and a page
+HEADER, FRAME = 32, 24  # bytes of the WAL's header, and of each frame's header, which a page follows
 WAL_MAGIC = 0x377F0683  # the lowest bit is the byte order of the checksums
 JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header marks the file as ours, also for file(1)
@@ -111,7 +111,7 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             finally:
-                if not had_wal:  # this connection created the WAL, and no server could open the file since
+                if not had_wal:  # this connection created the WAL, so no server has opened the file since
                     with suppress(OSError, sqlite3.Error):  # sqlite3.Error: a server has the file open
                         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
                         if mode == "wal" and not wal.stat().st_size:

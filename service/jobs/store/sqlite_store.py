@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 SWEEP_PAGES = 512  # maximum number of pages that one call returns to the disk
 SPARE_PAGES = 256  # number of free pages that the file keeps for reuse
 WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a WAL longer than this is copied into the file, and a new WAL begins
-SPARE_BYTES = 8 * 2**20  # the WAL is also copied if file and WAL have more unused bytes than this
+SPARE_BYTES = 8 * 2**20  # the WAL is also copied if it and the file have more unused bytes than this
 
 
 class SqliteStore(JobStore):
@@ -73,7 +73,7 @@ class SqliteStore(JobStore):
                 "journal_mode = WAL",
                 "synchronous = FULL",  # accepted jobs survive a power failure
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # a new WAL truncates a longer WAL to this size
+                f"journal_size_limit = {WAL_BYTES}",  # size to which a WAL is truncated when a new one begins
                 "secure_delete = FAST",  # by default, Debian's SQLite overwrites deleted pages with zeros
             ):
                 self._pragma(pragma)
