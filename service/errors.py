@@ -184,7 +184,10 @@ class MalformedBody(ServiceError):
 
 
 class MalformedForm(ServiceError):
-    """A form cannot be parsed, ends before its last boundary, has too many parts, or has a field that is too long."""
+    """A form is malformed or over a limit.
+
+    The form cannot be parsed, ends before its last boundary, has too many parts, or has a field that is too long.
+    """
 
     status, code, title = 400, "malformed_form", "The body is not a form"
     remedy = "Correct the form."
@@ -225,7 +228,10 @@ class UnsupportedMediaType(ServiceError):
 
     @classmethod
     def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
-        """Return an error that lists the supported types. Its Accept header lists them too (RFC 9110, 15.5.16)."""
+        """Return an error that lists the supported types.
+
+        Its Accept header lists them too (RFC 9110, 15.5.16).
+        """
         names = [*taken]
         bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
@@ -263,7 +269,7 @@ class InvalidImage(ServiceError, ValueError):
 
 
 class MalformedMessage(ServiceError):
-    """A WebSocket message is not a text message with a JSON object, or is not allowed at this point of the exchange.
+    """A WebSocket message is not a JSON object as text, or is not allowed at this point of the exchange.
 
     The connection closes.
     """
@@ -273,9 +279,9 @@ class MalformedMessage(ServiceError):
 
 
 class Silence(ServiceError):
-    """A WebSocket client sent no request within ten seconds after connecting, or within a minute after its last job.
+    """A WebSocket client sent no request for too long, and the connection closes.
 
-    The connection closes.
+    The first request must come within ten seconds, and each further request within a minute after the last job.
     """
 
     status, code, title = 408, "silence", "The client asked for nothing"
@@ -410,9 +416,10 @@ class TooManyImages(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The `Accept` header allows none of the media types of this call; [the API](reference/api.md) lists them.
+    """The `Accept` header allows none of the media types that this call can return.
 
-    A durable job has an answer of type `application/x-npy` only if the job was created with `bit_depth=32`.
+    [The API](reference/api.md) lists them. A durable job has an answer of type `application/x-npy` only if the job was
+    created with `bit_depth=32`.
     """
 
     status, code, title = 406, "not_acceptable", "No acceptable media type"
@@ -448,7 +455,7 @@ class Overloaded(ServiceError):
 
 
 class DeadlineUnmeetable(ServiceError):
-    """The job could finish within `deadline_s` if the server were idle, but the server has too much other work."""
+    """An idle server could finish the job within `deadline_s`, but this server has too much other work."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
     remedy = "Allow more time: `bound` is the earliest deadline that the server could meet now."
@@ -466,10 +473,11 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """A thread of the server hangs: one operation has taken over a minute and over twenty times its usual duration.
+    """A thread of the server hangs.
 
-    The operation may be the worker's, or the encoding or decoding of an image. `/healthz` and `/readyz` report the hang
-    too. If the event loop itself hangs, only `/healthz` on `--metrics-port` answers.
+    One operation has taken over a minute and over twenty times its usual duration. The operation may be the worker's,
+    or the encoding or decoding of an image. `/healthz` and `/readyz` report the hang too. If the event loop itself
+    hangs, only `/healthz` on `--metrics-port` answers.
     """
 
     status, code, title = 503, "stalled", "The server hangs"
@@ -593,7 +601,7 @@ class TooManyLogins(ServiceError):
 
 
 class NotOpen(ServiceError):
-    """The server runs on [Ray](operations.md#ray-serve), has no keys, and can be reached from other machines.
+    """The server runs on [Ray](operations.md#ray-serve) without keys, and other machines can reach it.
 
     A WebSocket is refused with status 403 and plain text.
     """
@@ -729,7 +737,10 @@ class NoImages(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """There is no job with this id. It never existed, is no longer stored, or was not durable and has ended."""
+    """There is no job with this id.
+
+    It never existed, is no longer stored, or was not durable and has ended.
+    """
 
     status, code, title = 404, "job_not_found", "There is no such job"
     remedy = "`GET /jobs` lists the jobs that exist."
@@ -809,7 +820,10 @@ _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)
 
 
 def _json_start(value: object, limit: int) -> str:
-    """Write a value as JSON. Stop soon after `limit` characters, because the value may have a million items."""
+    """Write a value as JSON.
+
+    Stop soon after `limit` characters, because the value may have a million items.
+    """
     text = ""
     for piece in _SHOWN.iterencode(value):
         text += piece

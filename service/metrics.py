@@ -55,7 +55,7 @@ MODEL_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class MetricDoc:
-    """A metric: its HELP text in /metrics, the meanings of its labels, and the upper bounds of its buckets."""
+    """A metric: its HELP text in /metrics, what its labels mean, and the upper bounds of its buckets."""
 
     kind: Literal["counter", "gauge", "histogram"]
     text: str
@@ -338,7 +338,10 @@ class Metrics:
         (counter.labels(*labels) if labels else counter).inc(by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """Add an observation to a histogram of METRICS. labels: label values, in the order that METRICS has them."""
+        """Add an observation to a histogram of METRICS.
+
+        labels: label values, in the order that METRICS has them.
+        """
         self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
@@ -380,7 +383,10 @@ class Metrics:
         self.registry.register(_WaitingInStore(waiting_in_store))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """Record a tick (one batched step) of a model. row_steps: number of rows in the tick, keyed by sampler."""
+        """Record a tick (one batched step) of a model.
+
+        row_steps: number of rows in the tick, keyed by sampler.
+        """
         self.observe("tminus_tick_duration_seconds", seconds, model)
         self.observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
@@ -397,7 +403,10 @@ class Metrics:
         self._snapshot_at.set_to_current_time()
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """Record a response. Call this in the request's task, because the exemplar comes from context variables."""
+        """Record a response.
+
+        Call this in the request's task, because the exemplar comes from context variables.
+        """
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
             self.count("tminus_errors_total", str(status))
@@ -411,7 +420,7 @@ class Metrics:
 
 
 class _Latency:
-    """A histogram with exemplars of slow requests: each bucket's exemplar is its slowest recent observation.
+    """A histogram with exemplars: each bucket's exemplar is its slowest recent observation.
 
     prometheus_client would keep the most recent observation, which is rarely the interesting one.
     """
@@ -433,7 +442,10 @@ class _Latency:
 
 
 class _WaitingInStore(Collector):
-    """Two gauges that are left out while their values are unknown. A value of 0 would mean that no job waits."""
+    """Two gauges that are left out while their values are unknown.
+
+    A value of 0 would mean that no job waits.
+    """
 
     def __init__(self, read: Callable[[], tuple[int, float] | None]) -> None:
         self._read = read

@@ -1,4 +1,7 @@
-"""What is known about a loaded model, and the limits of requests. Frozen dataclasses; no torch, no asyncio."""
+"""What is known about a loaded model, and the limits of requests.
+
+Frozen dataclasses; no torch, no asyncio.
+"""
 
 import math
 from collections.abc import Mapping
@@ -80,7 +83,10 @@ class ModelInfo:
         return any(table.hash == table_hash for table in self.tables)
 
     def table(self, table_hash: str) -> Table:
-        """Return the table with this hash. Raises ValueError if it is gone, for example after another `tminus tune`."""
+        """Return the table with this hash.
+
+        Raises ValueError if it is gone, for example after another `tminus tune`.
+        """
         for table in self.tables:
             if table.hash == table_hash:
                 return table
@@ -115,5 +121,8 @@ class Limits:
 
 
 def max_edit_bytes(max_body_bytes: int, max_image_bytes: int) -> int:
-    """Return the size limit of a body with an image and a mask in base64 (four characters for three bytes)."""
+    """Return the size limit of a body with an image and a mask in base64.
+
+    Base64 takes four characters for three bytes.
+    """
     return max_body_bytes + 2 * 4 * (max_image_bytes // 3 + 1)

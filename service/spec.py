@@ -43,10 +43,11 @@ class SampleSpec:
 
     @property
     def start(self) -> int:
-        """Return the first step that runs. With `strength`, only that fraction of the steps runs, at least one step.
+        """Return the first step that runs.
 
-        diffusers truncates steps * strength (get_timesteps in img2img). This code first rounds the product to nine
-        decimals: 0.29 * 100 is 28.999999999999996 in floating point, and must give 29 steps.
+        With `strength`, only that fraction of the steps runs, at least one step. diffusers truncates steps * strength
+        (get_timesteps in img2img). This code first rounds the product to nine decimals: 0.29 * 100 is
+        28.999999999999996 in floating point, and must give 29 steps.
         """
         if self.strength is None:
             return 0
@@ -64,7 +65,10 @@ class SampleSpec:
 
     @property
     def end(self) -> int:
-        """Return the number of the last pass, plus 1. Passes are numbered from `start`, even when a step takes two."""
+        """Return the number of the last pass, plus 1.
+
+        Passes are numbered from `start`, even when a step takes two.
+        """
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:

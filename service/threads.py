@@ -1,4 +1,4 @@
-"""Thread pools with all threads started, threads that do not delay process exit, and detection of hung threads."""
+"""Thread pools that start at once, threads that do not delay process exit, and checks for hung threads."""
 
 import asyncio
 import threading

@@ -86,7 +86,7 @@ def why(error: BaseException) -> tuple[str, bool]:
 
 
 class JobSpan:
-    """The span of a job, with child spans for the phases queue, denoise and decode, and with counts of ticks.
+    """The span of a job, with a child span for each phase (queue, denoise, decode) and counts of ticks.
 
     The child spans are added when the job ends, because only then are their ends known. A tick only adds three numbers.
     Times are in seconds since the job was accepted.
@@ -99,7 +99,10 @@ class JobSpan:
         self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # totals over the ticks that included rows of this job
 
     def add_tick(self, seconds: float, places: int) -> None:
-        """Count a tick that included rows of this job. places: size of the tick, including the rows of other jobs."""
+        """Count a tick that included rows of this job.
+
+        places: size of the tick, including the rows of other jobs.
+        """
         self._ticks += 1
         self._ticks_s += seconds
         self._places += places

@@ -57,7 +57,7 @@ class JobRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one tick: their ids, the step of each row, and the positions of the guided rows in the batch.
+    """The rows of one tick: their ids, their steps, and the positions of the guided rows in the batch.
 
     `jobs` has the same rows, grouped by job. The engine ignores `jobs`, so it does not affect equality.
     """
@@ -166,9 +166,9 @@ def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
 
 
 def select_passes(keep: Sequence[int] | None, spec: SampleSpec, model: ModelInfo) -> Selection:
-    """Select passes of a trajectory, and the earlier passes that their means depend on. None selects all passes.
+    """Select passes of a trajectory, and the earlier passes that their means depend on.
 
-    Raises ValueError if no selected pass adds noise, and for the reasons of Selection.of.
+    None selects all passes. Raises ValueError if no selected pass adds noise, and for the reasons of Selection.of.
     """
     if keep is None:
         return Selection.whole(spec.num_passes)

@@ -45,7 +45,10 @@ OF_A_MODEL = "/models/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The app and its models. On shutdown, the server drains the models' worker and waits for open streams."""
+    """The app and its models.
+
+    On shutdown, the server drains the models' worker and waits for open streams.
+    """
 
     app: FastAPI
     served: ServedModels

@@ -108,9 +108,9 @@ class ModelLoader:
         return await self._change(name)
 
     async def unload(self, name: str) -> None:
-        """Free a model's memory when its jobs have ended. Without `idle_unload_s`, also stop serving the model.
+        """Free a model's memory when its jobs have ended.
 
-        Raises ModelBusy, ModelNotFound, Draining.
+        Without `idle_unload_s`, also stop serving the model. Raises ModelBusy, ModelNotFound, Draining.
         """
         services = self._models.named(name)
         if self._idle_unload_s is not None:

@@ -166,7 +166,10 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """Stop the worker, and store the outcomes of its jobs. Call this after all requests have been answered."""
+        """Stop the worker, and store the outcomes of its jobs.
+
+        Call this after all requests have been answered.
+        """
         self.worker.close()
         if self._crash_file is not None:
             await self._stores.count_crash(self._crash_file.close())  # before other servers can claim the jobs
@@ -212,7 +215,7 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """Return the number of unclaimed jobs in shared stores, and the seconds one server would need for them.
+        """Return the number of unclaimed jobs in shared stores, and the seconds one server needs for them.
 
         The values were read at the last renewal of leases. Returns None if no store is shared, or none responds. Models
         with the same weights count once.

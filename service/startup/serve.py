@@ -71,7 +71,10 @@ NO_END_FILE = "if a job ends this process, it will not be known which: %s"
 
 
 def serve(settings: Settings) -> bool:
-    """Serve until SIGTERM or SIGINT. Return False if the worker crashed. Raises ValueError for an unusable setting."""
+    """Serve until SIGTERM or SIGINT.
+
+    Return False if the worker crashed. Raises ValueError for an unusable setting.
+    """
     # Before listening, do everything that can fail without measuring a model.
     traces = start_traces(VERSION)
     settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
@@ -176,9 +179,9 @@ class Opened:
 
 
 def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
-    """Read the keys and the checkpoints, and open the stores. Raises ValueError if any of them is unusable.
+    """Read the keys and the checkpoints, and open the stores.
 
-    address: the server's own host and port.
+    Raises ValueError if any of them is unusable. address: the server's own host and port.
     """
     if unknown := unknown_variables(settings):
         log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
@@ -321,7 +324,10 @@ def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, st
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
-    """Return a function that opens the store for a weights hash. Raises ValueError for an unusable database."""
+    """Return a function that opens the store for a weights hash.
+
+    Raises ValueError for an unusable database.
+    """
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):
@@ -421,9 +427,9 @@ class Preparer:
 
 
 def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening) -> Application:
-    """Measure the models and build the app. The app closes the stores. Raises the errors of the measurement.
+    """Measure the models and build the app.
 
-    opening: shows the progress to clients.
+    The app closes the stores. Raises the errors of the measurement. opening: shows the progress to clients.
     """
     settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}

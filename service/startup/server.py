@@ -72,7 +72,10 @@ class Opening:
     detail = DETAIL  # what the server is doing now, for clients
 
     def report(self, model: str, what: str, left_s: float | None) -> None:
-        """Report the current measurement and the seconds left to clients and the log. Any thread may call this."""
+        """Report the current measurement and the seconds left to clients and the log.
+
+        Any thread may call this.
+        """
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
@@ -119,9 +122,9 @@ class Server(uvicorn.Server):
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the jobs of WebSockets, then shut down as uvicorn does. uvicorn waits only for HTTP responses.
+        """Wait for the jobs of WebSockets, then shut down as uvicorn does.
 
-        Each keep-alive connection may send one more request, which is refused.
+        uvicorn waits only for HTTP responses. Each keep-alive connection may send one more request, which is refused.
         """
         self._give_up.cancel()
         application = self._opening.application

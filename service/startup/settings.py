@@ -440,9 +440,10 @@ class Settings(BaseSettings):
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
-        """Return the checkpoints to serve, in order. Each comes with the name that the settings give it, or None.
+        """Return the checkpoints to serve, in order.
 
-        Raises ValueError if a folder of models is empty, or two models have the same name.
+        Each comes with the name that the settings give it, or None. Raises ValueError if a folder of models is empty,
+        or two models have the same name.
         """
         found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
@@ -502,10 +503,10 @@ class Settings(BaseSettings):
         )
 
     def access(self, address: str) -> Access:
-        """Return the keys of a server that listens on this address. Without keys, or with --open, anyone has access.
+        """Return the keys of a server that listens on this address.
 
-        Raises ValueError for invalid keys. Also raises ValueError if other machines can reach the address, there are no
-        keys, and --open is not set.
+        Without keys, or with --open, anyone has access. Raises ValueError for invalid keys. Also raises ValueError if
+        other machines can reach the address, there are no keys, and --open is not set.
         """
         if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
             raise ValueError(

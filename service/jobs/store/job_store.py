@@ -384,7 +384,10 @@ class JobStore(Removal):
     # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Return the condition for jobs that a live replica holds (True), that none holds (False), or both (None)."""
+        """Return the condition for jobs that a live replica holds (True) or that none holds (False).
+
+        None selects all jobs.
+        """
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:

@@ -38,7 +38,10 @@ METADATA = "169.254.169.254"  # Amazon's metadata service, which provides creden
 
 
 class S3Objects:
-    """The objects with a common prefix in a bucket. Each call has a timeout, and raises StorageFailed for any error."""
+    """The objects with a common prefix in a bucket.
+
+    Each call has a timeout, and raises StorageFailed for any error.
+    """
 
     def __init__(self, url: str, folder: str) -> None:
         """url: s3://bucket/prefix. folder: appended to the prefix. Raises ValueError for an invalid URL or endpoint."""
@@ -153,7 +156,7 @@ def _code(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Describe an error of obstore in one line: the response's code and message, or why there was no response.
+    """Describe an obstore error in one line: the code and message of the response, or why there was none.
 
     The error's own text contains the whole response, which may repeat parts of the signed request.
     """

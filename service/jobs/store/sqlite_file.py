@@ -144,7 +144,10 @@ def _kept_before(file: Path) -> int:
 
 
 def unended(file: Path) -> list[str]:
-    """Return the ids of a file's unfinished jobs. Empty if a server has the file open or it cannot be read."""
+    """Return the ids of a file's unfinished jobs.
+
+    Empty if a server has the file open or it cannot be read.
+    """
     try:
         with _reading(file, 0) as connection:
             query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
@@ -180,7 +183,10 @@ class DiskFull(ValueError):
 
 
 def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
-    """Return an error that says why a file cannot be used. error: raised by SQLite or the operating system."""
+    """Return an error that says why a file cannot be used.
+
+    error: raised by SQLite or the operating system.
+    """
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
     full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
@@ -230,9 +236,9 @@ def _check_header(file: Path) -> None:
 
 
 def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
-    """Raise ValueError if more than the WAL's last transaction is damaged. Return warnings about a truncated WAL.
+    """Raise ValueError if more than the WAL's last transaction is damaged.
 
-    connection: must already have read from the file.
+    Return warnings about a truncated WAL. connection: must already have read from the file.
 
     SQLite silently ignores everything from the first frame with a wrong checksum. A crash can damage only the last
     transaction, which was being written. If more transactions follow the wrong frame, the file was damaged in another
@@ -276,14 +282,17 @@ def _wal_header_verifies(data: bytes) -> bool:
 
 
 def _lacks_wal(connection: sqlite3.Connection) -> bool:
-    """Return True if the file's WAL is missing: the row that the WAL's first transaction deletes still exists."""
+    """Return True if the WAL is missing: the row that its first transaction deletes still exists."""
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
         return False
     return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError if the file is damaged. The check stops after CHECK_S seconds, and the file is then accepted."""
+    """Raise ValueError if the file is damaged.
+
+    The check stops after CHECK_S seconds, and the file is then accepted.
+    """
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:

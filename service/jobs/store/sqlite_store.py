@@ -1,4 +1,7 @@
-"""Durable jobs in one SQLite file with a WAL (write-ahead log). A commit is on the disk when its call returns."""
+"""Durable jobs in one SQLite file with a WAL (write-ahead log).
+
+A commit is on the disk when its call returns.
+"""
 
 import logging
 import os
