@@ -1,7 +1,7 @@
-"""The errors of the service, each with an HTTP status and a stable code.
+"""The errors of the service. Each error has an HTTP status and a stable code.
 
-An error's docstring says when the error happens, and `remedy` says what to do. The errors page of the docs is generated
-from both. Both are Markdown, with links relative to docs/.
+An error's docstring says when the error occurs, and its `remedy` says what to do. The docs' page of errors is generated
+from both, so both are Markdown with links relative to docs/.
 """
 
 import html
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
-# Matches the secrets that `tminus key` makes, in any case and after any text, but not link parameters such as
-# utm_source. A secret without its prefix tm_ is 43 characters of base64url. Names and hashes of that length do not mix
-# cases.
+# SECRET matches the secrets that `tminus key` makes. With the prefix tm_, a secret matches in upper or lower case and
+# after any text, but link parameters such as utm_source do not match. Without the prefix, a secret is 43 characters of
+# base64url with both upper and lower case. Names and hashes of that length do not mix cases.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
 SECRET = re.compile(
     rf"(?i:tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+)|(?<![\w-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])[\w-]{{43,}}", re.ASCII
@@ -22,7 +22,7 @@ SECRET = re.compile(
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|lowbar|UnderBar);\Z", re.ASCII)
 ENTITY_CHARACTERS = 11
 LONGEST_SECRET = 3 * 46  # characters of a secret that is fully percent-encoded
-MOST_FAULTS = 20  # the most errors that a problem document lists
+MOST_FAULTS = 20  # maximum number of errors in one problem document
 HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -34,13 +34,13 @@ class ServiceError(Exception):
     title: ClassVar[str] = "Internal error"
     remedy: ClassVar[str] = "Look at the log of the server, which has the reason."
     detail: str = "something went wrong on the server; its log has the details"
-    retry_after_s: int | None = None  # None: unknown
-    of_parameters: ClassVar[bool] = False  # True: a parameter is wrong, and `errors` lists every wrong parameter
-    refusal: ClassVar[bool] = True  # True: tminus_rejected_total counts the error
+    retry_after_s: int | None = None  # None if unknown
+    of_parameters: ClassVar[bool] = False  # True if a parameter is wrong; `errors` then lists every wrong parameter
+    refusal: ClassVar[bool] = True  # True if tminus_rejected_total counts the error
 
     @property
     def ws_close(self) -> int:
-        """Return the WebSocket close code (RFC 6455, 7.4.1): try again later, too big, internal error or policy."""
+        """Return the WebSocket close code (RFC 6455, section 7.4.1)."""
         if self.status in (429, 503):
             return 1013
         if self.status == 413:
@@ -56,9 +56,9 @@ class ServiceError(Exception):
         bound: str | None = None,
         retry_after_s: int | None = None,
     ):
-        """Set the members of the problem document.
+        """Create an error with the members of its problem document.
 
-        detail: text for people; the default is the detail of the class. field: the parameter to change. value: the
+        detail: text for people; the default is the class's `detail`. field: name of the wrong parameter. value: the
         value received. bound: the values allowed.
         """
         self.detail, self.field, self.value, self.bound = detail or self.detail, field, value, bound
@@ -82,7 +82,7 @@ class ServiceError(Exception):
         return members
 
     def fault(self) -> dict[str, Any]:
-        """Return the members that describe the fault and the allowed values."""
+        """Return the members that describe the error, and the wrong parameter if there is one."""
         members: dict[str, Any] = {"code": self.code, "detail": masked(self.detail)}
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
@@ -92,10 +92,10 @@ class ServiceError(Exception):
 
 
 class ValidationErrors:
-    """Collects the first error of each parameter. Belongs to one request or message."""
+    """Collects the first error of each parameter in one request or message."""
 
     def __init__(self) -> None:
-        self._found: dict[str | None, ServiceError] = {}  # keyed by field
+        self._found: dict[str | None, ServiceError] = {}  # keyed by field name
 
     def has(self, *fields: str) -> bool:
         """Return True if any of these fields has an error."""
@@ -108,13 +108,13 @@ class ValidationErrors:
         return bool(self._found)
 
     def add(self, error: ServiceError) -> None:
-        """Add an error and its `others`. The first error of a field is kept."""
+        """Add an error and its `others`. Only the first error of each field is kept."""
         for each in (error, *error.others):
             self._found.setdefault(each.field, each)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Catch and add a parameter error of the block. Other errors propagate."""
+        """Collect a parameter error that the `with` block raises. Other errors propagate."""
         try:
             yield
         except ServiceError as error:
@@ -134,12 +134,14 @@ class ValidationErrors:
         raise first from None
 
 
-# Errors that pydantic validators raise are also ValueErrors, so pydantic collects them.
+# Pydantic collects only ValueErrors, so errors that its validators raise are ValueErrors too.
 
 
 class InvalidField(ServiceError, ValueError):
-    """A parameter has the wrong type, is out of bounds, or does not go with the model, with another parameter or with
-    the `Accept` header.
+    """A parameter has the wrong type or a value that is not allowed.
+
+    The value may be out of bounds. It may also be valid only with another model, other parameters or another `Accept`
+    header.
     """
 
     status, code, title, of_parameters = 422, "invalid_field", "A parameter is invalid", True
@@ -151,7 +153,7 @@ class InvalidField(ServiceError, ValueError):
 
 
 class UnknownField(ServiceError):
-    """There is no parameter with this name, or no file with this name in a form."""
+    """There is no parameter with this name, or a form has no file with this name."""
 
     status, code, title, of_parameters = 422, "unknown_field", "There is no such parameter", True
     remedy = "Remove or rename it. `bound` lists the names that exist."
@@ -164,9 +166,10 @@ class UnknownField(ServiceError):
 
 
 class ConflictingField(ServiceError):
-    """A parameter has two values: one in the query and another in the body, or several where the parameter is no list.
+    """A parameter has two values.
 
-    Or the request gives a parameter under two of its names, or has two images.
+    For example, the query and the body both contain the parameter, a parameter that is not a list is repeated, or a
+    parameter is sent under two of its names. Two images in one request also cause this error.
     """
 
     status, code, title, of_parameters = 422, "conflicting_field", "A parameter has two values", True
@@ -174,21 +177,24 @@ class ConflictingField(ServiceError):
 
 
 class MalformedBody(ServiceError):
-    """The body is not a JSON object, or it has more than 4096 lists, objects and members."""
+    """The body is not a JSON object, or it has more than 4096 lists, objects and members in total."""
 
     status, code, title = 400, "malformed_body", "The body is not a JSON object"
     remedy = "Correct the body."
 
 
 class MalformedForm(ServiceError):
-    """A form cannot be parsed, ends before its last boundary, has too many parts, or has a field that is too long."""
+    """A form is malformed or over a limit.
+
+    The form cannot be parsed, ends before its last boundary, has too many parts, or has a field that is too long.
+    """
 
     status, code, title = 400, "malformed_form", "The body is not a form"
     remedy = "Correct the form."
 
 
 class UnsupportedVersion(ServiceError):
-    """The header `API-Version` names a version that this server does not have."""
+    """The `API-Version` header names a version that this server does not have."""
 
     status, code, title = 400, "unsupported_api_version", "The server does not have this version of the API"
     remedy = "Ask for the version in `bound`, or leave the header out; see [the API version](api-version.md)."
@@ -199,7 +205,10 @@ class UnsupportedVersion(ServiceError):
 
 
 class PreconditionFailed(ServiceError):
-    """The `If-None-Match` of a POST names the `ETag` of the answer. The client has the answer, so nothing was run."""
+    """The `If-None-Match` header of a POST names the `ETag` of the answer.
+
+    The client already has the answer, so the request was not run.
+    """
 
     status, code, title = 412, "precondition_failed", "The client has this answer already"
     remedy = "Use the answer that you have."
@@ -219,7 +228,10 @@ class UnsupportedMediaType(ServiceError):
 
     @classmethod
     def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
-        """Return an error that lists the supported types, also in its Accept header (RFC 9110, 15.5.16)."""
+        """Return an error that lists the supported types.
+
+        Its Accept header lists them too (RFC 9110, 15.5.16).
+        """
         names = [*taken]
         bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
@@ -242,8 +254,10 @@ class UnsupportedEncoding(ServiceError):
 
 
 class InvalidImage(ServiceError, ValueError):
-    """An image is not a PNG, JPEG or WebP, or is broken, too large, an animation, not base64, or missing from the form.
-    Or a mask has transparency and no white pixel; see [editing](editing.md).
+    """An image or a mask cannot be used.
+
+    The image may be missing from the form, not valid base64, not a PNG, JPEG or WebP, broken, too large or animated. A
+    mask may have transparency and no white pixel; see [editing](editing.md).
     """
 
     status, code, title, of_parameters = 422, "invalid_image", "The image is invalid", True
@@ -255,7 +269,7 @@ class InvalidImage(ServiceError, ValueError):
 
 
 class MalformedMessage(ServiceError):
-    """A WebSocket message is not a JSON object in a text message, or it is not allowed at this point.
+    """A WebSocket message is not a JSON object as text, or is not allowed at this point of the exchange.
 
     The connection closes.
     """
@@ -265,9 +279,9 @@ class MalformedMessage(ServiceError):
 
 
 class Silence(ServiceError):
-    """A WebSocket client asked for nothing within ten seconds of connecting, or within a minute of its last job.
+    """A WebSocket client sent no request for too long, and the connection closes.
 
-    The connection closes.
+    The first request must come within ten seconds, and each further request within a minute after the last job.
     """
 
     status, code, title = 408, "silence", "The client asked for nothing"
@@ -283,9 +297,9 @@ class ForeignHost(ServiceError):
 
 
 class ForeignOrigin(ServiceError):
-    """A web page of another site asked for something that costs work, changes something or shows jobs.
+    """A web page of another site sent a request that costs work, changes something or shows jobs.
 
-    The server detects this by `Origin`, `Sec-Fetch-Site` and `Referer`.
+    The server detects this by the headers `Origin`, `Sec-Fetch-Site` and `Referer`.
     """
 
     status, code, title = 403, "foreign_origin", "Pages of this origin may not use the server"
@@ -295,7 +309,7 @@ class ForeignOrigin(ServiceError):
 class TooManyStreams(ServiceError):
     """Too many WebSockets and event streams are open, from one address or in total.
 
-    All clients of a proxy that does not send `X-Forwarded-For` count as one address.
+    If a proxy does not send `X-Forwarded-For`, all its clients count as one address.
     """
 
     status, code, title = 429, "too_many_streams", "Too many streams are open"
@@ -309,9 +323,11 @@ class TooManyStreams(ServiceError):
 
 
 class MalformedRequest(ServiceError):
-    """The request is not HTTP/1.1, its head is over 16 KiB, or its body has more than 1,024 chunks plus one for each 64
-    bytes. Or a WebSocket handshake has a body or control characters. The connection closes. A request with two
-    `Idempotency-Key` headers is also refused with this error.
+    """The request is not HTTP/1.1, or breaks a limit on its headers or chunks.
+
+    The request line and headers may have at most 16 KiB, and the body at most 1,024 chunks plus one for each 64 bytes.
+    A WebSocket handshake may have neither a body nor control characters. After these errors, the connection closes. A
+    request with two `Idempotency-Key` headers is also refused with this error.
     """
 
     status, code, title = 400, "malformed_request", "The request is not valid HTTP"
@@ -319,14 +335,14 @@ class MalformedRequest(ServiceError):
 
 
 class TooManyHeaders(ServiceError):
-    """A WebSocket handshake has over 128 headers, or one of over 8 KiB. The connection closes."""
+    """A WebSocket handshake has more than 128 headers, or a header over 8 KiB. The connection closes."""
 
     status, code, title = 431, "too_many_headers", "The head is too large"
     remedy = "Send fewer or shorter headers."
 
 
 class SlowHead(ServiceError):
-    """The head of a request did not arrive within ten seconds. The connection closes."""
+    """The request line and headers of a request did not arrive within ten seconds. The connection closes."""
 
     status, code, title = 408, "slow_head", "The head took too long"
     remedy = "Send the head at once."
@@ -336,9 +352,9 @@ class SlowHead(ServiceError):
 
 
 class SlowBody(ServiceError):
-    """A body arrived at less than 8 KiB a second, over ten seconds.
+    """For ten seconds, a body arrived at less than 8 KiB a second.
 
-    The server did not read the rest, and the connection closes.
+    The server does not read the rest of the body, and the connection closes.
     """
 
     status, code, title = 408, "slow_body", "The body arrives too slowly"
@@ -350,8 +366,10 @@ class SlowBody(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """An image is over [`--max-image-bytes`](reference/settings.md#max-image-bytes), or the rest of the body is over
-    its limit: 1 MiB, or an eighth of `--max-image-bytes` if that is more. The server did not read the rest, and the
+    """An image or the rest of the body is over its size limit.
+
+    The limit of an image is [`--max-image-bytes`](reference/settings.md#max-image-bytes). The limit of the rest is 1
+    MiB, or an eighth of `--max-image-bytes` if that is more. The server does not read the rest of the body, and the
     connection closes after the answer.
     """
 
@@ -361,13 +379,15 @@ class BodyTooLarge(ServiceError):
     def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
         super().__init__(f"{field} must be {bound}, got {received} or more", field=field, value=received, bound=bound)
-        self.headers["Connection"] = "close"  # the client need not send the rest of the body
+        self.headers["Connection"] = "close"  # so the client need not send the rest of the body
 
 
 class TooManyBytes(ServiceError):
-    """All clients together are sending or reading too much: over 256 MiB of request bodies, of uploads that wait to be
-    decoded, or of answers. Bodies up to 64 KiB are always accepted. Or one key sends more than three quarters of the
-    bytes that other keys leave free. The connection closes; a WebSocket closes with 1013, and an event stream ends.
+    """The clients together, or one key, are sending or reading too much.
+
+    The server holds at most 256 MiB each of request bodies, of uploads that wait to be decoded, and of answers. One key
+    may take three quarters of the bytes that other keys leave free. Bodies up to 64 KiB are always accepted. The
+    connection closes; a WebSocket closes with code 1013, and an event stream ends.
     """
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
@@ -381,8 +401,9 @@ class TooManyBytes(ServiceError):
 
 
 class TooManyImages(ServiceError):
-    """The image would wait over ten seconds to be decoded. Keys take turns, so the image mainly waits for images of its
-    key.
+    """The image would wait over ten seconds to be decoded.
+
+    Keys take turns, so an image mainly waits for other images of the same key.
     """
 
     status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
@@ -395,9 +416,10 @@ class TooManyImages(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """The `Accept` header allows no media type that this call can answer with; [the API](reference/api.md) lists them.
+    """The `Accept` header allows none of the media types that this call can return.
 
-    `application/x-npy` of a durable job needs a job that was created with `bit_depth=32`.
+    [The API](reference/api.md) lists them. A durable job has an answer of type `application/x-npy` only if the job was
+    created with `bit_depth=32`.
     """
 
     status, code, title = 406, "not_acceptable", "No acceptable media type"
@@ -405,9 +427,9 @@ class NotAcceptable(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The server would hold more work, jobs or images than [its limits](reference/settings.md#what-is-accepted) allow.
+    """The request would exceed a [limit](reference/settings.md#what-is-accepted) on work, jobs or images.
 
-    Or ten thousand events wait for the receiver of the job's [webhook](webhooks.md).
+    The error also occurs if ten thousand events already wait for the receiver of the job's [webhook](webhooks.md).
     """
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
@@ -427,13 +449,13 @@ class Overloaded(ServiceError):
         self.of_owner, self._reason, self._told = of_owner, reason, told
 
     def sooner(self, retry_after_s: int) -> "Overloaded":
-        """Return a copy with the earlier of both retry times."""
+        """Return a copy with the earlier of the two retry times."""
         told = self._told | {"retry_after_s": min(retry_after_s, self.retry_after_s)}
         return Overloaded(self._reason, of_owner=self.of_owner, **told)
 
 
 class DeadlineUnmeetable(ServiceError):
-    """An idle server could finish the job within `deadline_s`, but this one has too much other work."""
+    """An idle server could finish the job within `deadline_s`, but this server has too much other work."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
     remedy = "Allow more time: `bound` is the earliest deadline that the server could meet now."
@@ -443,7 +465,7 @@ class DeadlineUnmeetable(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The server is starting: it measures the model, or the first tick has not run yet."""
+    """The server is starting: it is measuring the model, or has not run its first forward pass yet."""
 
     status, code, title = 503, "not_ready", "The model is not ready yet"
     remedy = "Try again after the seconds in `Retry-After`."
@@ -451,9 +473,11 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """A thread of the server hangs: one operation has taken over a minute and over twenty times its usual duration. The
-    thread is the worker's, or one that encodes or decodes images. `/healthz` and `/readyz` report the hang too; while
-    the event loop hangs, only `/healthz` of `--metrics-port` answers.
+    """A thread of the server hangs.
+
+    One operation has taken over a minute and over twenty times its usual duration. The operation may be the worker's,
+    or the encoding or decoding of an image. `/healthz` and `/readyz` report the hang too. If the event loop itself
+    hangs, only `/healthz` on `--metrics-port` answers.
     """
 
     status, code, title = 503, "stalled", "The server hangs"
@@ -465,10 +489,10 @@ class Stalled(ServiceError):
 
 
 class Draining(ServiceError):
-    """The server is shutting down, and takes no new work.
+    """The server is shutting down and accepts no new work.
 
-    Accepted work that outlasts the [grace period](reference/settings.md#grace-s) ends with this error too. The
-    connection closes.
+    Accepted work that takes longer than the [grace period](reference/settings.md#grace-s) also ends with this error.
+    The connection closes.
     """
 
     status, code, title = 503, "draining", "The server is shutting down"
@@ -489,7 +513,7 @@ class ModelNotFound(ServiceError):
 
 
 class ModelUnloaded(ServiceError):
-    """The model was unloaded or replaced when the request came, or while its job ran."""
+    """The model was unloaded or replaced when the request arrived, or while the job ran."""
 
     status, code, title = 503, "model_unloaded", "The model was unloaded"
     remedy = "Try again: if the model was replaced, the new one answers."
@@ -500,8 +524,10 @@ class ModelUnloaded(ServiceError):
 
 
 class ModelLoading(ServiceError):
-    """The model is [not in memory](models.md), and cannot be loaded within `deadline_s`, or within
-    [`--max-backlog-s`](reference/settings.md#max-backlog-s). The server is loading it now.
+    """The model is [not in memory](models.md), and loading it would take too long for the request.
+
+    Loading would take longer than `deadline_s` or [`--max-backlog-s`](reference/settings.md#max-backlog-s). The server
+    is loading the model now.
     """
 
     status, code, title = 503, "model_loading", "The model is being loaded"
@@ -517,8 +543,10 @@ class ModelLoading(ServiceError):
 
 
 class ModelBusy(ServiceError):
-    """The model cannot be changed now: another model is being loaded, this model is loaded already, or this model is
-    the default model, which cannot be unloaded.
+    """The model cannot be loaded or unloaded now.
+
+    Another model is being loaded, this model is already loaded, or this model is the default model, which cannot be
+    unloaded.
     """
 
     status, code, title = 409, "model_busy", "The model cannot be changed now"
@@ -526,9 +554,9 @@ class ModelBusy(ServiceError):
 
 
 class CheckpointRefused(ServiceError):
-    """The server cannot load the folder of a model; `detail` says why.
+    """The server cannot load a model from its folder; `detail` says why.
 
-    The server continues with the models that it had loaded.
+    The models that were loaded before are still served.
     """
 
     status, code, title = 422, "checkpoint_refused", "The checkpoint cannot be loaded"
@@ -544,9 +572,9 @@ class AdminOff(ServiceError):
 
 
 class Unauthorized(ServiceError):
-    """The server requires a key, and the request has no key or a key that the server does not know.
+    """The server requires a key, and the request has none or has one that the server does not know.
 
-    A WebSocket handshake with a wrong `Authorization` header is refused with 401; a wrong key in the first message
+    A WebSocket handshake with a wrong `Authorization` header is refused with 401. A wrong key in the first message
     closes the connection.
     """
 
@@ -559,8 +587,9 @@ class Unauthorized(ServiceError):
 
 
 class TooManyLogins(ServiceError):
-    """Many wrong keys came to `POST /login` from one address within a minute. An IPv6 address counts with its /64
-    network. Keys in headers and cookies still work.
+    """Too many wrong keys were sent to `POST /login` from one address within a minute.
+
+    All IPv6 addresses in one /64 network count as one address. Keys in headers and cookies still work.
     """
 
     status, code, title = 429, "too_many_logins", "Too many logins failed"
@@ -572,9 +601,9 @@ class TooManyLogins(ServiceError):
 
 
 class NotOpen(ServiceError):
-    """The server runs on [Ray](operations.md#ray-serve), has no keys, and is reachable from other machines.
+    """The server runs on [Ray](operations.md#ray-serve) without keys, and other machines can reach it.
 
-    A WebSocket is refused with 403 in plain text.
+    A WebSocket is refused with status 403 and plain text.
     """
 
     status, code, title = 403, "not_open", "The server has no keys"
@@ -596,8 +625,9 @@ class Forbidden(ServiceError):
 
 
 class QuotaExceeded(ServiceError):
-    """The key has used its row-steps of this minute, has too many jobs that have not ended, or has too many open
-    requests. `field` says which.
+    """The key has used its row-steps for this minute, or has too many unfinished jobs or open requests.
+
+    `field` says which.
     """
 
     status, code, title = 429, "quota_exceeded", "The quota of this key is used up"
@@ -609,10 +639,10 @@ class QuotaExceeded(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """A forward pass failed, and the jobs of that tick are lost; other jobs continue.
+    """A forward pass failed. The jobs in that pass are lost; other jobs continue.
 
-    Or the worker crashed or the GPU no longer answers, and the server is about to exit. Or a durable job has [ended the
-    server twice](jobs.md).
+    The error also occurs if the worker crashes or the GPU stops answering; the server then exits. A durable job that
+    has [ended the server twice](jobs.md) also gets this error.
     """
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
@@ -642,9 +672,10 @@ class DeadlinePassed(ServiceError):
 
 
 class StorageFailed(ServiceError):
-    """A durable job cannot be written or read: the disk is full, read-only or broken, the database or the object store
-    does not answer, or the stored data of this job are damaged. Accepted jobs stay accepted, and `POST /sample`
-    still works.
+    """A durable job cannot be written or read.
+
+    The disk may be full, read-only or broken, the database or the object store may not answer, or the stored data of
+    this job may be damaged. Accepted jobs stay accepted, and `POST /sample` still works.
     """
 
     status, code, title = 507, "storage_failed", "The job store failed"
@@ -655,13 +686,14 @@ class StorageFailed(ServiceError):
 
     def __init__(self, detail: str, *, damaged: bool = False) -> None:
         """damaged: True if the stored data cannot be read, so retrying does not help."""
-        super().__init__(detail, retry_after_s=None if damaged else 5)  # seconds between the server's own retries
+        super().__init__(detail, retry_after_s=None if damaged else 5)  # the server itself retries every 5 s
         self.damaged = damaged
 
 
 class NewerJob(StorageFailed):
-    """A server of a newer version accepted the durable job, and the job asks for something that this server does not
-    know.
+    """A newer version of the server accepted the durable job.
+
+    The job needs something that this server does not know.
     """
 
     status, code, title = 503, "newer_job", "A newer server accepted the job"
@@ -669,14 +701,14 @@ class NewerJob(StorageFailed):
 
 
 class KeyReused(ServiceError):
-    """The `Idempotency-Key` was used before, for other parameters or another model."""
+    """The `Idempotency-Key` was already used for other parameters or another model."""
 
     status, code, title = 422, "idempotency_key_reused", "This Idempotency-Key was used for another request"
     remedy = "Use a new key for a new request."
 
 
 class JobNotDone(ServiceError):
-    """The request asks for the images of a job that still waits or runs."""
+    """The request asks for the images of a job that is still waiting or running."""
 
     status, code, title = 409, "job_not_done", "The job is not done yet"
     remedy = "Try again after the seconds in `Retry-After`, or follow the events of the job; see [jobs](jobs.md)."
@@ -687,7 +719,10 @@ class JobNotDone(ServiceError):
 
 
 class NoImages(ServiceError):
-    """The request asks for the images of a job that was cancelled or failed. If it failed, `cause` has its error."""
+    """The request asks for the images of a job that was cancelled or has failed.
+
+    If the job failed, `cause` has its error.
+    """
 
     status, code, title = 410, "no_images", "The job has no images"
     remedy = "Create another job."
@@ -702,7 +737,10 @@ class NoImages(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """There is no job with this id. It never existed, it is no longer kept, or it was not durable and has ended."""
+    """There is no job with this id.
+
+    It never existed, is no longer stored, or was not durable and has ended.
+    """
 
     status, code, title = 404, "job_not_found", "There is no such job"
     remedy = "`GET /jobs` lists the jobs that exist."
@@ -718,26 +756,26 @@ class JobCancelled(ServiceError):
 
 
 def short(value: object, limit: int = 200) -> object:
-    """Shorten a client's value for an error message and mask the secrets in the value."""
+    """Shorten a client's value for an error message, and mask the secrets in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)  # JSON has no infinity or NaN
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
-    looked_at = limit + LONGEST_SECRET  # includes a secret that the limit cuts, so `masked` recognizes it
+    looked_at = limit + LONGEST_SECRET  # long enough to include a secret that begins within the limit
     try:
         text = value if isinstance(value, str) else _json_start(value, looked_at)
         if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and masked(text) == text:
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
-    shown = masked(text[:looked_at].encode("utf-8", "replace").decode())  # JSON may escape half a surrogate pair
+    shown = masked(text[:looked_at].encode("utf-8", "replace").decode())  # JSON may contain half of a surrogate pair
     return shown if max(len(shown), len(text) - LONGEST_SECRET) <= limit else shown[:limit] + "…"
 
 
 def masked(text: str) -> str:
     """Mask the secrets of API keys in a text.
 
-    Secrets may be percent-encoded or written with HTML entities, any number of times.
+    Finds secrets that are percent-encoded or written with HTML entities, even repeatedly.
     """
     if "%" in text or ("&" in text and ";" in text):
         decoded, starts = _decoded(text)
@@ -746,11 +784,14 @@ def masked(text: str) -> str:
             pieces += text[end : starts[found.start()]], "tm_…"
             end = starts[found.end()]
         text = "".join([*pieces, text[end:]])
-    return SECRET.sub("tm_…", text)  # a percent sign may have hidden the start of a secret
+    return SECRET.sub("tm_…", text)  # finds a secret whose beginning was hidden by a percent sign in the encoded text
 
 
 def _decoded(text: str) -> tuple[str, list[int]]:
-    """Return the decoded text, and the start in `text` of each decoded character, followed by the length of `text`."""
+    """Return the decoded text, and the position in `text` of each decoded character.
+
+    The positions end with the length of `text`.
+    """
     characters, starts = list[str](), list[int]()
     for at, character in enumerate(text):
         characters.append(character)
@@ -763,7 +804,11 @@ def _decoded(text: str) -> tuple[str, list[int]]:
 
 
 def _last_encoded(characters: list[str]) -> tuple[int, str] | None:
-    """Return the length of the encoded character at the end of the list and its decoded character, or None."""
+    """Decode an encoded character at the end of the list.
+
+    Returns the number of characters that encode it, and the decoded character. Returns None if the list does not end
+    with an encoded character.
+    """
     if len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
         return 3, chr(int("".join(characters[-2:]), 16))
     if characters[-1] == ";" and (found := ENTITY.search("".join(characters[-ENTITY_CHARACTERS:]))):
@@ -775,7 +820,10 @@ _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)
 
 
 def _json_start(value: object, limit: int) -> str:
-    """Write a value as JSON. Stop soon after `limit` characters, because the value may have a million items."""
+    """Write a value as JSON.
+
+    Stop soon after `limit` characters, because the value may have a million items.
+    """
     text = ""
     for piece in _SHOWN.iterencode(value):
         text += piece

@@ -1,6 +1,7 @@
-"""The Prometheus metrics, in base units, with the prefix tminus_. METRICS documents each metric.
+"""The Prometheus metrics. Each has the prefix tminus_ and uses base units. METRICS documents them.
 
-Each app has its own registry; there is no global registry. The metrics page of the docs is generated from METRICS.
+Each app has its own registry instead of prometheus_client's global one. The docs' page of metrics is generated from
+METRICS.
 """
 
 import math
@@ -38,10 +39,10 @@ REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30
 ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-EXEMPLAR_S = 60.0  # seconds that the slowest observation of a bucket stays its exemplar
+EXEMPLAR_S = 60.0  # seconds after which any new observation may replace the exemplar of its bucket
 PLACES_BUCKETS = tuple(float(2**i) for i in range(11))
-ERRORS = ("500", "507")  # statuses of server failures
-LOST = ("engine_failed", "not_finite")  # reasons that indicate a fault of the server or the checkpoint
+ERRORS = ("500", "507")  # HTTP statuses of failures of the server
+LOST = ("engine_failed", "not_finite")  # abort reasons that indicate a fault in the server or the checkpoint
 MODEL_LABELS = {
     "weights": "first 16 characters of the hash of its weights",
     "parameters": "number of its parameters",
@@ -54,17 +55,17 @@ MODEL_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class MetricDoc:
-    """A metric: its HELP text in /metrics, its labels with their meanings, and the upper bounds of its buckets."""
+    """A metric: its HELP text in /metrics, what its labels mean, and the upper bounds of its buckets."""
 
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: Mapping[str, str] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
-    more: str = ""  # the page of docs/ that explains the metric
+    more: str = ""  # page of docs/ that explains the metric
 
 
 MODEL = {"model": "name of the model"}
-# Headings, keyed by the first metric of each group in METRICS.
+# Headings in the docs, keyed by the first metric of each group in METRICS.
 GROUPS = {
     "tminus_tick_duration_seconds": "Ticks and rows",
     "tminus_backlog_seconds": "Waiting work",
@@ -295,7 +296,7 @@ METRICS = {
 
 
 class Metrics:
-    """Owns the registry. Methods are named after events and may be called from any thread."""
+    """Owns the registry. The methods may be called from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry()
@@ -324,23 +325,27 @@ class Metrics:
         at = "tminus_last_snapshot_timestamp_seconds"
         self._snapshot_at = Gauge(at, METRICS[at].text, registry=registry)
         self._model = Info("tminus_model", METRICS["tminus_model_info"].text, ["name"], registry=registry)
-        # Start the series that have alerts at 0: Prometheus sees no increase in a series that begins at 1.
+        # Create these series at 0, because alerts use them. Prometheus does not see an increase in a series that starts
+        # at 1.
         for status in ERRORS:
             self._counters["tminus_errors_total"].labels(status)
         for reason in LOST:
             self._counters["tminus_jobs_aborted_total"].labels(reason)
 
     def count(self, name: str, *labels: str, by: int = 1) -> None:
-        """Add to a counter of METRICS. labels: label values in the order of METRICS."""
+        """Increase a counter of METRICS. labels: label values, in the order that METRICS has them."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """Add to a histogram of METRICS. labels: label values in the order of METRICS."""
+        """Add an observation to a histogram of METRICS.
+
+        labels: label values, in the order that METRICS has them.
+        """
         self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
-        """Add the info series of a model. Replaces the series of an earlier model of the same name."""
+        """Add the info series of a model, and remove that of an earlier model with the same name."""
         self.model_gone(info.name)
         self._model.labels(info.name).info(
             {
@@ -364,10 +369,10 @@ class Metrics:
         models: Mapping[str, Callable[[], float]],
         waiting_in_store: Callable[[], tuple[int, float] | None],
     ) -> None:
-        """Add the gauges whose values are read on each request of /metrics.
+        """Add the gauges whose values are read at each scrape of /metrics.
 
-        gauges: keyed by metric name. models: the number of models, keyed by state. waiting_in_store: the jobs of a
-        shared store that no server holds, and the seconds that one server would need for them; None if unknown.
+        gauges: keyed by metric name. models: the number of models, keyed by state. waiting_in_store: the number of jobs
+        in shared stores that no server holds, and the seconds that one server would need for them; None if unknown.
         """
         for name, read in gauges.items():
             Gauge(name, METRICS[name].text, registry=self.registry).set_function(read)
@@ -378,33 +383,36 @@ class Metrics:
         self.registry.register(_WaitingInStore(waiting_in_store))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """Record a tick of a model. row_steps: steps of single rows, keyed by sampler."""
+        """Record a tick (one batched step) of a model.
+
+        row_steps: number of rows in the tick, keyed by sampler.
+        """
         self.observe("tminus_tick_duration_seconds", seconds, model)
         self.observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
             self.count("tminus_row_steps_total", model, sampler, by=count)
 
     def job_started(self, *, queue_s: float, first_step_s: float, exemplar: Mapping[str, str]) -> None:
-        """Record the first step of a job. exemplar: labels that identify the job's request."""
+        """Record that a job has taken its first step. exemplar: labels that identify the job's request."""
         self._queue.observe(queue_s, exemplar)
         self._first_step.observe(first_step_s, exemplar)
 
     def snapshotted(self, jobs: int) -> None:
-        """Record that snapshots of this number of jobs were written to the store."""
+        """Record that snapshots of this many jobs were written to the store."""
         self.count("tminus_snapshots_total", by=jobs)
         self._snapshot_at.set_to_current_time()
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """Record a response. Call it in the request's task, because the exemplar comes from context variables."""
+        """Record a response.
+
+        Call this in the request's task, because the exemplar comes from context variables.
+        """
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
             self.count("tminus_errors_total", str(status))
 
     def render(self, *, as_openmetrics: bool = False) -> tuple[bytes, str]:
-        """Return all metrics and their media type, in the Prometheus text format or as OpenMetrics.
-
-        Only OpenMetrics has exemplars.
-        """
+        """Return all metrics and their media type. Only the OpenMetrics format includes exemplars."""
         if as_openmetrics:
             text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
             return text, openmetrics.CONTENT_TYPE_LATEST
@@ -412,17 +420,17 @@ class Metrics:
 
 
 class _Latency:
-    """A histogram with exemplars of slow requests: each bucket keeps its slowest recent observation.
+    """A histogram with exemplars: each bucket's exemplar is its slowest recent observation.
 
-    prometheus_client keeps the most recent exemplar instead, and the most recent request is rarely interesting.
+    prometheus_client would keep the most recent observation, which is rarely the interesting one.
     """
 
     def __init__(self, histogram: Histogram, clock: Callable[[], float]) -> None:
         self._histogram, self._clock = histogram, clock
-        self._slowest: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}  # (seconds, observation time)
+        self._slowest: dict[tuple[tuple[str, ...], int], tuple[float, float]] = {}  # (seconds, time observed)
 
     def observe(self, seconds: float, exemplar: Mapping[str, str], *labels: str) -> None:
-        """Add an observation. exemplar: labels that identify the request; empty if there is no request."""
+        """Add an observation. exemplar: labels that identify the request; empty without a request."""
         series = self._histogram.labels(*labels) if labels else self._histogram
         bucket, now_s = (labels, bisect_left(REQUEST_BUCKETS, seconds)), self._clock()
         slowest, since_s = self._slowest.get(bucket, (-math.inf, -math.inf))
@@ -434,7 +442,10 @@ class _Latency:
 
 
 class _WaitingInStore(Collector):
-    """Two gauges that have no series while their values are unknown: 0 would mean that no job waits."""
+    """Two gauges that are left out while their values are unknown.
+
+    A value of 0 would mean that no job waits.
+    """
 
     def __init__(self, read: Callable[[], tuple[int, float] | None]) -> None:
         self._read = read

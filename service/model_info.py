@@ -1,4 +1,7 @@
-"""Facts about a loaded model, and the limits of requests. Frozen values; imports neither torch nor asyncio."""
+"""What is known about a loaded model, and the limits of requests.
+
+Frozen dataclasses; no torch, no asyncio.
+"""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +13,13 @@ from tminus.model.pixels import shown_channels
 from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
 
-MAX_JOBS = 1024  # accepted jobs of a server; max_backlog_s is usually reached first
-USUAL_MAX_N = 64  # images in one request, unless a setting overrides it
+MAX_JOBS = 1024  # most jobs that a server accepts at once; usually max_backlog_s is reached first
+USUAL_MAX_N = 64  # default limit of images in one request
 
 
 @dataclass(frozen=True, slots=True)
 class LatentInfo:
-    """Describes the latents of a latent model and the autoencoder that decodes them to pixels."""
+    """The latents of a latent model, and the autoencoder that decodes them to pixels."""
 
     autoencoder: str  # class name
     channels: int
@@ -27,7 +30,7 @@ class LatentInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The facts about a loaded model that the API needs."""
+    """What the API needs to know about a loaded model."""
 
     name: str
     architecture: str
@@ -35,8 +38,8 @@ class ModelInfo:
     height_px: int
     width_px: int
     channels: int
-    alpha: bool  # whether the last of four channels is alpha
-    latent: "LatentInfo | None"  # None: the network works on pixels
+    alpha: bool  # whether the fourth channel is alpha
+    latent: "LatentInfo | None"  # None if the network works on pixels
     num_timesteps: int
     beta_schedule: str
     prediction_type: str
@@ -45,15 +48,15 @@ class ModelInfo:
     steps_offset: int
     log_sigmas: tuple[float, ...]  # indexed by timestep
     fractional: bool  # whether the network accepts fractional timesteps
-    continuous: bool  # whether noise levels are a formula of t; all samplers then use fractional timesteps
+    continuous: bool  # whether noise levels are a formula of t; if so, all samplers use fractional timesteps
     clip: bool
     samplers: tuple[str, ...]
-    tables: tuple[Table, ...]  # for the samplers that use tables
-    refused_tables: tuple[str, ...]  # unused table files, each with the reason
-    student: Mapping[str, Any] | None  # of a distilled network: its teacher and the guidance trained into its weights
-    folded_guidance: float  # guidance scale trained into the weights; 1: none
+    tables: tuple[Table, ...]  # tuned tables, for the samplers that use them
+    refused_tables: tuple[str, ...]  # table files that are not used, each with the reason
+    student: Mapping[str, Any] | None  # for a distilled network: its teacher, and the guidance trained into its weights
+    folded_guidance: float  # guidance scale trained into the weights; 1 if there is none
     default_sampler: str
-    recommended: Recommended  # the default for requests with neither sampler nor steps
+    recommended: Recommended  # defaults for requests that set neither sampler nor steps
     conditional: bool
     class_names: tuple[str, ...]
     null_class: int | None
@@ -63,7 +66,7 @@ class ModelInfo:
     executor: str
     precision: str
     executor_details: str
-    exact: bool  # whether a spec gives the same bytes regardless of other jobs
+    exact: bool  # whether the same spec always gives the same bytes, whatever other jobs run
 
     @property
     def shown_channels(self) -> int:
@@ -72,15 +75,18 @@ class ModelInfo:
 
     @property
     def fits_pictures(self) -> bool:
-        """Return True if a picture shows all channels, so that an upload can be a whole image."""
+        """Return True if a picture shows all channels. An upload can then be a whole image."""
         return self.shown_channels == self.channels
 
     def has_table(self, table_hash: str) -> bool:
-        """Return True if the checkpoint still has the table with this hash."""
+        """Return True if the checkpoint has a table with this hash."""
         return any(table.hash == table_hash for table in self.tables)
 
     def table(self, table_hash: str) -> Table:
-        """Return the table with this hash. Raises ValueError if there is none, as after another `tminus tune`."""
+        """Return the table with this hash.
+
+        Raises ValueError if it is gone, for example after another `tminus tune`.
+        """
         for table in self.tables:
             if table.hash == table_hash:
                 return table
@@ -94,18 +100,18 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of the server and of each request."""
+    """The limits of a server and of single requests."""
 
     max_n: int
-    max_batch: int  # places in one forward pass
+    max_batch: int  # largest forward pass, in places: a row takes one, a guided row two
     max_rows: int
     max_backlog_s: float
     max_body_bytes: int
     max_jobs: int = MAX_JOBS
     max_image_bytes: int = 8 * 2**20
     result_cache_bytes: int = 0
-    keep_jobs_s: float = 86_400.0  # seconds that an ended durable job is kept
-    keep_jobs_bytes: int = 2**30  # the most bytes of all ended jobs together
+    keep_jobs_s: float = 86_400.0  # seconds that a durable job is kept after its end
+    keep_jobs_bytes: int = 2**30  # maximum size of all ended jobs together
     max_streams: int = 2048
     max_streams_per_address: int = 64
 
@@ -115,5 +121,8 @@ class Limits:
 
 
 def max_edit_bytes(max_body_bytes: int, max_image_bytes: int) -> int:
-    """Return the limit of a body with an image and a mask in base64, which takes four bytes for three."""
+    """Return the size limit of a body with an image and a mask in base64.
+
+    Base64 takes four characters for three bytes.
+    """
     return max_body_bytes + 2 * 4 * (max_image_bytes // 3 + 1)

@@ -1,4 +1,4 @@
-"""Thread pools that start all threads at once, threads that do not delay process exit, and checks for hung threads."""
+"""Thread pools that start at once, threads that do not delay process exit, and checks for hung threads."""
 
 import asyncio
 import threading
@@ -13,14 +13,14 @@ from tminus.service.errors import Stalled
 Result = TypeVar("Result")
 
 LOADING = "tminus-load"  # name of threads that load or measure models
-STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds STALL_S seconds and STALL_TIMES its usual duration
+STALL_S, STALL_TIMES = 60.0, 20.0  # a call hangs if it exceeds both STALL_S seconds and STALL_TIMES its usual time
 LOOK_S = 1.0  # seconds between checks for hung threads
 
 
 class Pulse:
-    """Reports the seconds that a thread has hung in one call. Any thread may ask.
+    """Measures how long a thread has been stuck in one call. Any thread may ask.
 
-    The thread reports the start and the end of each call. The threads of a pool share one pulse; see `run`.
+    The watched thread reports the start and the end of each call. The threads of a pool share one pulse; see `run`.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Pulse:
         usual_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """name: thread name for messages. usual_s: the longest usual duration of one call, in seconds."""
+        """name: the thread's name in messages. usual_s: returns the longest usual duration of a call, in seconds."""
         self.name, self._usual_s, self._clock = name, usual_s, clock
-        self._began_s: dict[object, float] = {}  # start of each running call; each thread changes only its own
+        self._began_s: dict[object, float] = {}  # start time of each running call
 
     def begin(self, what: object = None) -> None:
-        """Record the start of a call. A thread with its own pulse omits `what`, so a new call replaces the last one."""
+        """Record the start of a call. Threads that share the pulse need a different `what` for each call."""
         self._began_s[what] = self._clock()
 
     def rest(self, what: object = None) -> None:
@@ -47,14 +47,14 @@ class Pulse:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the oldest running call has taken; 0.0 while that is within the limit."""
+        """Seconds since the oldest running call began, if it counts as hung; otherwise 0.0."""
         if not (began_s := tuple(self._began_s.values())):
             return 0.0
         took_s = self._clock() - min(began_s)
         return took_s if took_s > max(STALL_S, STALL_TIMES * self._usual_s()) else 0.0
 
     async def beat(self) -> None:
-        """Record a call every LOOK_S seconds until cancelled. A missing call shows that the event loop hangs."""
+        """Record a call every LOOK_S seconds until cancelled. If the next call is late, the event loop hangs."""
         try:
             while True:
                 self.begin()
@@ -63,7 +63,7 @@ class Pulse:
             self.rest()
 
     async def run(self, pool: Executor, act: Callable[[], Result]) -> Result:
-        """Run a function in a thread of a pool. Raises the function's exceptions, and Stalled if a thread hangs.
+        """Run a function in a pool's thread. Raises the function's exceptions, and Stalled if a thread hangs.
 
         If the caller is cancelled before the function starts, the function does not run.
         """
@@ -88,11 +88,13 @@ class Pulse:
 
 
 def started_pool(threads: int, name: str, begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:
-    """Return a pool whose threads are already running. Each thread calls `begin` first. name: prefix of thread names.
+    """Return a pool whose threads are already running.
 
-    A pool of the standard library starts a thread with the first task that finds none idle. If memory is short at that
-    moment, the new thread may end before it signals its start, and `Thread.start` waits for that signal forever. In the
-    worker, this blocks every client.
+    Each thread first calls `begin`. name: prefix of thread names.
+
+    A standard-library pool starts its threads later, when a task finds no idle thread. If memory is short at that
+    moment, the new thread may die before it signals that it has started, and `Thread.start` waits for that signal
+    forever. In the worker, this would block every client.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin)
     all_run = Barrier(threads + 1)
@@ -103,7 +105,7 @@ def started_pool(threads: int, name: str, begin: Callable[[], object] | None = N
 
 
 def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Result]:
-    """Start a function in a daemon thread. The future gets the result or exception and cannot be cancelled."""
+    """Start a function in a daemon thread. The returned future cannot be cancelled."""
     done = Future[Result]()
     done.set_running_or_notify_cancel()
 
@@ -118,5 +120,5 @@ def begin_in_daemon_thread(act: Callable[[], Result], name: str) -> Future[Resul
 
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
-    """Run a function in a daemon thread and return its result. If the caller is cancelled, the function continues."""
+    """Run a function in a daemon thread. The function continues even if the caller is cancelled."""
     return await asyncio.wrap_future(begin_in_daemon_thread(act, name))

@@ -1,7 +1,8 @@
-"""Request ids, and spans with the OpenTelemetry API. Only startup/telemetry.py imports the SDK, which exports spans.
+"""Request ids, and spans with the OpenTelemetry API.
 
-TRACER is None while tracing is off, so a span then costs only a look-up. TRACER is a context variable and not
-OpenTelemetry's global tracer, so libraries add no spans of their own.
+Only startup/telemetry.py imports the SDK, which exports spans. TRACER is None while tracing is off, so a span costs
+only a lookup. TRACER is a context variable instead of OpenTelemetry's global tracer, so that libraries add no spans of
+their own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,10 @@ from opentelemetry.trace import Span, StatusCode, Tracer
 
 from tminus.service.errors import ServiceError
 
-PROBLEM = "tminus.problem"  # name of the attribute with the error code sent to the client
+PROBLEM = "tminus.problem"  # span attribute with the error code that the client received
 Attributes = Mapping[str, str | bool | int | float]
 
-NO_ID = "-"  # used outside of requests
+NO_ID = "-"  # the request id outside of requests
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_ID)
 """The id of the request that is being answered, for the lines of a log. Threads that work for it do not have it."""
 
@@ -24,14 +25,14 @@ TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 def traced(name: str, attributes: Attributes) -> AbstractContextManager[object]:
-    """Wrap a block in a span. Do nothing while tracing is off."""
+    """Wrap a block in a span. Without tracing, return an empty context manager."""
     tracer = TRACER.get()
     return nullcontext() if tracer is None else _span(tracer, name, attributes)
 
 
 @contextmanager
 def _span(tracer: Tracer, name: str, attributes: Attributes) -> Iterator[None]:
-    """Record an exception by its code or type only, as the message and the traceback may be secret."""
+    """Record only the code or type of an exception, because its message and traceback may contain secrets."""
     with tracer.start_as_current_span(
         name, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as span:
@@ -49,14 +50,14 @@ def note(attributes: Attributes) -> None:
 
 
 def fail(span: Span, code: str, *, by_server: bool) -> None:
-    """Record the reason that a span failed. by_server: True if an operator must look at the server."""
+    """Record why a span failed. by_server: True if the cause is in the server, so an operator should look."""
     span.set_attribute("error.type", code)
     if by_server:
         span.set_status(StatusCode.ERROR, code)
 
 
 def ids_of(span: Span | None = None) -> Mapping[str, str]:
-    """Return the ids of a span, by default of the current span; empty if there is no span."""
+    """Return the trace id and span id of a span, by default the current one. Empty without a span."""
     context = (span or trace.get_current_span()).get_span_context()
     if not context.is_valid:
         return {}
@@ -64,10 +65,10 @@ def ids_of(span: Span | None = None) -> Mapping[str, str]:
 
 
 def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[str, str]:
-    """Return exemplar labels for a request: the request id, and the trace id if the trace is sampled.
+    """Return the exemplar labels of a request, by default the current one.
 
-    The default is the current request. OpenMetrics allows 128 characters of labels. These labels take at most 114,
-    because an id has at most 64.
+    The labels are the request id, and the trace id if the trace is sampled. OpenMetrics allows 128 characters in
+    labels. These labels have at most 114, because a request id has at most 64.
     """
     request_id = REQUEST_ID.get() if request_id is None else request_id
     labels = {} if request_id == NO_ID else {"request_id": request_id}
@@ -78,27 +79,30 @@ def exemplar(request_id: str | None = None, span: Span | None = None) -> dict[st
 
 
 def why(error: BaseException) -> tuple[str, bool]:
-    """Return the code or type of an error, and True if an operator must look at the server."""
+    """Return an error's code or type, and True if the cause is in the server."""
     if isinstance(error, ServiceError):
         return error.code, error.status >= 500
     return type(error).__name__, isinstance(error, Exception)
 
 
 class JobSpan:
-    """The span of a job, with child spans for queue, denoise and decode, and with counts of ticks.
+    """The span of a job, with a child span for each phase (queue, denoise, decode) and counts of ticks.
 
-    The child spans are added when the job ends, because their ends are unknown before. A tick only adds three numbers.
-    Times are seconds after the job was accepted.
+    The child spans are added when the job ends, because only then are their ends known. A tick only adds three numbers.
+    Times are in seconds since the job was accepted.
     """
 
     def __init__(self, tracer: Tracer, accepted_ns: int, attributes: Attributes) -> None:
-        """Start the span as a child of the current span. accepted_ns: Unix time."""
+        """Start the span as a child of the current span. accepted_ns: Unix time in nanoseconds."""
         self.span = tracer.start_span("job", attributes=attributes, start_time=accepted_ns)
         self._tracer, self._accepted_ns = tracer, accepted_ns
-        self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # over the ticks that had rows of the job
+        self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # totals over the ticks that included rows of this job
 
     def add_tick(self, seconds: float, places: int) -> None:
-        """Count a tick that had rows of the job. places: all places of the tick, including other jobs'."""
+        """Count a tick that included rows of this job.
+
+        places: size of the tick, including the rows of other jobs.
+        """
         self._ticks += 1
         self._ticks_s += seconds
         self._places += places
@@ -115,7 +119,7 @@ class JobSpan:
     ) -> None:
         """End the span. decoded: number of decoded images.
 
-        Times are None for phases that were not reached. The open phase then ends now.
+        A time is None if the job did not get that far. The phase that was running then ends now.
         """
         self._begin_part("queue", 0.0).end(self._ns(started_s))
         if started_s is not None:

@@ -1,6 +1,6 @@
 """Fair turns at a resource that serves one request at a time.
 
-The next turn goes to the caller that has used the least time. An idle caller does not save up time.
+The next turn goes to the caller that has used the resource for the least time. A caller gains nothing by being idle.
 """
 
 import asyncio
@@ -19,17 +19,20 @@ class _Turn:
 
 
 class CallerTurns:
-    """A lock that alternates between callers. Use it only in the event loop's thread."""
+    """A lock that callers take in fair turns. Use it only in the event loop's thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._current: _Turn | None = None
-        self._waiting: list[_Turn] = []  # in the order of arrival
-        self._used_s: dict[str, float] = {}  # keyed by caller; cleared when no turn runs or waits
+        self._waiting: list[_Turn] = []  # in order of arrival
+        self._used_s: dict[str, float] = {}  # seconds used, keyed by caller; cleared when no turn runs or waits
 
     @asynccontextmanager
     async def taken(self, caller: str, expected_s: float = 0.0) -> AsyncIterator[None]:
-        """Wait for a turn and hold it during the block. expected_s: expected duration of the block, for `wait_s`."""
+        """Wait for a turn, and hold it during the `with` block.
+
+        expected_s: how long the block will probably take, which `wait_s` uses.
+        """
         turn = _Turn(caller, expected_s)
         self._used_s[caller] = self._used_by(caller)
         self._waiting.append(turn)
@@ -46,7 +49,7 @@ class CallerTurns:
                 self._waiting.remove(turn)
 
     def wait_s(self, caller: str) -> float:
-        """Predict the seconds that a new turn of a caller would wait, from the expected durations of other turns."""
+        """Predict how many seconds a caller would wait for a new turn."""
         used_s, wait_s = {**self._used_s, caller: self._used_by(caller)}, 0.0
         if self._current is not None:
             wait_s = self._current.expected_s
@@ -68,7 +71,7 @@ class CallerTurns:
         if not self._waiting:
             self._used_s.clear()
             return
-        self._current = turn = min(self._waiting, key=lambda turn: self._used_s[turn.caller])  # the earliest of equals
+        self._current = turn = min(self._waiting, key=lambda turn: self._used_s[turn.caller])  # ties: first come
         self._waiting.remove(turn)
         turn.began_s = self._clock()
         turn.has_come.set()

@@ -1,4 +1,7 @@
-"""The cost of jobs, the rows of ticks, and the status shown to clients. Frozen values; no torch, no asyncio."""
+"""The cost of jobs, the contents of ticks, and the status shown to clients.
+
+Frozen dataclasses; imports neither torch nor asyncio.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,24 +18,24 @@ from tminus.service.spec import Pixels, SampleSpec
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The cost of a job in places: forward passes of one row. A row takes two places at the steps in `guided`."""
+    """The cost of a job, in places. A place is one row's share of a forward pass; a guided row takes two."""
 
     rows: int
-    steps: int  # end of the plan: rows take the passes from `start` to `steps` - 1
+    steps: int  # number of the last pass, plus 1; a row takes the passes from `start` to `steps` - 1
     guided: range
     start: int = 0
-    autoencoder_s: float = 0.0  # seconds to encode and decode the images of a latent model, set by admission
-    model: int = 0  # number of the model in this process
+    autoencoder_s: float = 0.0  # for a latent model: seconds to encode and decode the job's images, set by admission
+    model: int = 0  # the model's number in this process
 
     def places_per_row(self, step: int) -> int:
         return 2 if step in self.guided else 1
 
     def places_left(self, step: int) -> int:
-        """Return the places of one row from `step` to the last step."""
+        """Return the places that one row takes from pass `step` to the end."""
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     def ending_at(self, until: int | None) -> "Work":
-        """Return a copy with only the first `until` passes, at least one. None: return all passes."""
+        """Return a copy with only the first `until` passes, at least one. None keeps all passes."""
         if until is None:
             return self
         end = min(self.steps, self.start + max(1, until))
@@ -40,23 +43,23 @@ class Work:
 
     @property
     def places(self) -> int:
-        """Return the places of all rows in all ticks."""
+        """Return the places that all rows take in all passes."""
         return self.rows * self.places_left(self.start)
 
 
 class JobRows(NamedTuple):
-    """The rows of one job in a tick. A tuple, because each tick creates several and tuples are fast to create."""
+    """The rows of one job in a tick. A tuple is fast to create, and each tick creates several."""
 
     job_id: str
-    steps: tuple[tuple[int, int], ...]  # (step, index in the job) for each row
+    steps: tuple[tuple[int, int], ...]  # (step, index in the job) of each row
     places: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One tick: the row ids, the step of each row, and the positions in the batch of the guided rows.
+    """The rows of one tick: their ids, their steps, and the positions of the guided rows in the batch.
 
-    The scheduler also groups the rows by job. The engine ignores `jobs`, so `jobs` does not affect equality.
+    `jobs` has the same rows, grouped by job. The engine ignores `jobs`, so it does not affect equality.
     """
 
     rows: tuple[int, ...]
@@ -72,26 +75,26 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """The images of a finished job, and the duration of each phase."""
+    """The images of a finished job, and the duration of each phase in seconds."""
 
     read: Callable[[], Pixels]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
-    first_step_s: float  # seconds from acceptance to the end of the first step
+    first_step_s: float  # from acceptance to the end of the first step
     denoise_s: float
-    decode_s: float = 0.0  # for latent models: seconds from the last step until the images were decoded
+    decode_s: float = 0.0  # for latent models: from the last step until the images were decoded
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """The forecast for a job, as shown to the client."""
 
-    position: int  # jobs ahead in the queue; 0 when all rows of this job run
+    position: int  # number of jobs ahead in the queue; 0 when all rows of this job are running
     eta_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An accepted job: its future result, and its outlook at acceptance."""
+    """An accepted job: a future with its result, and the forecast at acceptance."""
 
     future: "Future[JobResult]"
     outlook: Outlook
@@ -102,21 +105,21 @@ class JobStatus:
     """A waiting or running job, as shown to clients."""
 
     id: str
-    state: str  # waiting until the first step, then running
-    position: int  # jobs ahead in the queue
+    state: str  # "waiting" until the first step, then "running"
+    position: int  # number of jobs ahead in the queue
     eta_s: float
-    step: int  # mean number of steps that the rows have taken, out of spec.num_passes
+    step: int  # mean number of passes that the rows have taken, out of spec.num_passes
     spec: SampleSpec
     durable: bool
-    owner: str  # name of the key that submitted the job
+    owner: str  # name of the API key that submitted the job
     age_s: float
-    created_us: int  # time of acceptance, Unix time in microseconds
-    model: int  # number of the model
+    created_us: int  # Unix time of acceptance, in microseconds
+    model: int  # the model's number in this process
     model_name: str
 
 
 def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
-    """Return the cost of a spec. number: number of the model in this process."""
+    """Return the cost of a spec. number: the model's number in this process."""
     start, end = spec.start, spec.end
     if spec.guidance == 1.0:
         return Work(spec.n, end, range(0), start, model=number)
@@ -124,18 +127,21 @@ def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
         return Work(spec.n, end, range(start, end), start, model=number)
     low, high = spec.guidance_interval
     timesteps = timesteps_of(spec, model)
-    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, because timesteps fall
+    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous: timesteps decrease
     return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start, model=number)
 
 
 def check_table(spec: SampleSpec, model: ModelInfo) -> None:
-    """Raise InvalidField if the spec, from an earlier process, names a table that the checkpoint no longer has."""
+    """Raise InvalidField if the spec names a table that the checkpoint no longer has.
+
+    This can happen to a spec that was stored by an earlier process.
+    """
     if spec.table is not None and not model.has_table(spec.table):
         raise InvalidField.of("table", "that of one in the checkpoint's samplers/", spec.table)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
-    """Return the timestep of each pass of a spec, in falling order."""
+    """Return the timestep of each pass of a spec, in decreasing order."""
     if spec.table is not None:
         return model.table(spec.table).timesteps[spec.start :]
     timesteps = make_timesteps(
@@ -152,7 +158,7 @@ def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
 
 
 def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
-    """Return the numbers, from 0, of a row's passes that add fresh noise. The last pass never does."""
+    """Return the numbers, from 0, of the passes that add fresh noise to a row. The last pass never does."""
     if spec.table is not None:
         return [k for k, line in enumerate(model.table(spec.table).started(spec.start)) if line[-1] > 0]
     noise = SAMPLER_FACTS[spec.sampler].noise
@@ -160,9 +166,9 @@ def noisy_passes(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
 
 
 def select_passes(keep: Sequence[int] | None, spec: SampleSpec, model: ModelInfo) -> Selection:
-    """Select passes of a trajectory and the earlier passes that their means depend on. None selects all passes.
+    """Select passes of a trajectory, and the earlier passes that their means depend on.
 
-    Raises ValueError as Selection.of does, or if no selected pass adds noise.
+    None selects all passes. Raises ValueError if no selected pass adds noise, and for the reasons of Selection.of.
     """
     if keep is None:
         return Selection.whole(spec.num_passes)

@@ -1,4 +1,4 @@
-"""The app: routes and middleware around the models of a server. There is no global state."""
+"""The ASGI app: the routes and middleware around the models of a server. There is no global state."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -45,7 +45,10 @@ OF_A_MODEL = "/models/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The app and its models. The entry point stops the app through the models' worker and streams."""
+    """The app and its models.
+
+    On shutdown, the server drains the models' worker and waits for open streams.
+    """
 
     app: FastAPI
     served: ServedModels
@@ -60,7 +63,7 @@ def create_app(
 ) -> FastAPI:
     """Build the app around the models of a server. The app's lifespan starts and closes the models.
 
-    with_metrics: serve /metrics. traces: sends spans; closed at the end.
+    with_metrics: whether the app serves /metrics. traces: sends spans; the lifespan closes it at the end.
     """
     models, access, metrics, limits = served.models, served.access, served.metrics, served.limits
     tracer = traces.tracer if traces is not None else None
@@ -78,8 +81,8 @@ def create_app(
 
     app = FastAPI(
         lifespan=lifespan,
-        openapi_url=None,  # docs_routes serves the document and its page
-        redirect_slashes=False,  # a redirect would go to any host that the request names
+        openapi_url=None,  # docs_routes serves the OpenAPI document and its page
+        redirect_slashes=False,  # a redirect would lead to any host that the request names
     )
 
     general = partial(_general_routes, served, loader, with_metrics=with_metrics)
@@ -99,7 +102,7 @@ def create_app(
     problems.install(app, metrics, allowed)
     refused = partial(metrics.count, "tminus_rejected_total")
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
-    # These bodies have images. api/request/reading.py limits the rest of a body to max_body_bytes.
+    # The bodies of these routes contain images. api/request/reading.py limits the rest of each body to max_body_bytes.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
     app.add_middleware(AccessControl, allowed_sites=served.allowed_sites, access=access, refused=refused)
     app.add_middleware(
@@ -139,7 +142,7 @@ def _general_routes(
 
 
 def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = True) -> list[APIRouter]:
-    """Make the routes of a model, used twice: for the default model, and below a path that names a model."""
+    """Create the routes that exist twice: for the default model, and below a path that names a model."""
     return [
         sample_routes(models, contract),
         noise_routes(models, contract),
@@ -153,14 +156,14 @@ def _model_routes(models: Models, contract: Contract, *, with_metrics: bool = Tr
 
 
 class _Documents:
-    """The OpenAPI documents of the models. Each document is cached, because it takes 0.1 s to make."""
+    """Creates the OpenAPI documents of the models. Caches each document, because creating it takes 0.1 s."""
 
     def __init__(self, models: Models, general: Callable[[Contract], list[APIRouter]]) -> None:
         self._models, self._general = models, general
         self._made: dict[tuple[int, str], dict[str, Any]] = {}
 
     def __call__(self, request: Request) -> dict[str, Any]:
-        """Describe the routes of the request's model. If the path names no model, describe the general routes too."""
+        """Describe the routes of the request's model. If the path names no model, include the general routes."""
         services = self._models.of(request)
         prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
         key = services.number, prefix
@@ -172,7 +175,7 @@ class _Documents:
 
     def _make(self, services: Services, prefix: str) -> dict[str, Any]:
         model, contract = services.model, Contract(services.model, services.limits)
-        described = FastAPI(  # this app never runs
+        described = FastAPI(  # only for its OpenAPI document; this app never runs
             title="tminus",
             summary="Samples from a trained denoising diffusion U-Net.",
             description=f"Bounds are those of the model {model.name}: {model.height_px}x{model.width_px}, "

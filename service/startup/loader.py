@@ -1,6 +1,7 @@
-"""Loads, reloads and unloads models while the server runs: for an admin, on demand, to free memory, and when idle.
+"""Loads, reloads and unloads models while the server runs.
 
-Everything runs in the event loop's thread, except that a separate thread reads a folder and measures the model.
+A model may be loaded for an admin or on demand. It may be unloaded for an admin, to free memory, or when idle.
+Everything runs in the event loop's thread, except that a separate thread reads folders and measures models.
 """
 
 import asyncio
@@ -23,17 +24,18 @@ from tminus.service.worker.load_queue import PendingLoad, Reason
 log = logging.getLogger(__name__)
 
 IDLE_INTERVAL_S = 1.0  # seconds between checks for idle models
-# Minimum time that a loaded model stays. If models alternate on little memory, most of the time is spent on work and
-# not on loading. A small model loads in half a second, so the next model hardly waits longer.
+# Minimum seconds that a loaded model stays in memory. A small model loads in half a second, so models that take turns
+# in too little memory still spend most of the time on work. The next model waits only a little longer.
 STAY_S = 3.0
 
 
 class ModelLoader:
-    """Loads and unloads models. A single task does all queued loads and all unloads, one at a time.
+    """Loads models one at a time, in a single task that also unloads idle models.
 
-    With `idle_unload_s`, a request loads an unloaded model. Models are loaded in the order of their first requests. If
-    memory is short, the least recently used idle model is unloaded. If all models are busy, the model with the least
-    work left takes no new requests until it is unloaded. Requests for this model wait in the queue like all others.
+    With `idle_unload_s`, a request for an unloaded model loads that model. Models are loaded in the order in which they
+    are requested. If memory is short, the least recently used idle model is unloaded first. If all models are busy, the
+    model with the least work left gets no new jobs until it has been unloaded. Requests for that model wait in the load
+    queue.
     """
 
     def __init__(
@@ -44,12 +46,12 @@ class ModelLoader:
         room_lacking: Callable[[Path, int], str | None] = lambda *_: None,
         idle_unload_s: float | None = None,
     ) -> None:
-        """prepare: reads the folder of a named model, and measures the model.
+        """prepare: takes a model's name and folder, reads the folder, and measures the model.
 
-        room_lacking: takes a folder and the bytes that other models use. Returns the reason if the model does not fit,
-        otherwise None. Raises CheckpointError.
+        room_lacking: takes a folder and the bytes that other models use. Returns why the model does not fit, or None if
+        it fits. Raises CheckpointError.
 
-        idle_unload_s: None if only an admin loads and unloads models.
+        idle_unload_s: idle time after which a model is unloaded; None if only an admin loads and unloads models.
         """
         self._served, self._models, self._queue = served, served.models, served.load_queue
         self._library, self._prepare, self._room_lacking = library, prepare, room_lacking
@@ -61,7 +63,7 @@ class ModelLoader:
         self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Stop the task. Refuse the loads that wait."""
+        """Stop the task, and refuse the loads that are still queued."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -70,7 +72,7 @@ class ModelLoader:
     # --- states ---
 
     async def unloaded_models(self) -> dict[str, str]:
-        """Return the state of each model that is not served and that an admin can load, keyed by name."""
+        """Return the state of each model that an admin can load and that is not served, keyed by name."""
         folders = await asyncio.to_thread(self._library.folders)
         leaving = {one.name for one in self._models.left if one.loaded is not None}
         return {
@@ -97,17 +99,18 @@ class ModelLoader:
         return self._models.named(name)
 
     async def reload(self, name: str) -> Services:
-        """Read a model's folder again, and serve the new content. Running jobs finish on the old weights.
+        """Read a model's folder again, and serve its new content. Running jobs finish on the old weights.
 
-        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining. After an error, the old weights are still served.
+        Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining. If the reload fails, the old weights are still
+        served.
         """
         self._models.named(name)
         return await self._change(name)
 
     async def unload(self, name: str) -> None:
-        """Free a model's memory when its jobs have ended. Without `idle_unload_s`, the model is no longer served.
+        """Free a model's memory when its jobs have ended.
 
-        Raises ModelBusy, ModelNotFound, Draining.
+        Without `idle_unload_s`, also stop serving the model. Raises ModelBusy, ModelNotFound, Draining.
         """
         services = self._models.named(name)
         if self._idle_unload_s is not None:
@@ -122,7 +125,7 @@ class ModelLoader:
 
     async def _change(self, name: str) -> Services:
         await self._folder(name)
-        if self._idle_unload_s is None:  # otherwise the load waits in the queue
+        if self._idle_unload_s is None:  # with idle_unload_s, the load waits in the queue
             self._check_no_load(name)
         await self._queue.load(name, "admin", again=True)
         return self._models.named(name)
@@ -147,7 +150,7 @@ class ModelLoader:
                 await self._queue.wait(self._idle_interval_s)
 
     async def _unload_unused(self) -> None:
-        """Unload idle models, and models that an admin unloads. Skip busy models."""
+        """Unload idle models, and models that an admin wants unloaded. Skip busy models."""
         for one in self._models.in_memory:
             now_s, closing = time.monotonic(), self._queue.is_unloaded(one.name)
             is_idle = self._idle_unload_s is not None and now_s - one.last_used_s >= self._idle_unload_s
@@ -156,7 +159,7 @@ class ModelLoader:
             elif closing or is_idle:
                 try:
                     await self._unload(one, "admin" if closing else "idle")
-                except ServiceError:  # the server stops, or its worker hangs: retry later
+                except ServiceError:  # the server is stopping, or its worker hangs: retry later
                     continue
                 except Exception:
                     log.exception("%s could not be unloaded", one.name)
@@ -173,9 +176,9 @@ class ModelLoader:
     # --- unloading ---
 
     async def _make_room(self, name: str, folder: Path) -> None:
-        """Unload other models until this model fits. Raises CheckpointRefused if no other model can be unloaded."""
+        """Unload other models until this model fits. Raises CheckpointRefused if that is not possible."""
         while True:
-            # A model that is leaving uses memory until its jobs have ended.
+            # A removed model still uses memory until its jobs have ended.
             used_bytes = sum(one.loaded.memory_bytes for one in self._models.all if one.loaded is not None)
             reason = await in_daemon_thread(partial(self._room_lacking, folder, used_bytes), LOADING)
             if reason is None:
@@ -188,7 +191,10 @@ class ModelLoader:
             await self._unload(await self._wait_for_idle(others), "room")
 
     async def _wait_for_idle(self, others: list[ServedModel]) -> ServedModel:
-        """Wait until a model is idle and has been loaded for STAY_S. Raises the worker's errors, such as Draining."""
+        """Wait until one of the models is idle and has been loaded for at least STAY_S.
+
+        Raises the worker's errors, such as Draining.
+        """
         closing: ServedModel | None = None
         try:
             while True:
@@ -246,7 +252,7 @@ class ModelLoader:
             return await self._served.serve(prepared)
         except Exception as error:
             del prepared
-            traceback.clear_frames(error.__traceback__)  # the frames' variables refer to the model
+            traceback.clear_frames(error.__traceback__)  # variables in the traceback's frames refer to the model
             await asyncio.to_thread(release)
             raise
 
@@ -262,12 +268,12 @@ class ModelLoader:
 
 @contextmanager
 def _as_refusals(name: str) -> Iterator[None]:
-    """Raise CheckpointRefused for an error that a model's folder causes."""
+    """Turn errors that a model's folder causes into CheckpointRefused."""
     try:
         yield
     except ServiceError:
         raise
-    except Exception as error:  # torch and OpenVINO raise RuntimeError, also if memory is short
+    except Exception as error:  # torch and OpenVINO raise RuntimeError, even when memory is short
         if not isinstance(error, (CheckpointError, ValueError, OSError)):
             log.exception("%s cannot be loaded", name)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,7 +1,7 @@
-"""The log of a process on stderr: text with escaped control characters, or one JSON object a line.
+"""The log of a process on stderr: text with escaped control characters, or one JSON object per line.
 
 One handler writes the lines of all loggers, including those of libraries. The handler masks the secrets of API keys,
-and limits the number of similar lines.
+and limits how many similar lines are written.
 """
 
 import json
@@ -18,12 +18,13 @@ from typing import TextIO
 from tminus.service.errors import masked
 from tminus.service.tracing import NO_ID, REQUEST_ID, ids_of
 
-# Fields of requests and jobs that a log line may have.
+# Fields that describe a request or a job. A log line may have any of them.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
 TRACE_FIELDS = ("trace_id", "span_id")
-MAX_LINE = 2000  # characters; other servers may send megabytes
+MAX_LINE = 2000  # characters; a logged response from another server may be megabytes long
 WINDOW_S = 10.0
-# Maximum number of similar lines in a window. Each request logs a line at INFO; tracebacks may have kilobytes.
+# Maximum number of similar lines in WINDOW_S seconds. Warnings and errors have the lower limit, because a traceback may
+# be kilobytes long. INFO has the higher limit, because each request logs a line.
 MOST_ERRORS, MOST_OTHERS = 100, 5000
 SERVER_FORM = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -53,26 +54,29 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to stderr without the secrets of API keys, and limits the rate of similar lines.
+    """Writes to stderr, masks the secrets of API keys, and limits the rate of similar lines.
 
-    Lines of a logger are similar if they differ only in their arguments. Lines above the limit are dropped. The number
-    of dropped lines is logged after the window, or at the end of the process.
+    Lines are similar if they come from the same logger and differ only in their arguments. Lines above the limit are
+    dropped. At the end of the window or of the process, the number of dropped lines is logged.
     """
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        # Guarded by the handler's lock.
+        # The handler's lock guards both attributes.
         self._counts: Counter[_Line] = Counter()
         self._until_s = 0.0
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record. Any part of the record may be text from a client, a server or a file."""
+        """Format a record. Any part of a record may be text from a client, another server or a file."""
         text = masked(super().format(record))
         return text if isinstance(self.formatter, _Json) else "\n".join(map(printable, text.split("\n")))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, unless the window already has too many similar records. The caller holds the lock."""
+        """Write a record, unless too many similar records came before it in this window.
+
+        The caller holds the handler's lock.
+        """
         if (now_s := time.monotonic()) >= self._until_s:
             self._end_window()
             self._until_s = now_s + WINDOW_S
@@ -86,11 +90,11 @@ class _Handler(logging.StreamHandler[TextIO]):
             if count > line.most:
                 message, args = "%d more lines like this one are left out: %s", (count - line.most, line.message)
                 record = logging.LogRecord(line.logger, line.level, "", 0, message, args, None)
-                Context().run(super().emit, record)  # without the current request's id
+                Context().run(super().emit, record)  # an empty context has no request id
         self._counts.clear()
 
     def close(self) -> None:
-        """Report the dropped lines at the end of the process."""
+        """Report the dropped lines, at the end of the process."""
         self.acquire()
         try:
             self._end_window()
@@ -99,7 +103,10 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Report where a line could not be written. Do not print its content, as logging does."""
+        """Report which code logged a line that could not be written.
+
+        Unlike the base class, omit the line's content.
+        """
         with suppress(OSError, ValueError):
             kind = type(sys.exception()).__name__
             self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")
@@ -107,11 +114,11 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The common part of similar records."""
+    """What similar records have in common."""
 
     logger: str
     level: int
-    message: str  # without arguments; only the first line, because asyncio adds lines that vary
+    message: str  # first line without arguments; asyncio's further lines vary
     error: type[BaseException] | None
 
     @classmethod
@@ -121,11 +128,11 @@ class _Line:
 
     @property
     def most(self) -> int:
-        """Maximum number of records in a window."""
+        """Maximum number of these records in one window."""
         return MOST_ERRORS if self.level >= logging.WARNING else MOST_OTHERS
 
 
 def set_up_log(level: str, form: str, log_format: str = "text") -> None:
-    """Log to stderr, as JSON or as text. form: format string of the text."""
+    """Set up the log on stderr, as text or JSON. form: format string for text."""
     handler = _Handler(_Json() if log_format == "json" else logging.Formatter(form))
     logging.basicConfig(level=level, handlers=[handler])

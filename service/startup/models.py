@@ -1,6 +1,6 @@
 """The models of a server, and the parts that all models share. Serves, unloads and forgets models.
 
-All code runs in the event loop's thread. loader.py decides when to load and unload.
+All code runs in the event loop's thread, except for spare work. loader.py decides when models are loaded and unloaded.
 """
 
 import asyncio
@@ -50,30 +50,30 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 0.05  # seconds between checks of a model in use
-KEPT_JOBS_INTERVAL_S = 10.0  # seconds between checks for kept jobs of a removed model
+POLL_INTERVAL_S = 0.05  # seconds between checks whether a model is still in use
+KEPT_JOBS_INTERVAL_S = 10.0  # seconds between checks whether jobs of a removed model are still stored
 RETRY_S = 1.0  # seconds between attempts while the worker hangs
-MAX_LEFT_MODELS = 8  # removed models that still answer for their jobs; jobs of older removed models stay on the disk
+MAX_LEFT_MODELS = 8  # removed models whose jobs are still shown; jobs of older removed models stay stored
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model that is ready to be served."""
+    """A loaded and measured model, ready to be served."""
 
     engine: RowEngine
     limits: Limits
     speed: Speed
-    release: Callable[[], object] = gc.collect  # called after the last reference to the engine is gone
-    spare_work: Iterator[None] | None = None  # runs while no job runs; may change the engine's `info`
+    release: Callable[[], object] = gc.collect  # called when nothing refers to the engine any more
+    spare_work: Iterator[None] | None = None  # runs while there are no jobs; may change the engine's `info`
     memory_bytes: int = 0  # approximate
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadedModel:
-    """A model that is served but not in memory. Nothing has been measured."""
+    """A model that is served but not in memory, and has not been measured."""
 
     folder: Path
-    info: ModelInfo  # executor, precision and fingerprint are empty: only an engine has them
+    info: ModelInfo  # without executor, precision and fingerprint, which only an engine has
     limits: Limits
     speed: Speed  # an estimate
 
@@ -81,9 +81,9 @@ class UnloadedModel:
 class ServedModels:
     """Owns the parts that all models share. Adds models to the registry and the worker, and removes them.
 
-    A model is served when its store is open and the worker has run its first tick. An unloaded model is still served.
-    After `leave`, a model is freed when its last request and its last job have ended. When no job of the model is kept
-    any more, the model is forgotten and its store is closed.
+    A model is served once its store is open and the worker has run its first tick (one batched step). It is still
+    served while it is unloaded. `leave` stops serving a model, and its memory is freed after its last request and job.
+    When none of its jobs is stored any more, the model is forgotten and its store is closed.
     """
 
     def __init__(
@@ -96,10 +96,11 @@ class ServedModels:
         crash_file: CrashFile | None = None,
         unloaded: Sequence[UnloadedModel] = (),
     ) -> None:
-        """first: the default model comes first; its limits apply to the whole server. stores: stores of durable jobs.
+        """Create the shared parts, and add the models.
 
-        webhooks: rules for sending webhooks; None sends no webhooks. unloaded: further models, not in memory.
-        `close` also closes stores and crash_file.
+        first: models in memory, the default model first. The default model's limits apply to the whole server. stores:
+        the stores of durable jobs. webhooks: rules for sending webhooks, or None to send none. unloaded: further
+        models, not in memory. `close` also closes `stores` and `crash_file`.
         """
         self._stores, self._webhooks, self._crash_file = stores, webhooks, crash_file
         self.limits = limits = first[0].limits
@@ -109,7 +110,7 @@ class ServedModels:
         self._loop: asyncio.AbstractEventLoop | None = None  # None until `start`
         self.admission = Admission(limits, self._times, shared=access.has_keys)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-        self.answers = ByteBudget()  # bytes of frames, and of bodies until they are sent
+        self.answers = ByteBudget()  # bytes of preview frames, and of response bodies until they are sent
         encode_times = "tminus_encode_duration_seconds"
         self._encoder = Encoder(lambda kind, seconds: self.metrics.observe(encode_times, seconds, kind))
         self._decoder, self._other_replicas = Decoder(), OtherReplicas()
@@ -165,7 +166,10 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """Stop the worker and store the outcomes of its jobs. Call it after all requests are answered."""
+        """Stop the worker, and store the outcomes of its jobs.
+
+        Call this after all requests have been answered.
+        """
         self.worker.close()
         if self._crash_file is not None:
             await self._stores.count_crash(self._crash_file.close())  # before other servers can claim the jobs
@@ -183,7 +187,7 @@ class ServedModels:
 
     @property
     def codes_images(self) -> bool:
-        """True while an image is encoded or decoded. After the last response, no request waits for the image."""
+        """True while an image is being encoded or decoded. After the last response, nobody needs that image."""
         return any(pulse.is_busy for pulse in (self._decoder.pulse, *self._encoder.pulses))
 
     def _watch(self) -> None:
@@ -211,10 +215,10 @@ class ServedModels:
         return max((each.model.engine.memory_bytes() or 0 for each in loaded if each is not None), default=0)
 
     def waiting_in_store(self) -> tuple[int, float] | None:
-        """Return the number of unclaimed jobs in shared stores, and the seconds that one server needs for these jobs.
+        """Return the number of unclaimed jobs in shared stores, and the seconds one server needs for them.
 
-        The values are from the last renewal of leases. Return None if there is no shared store, or no store responds.
-        Models with the same weights count once.
+        The values were read at the last renewal of leases. Returns None if no store is shared, or none responds. Models
+        with the same weights count once.
         """
         loads = {
             one.services.model.weights_hash: one.lifecycle.leases.load
@@ -227,16 +231,16 @@ class ServedModels:
     # --- adding models ---
 
     async def serve(self, prepared: Prepared) -> ServedModel:
-        """Serve a model, and replace the model of the same name.
+        """Serve a model, in place of any served model of the same name.
 
-        An unloaded model of this name with the same weights is loaded again.
+        If that model is unloaded and has the same weights, it is loaded again instead of replaced.
 
-        Raises CheckpointRefused if another model has the same weights, StorageFailed if the store cannot be opened,
-        the worker's errors, such as Draining, and the errors of the first tick.
+        Raises CheckpointRefused if another model has the same weights, and StorageFailed if the store cannot be opened.
+        Also raises the worker's errors, such as Draining, and the errors of the first tick.
         """
         name, weights_hash = prepared.engine.info.name, prepared.engine.info.weights_hash
         for other in self.models:
-            if other.model.name != name and other.model.weights_hash == weights_hash:  # their jobs would share a store
+            if other.model.name != name and other.model.weights_hash == weights_hash:  # they would share a job store
                 detail = f"{name} has the weights of {other.model.name}, which is loaded"
                 raise CheckpointRefused(detail, field="model", value=name)
         before = self.models.find(name)
@@ -273,7 +277,7 @@ class ServedModels:
             raise
         one = self._put(number, loaded.model.info, prepared.limits, store, loaded)
         self.load_queue.mark_loaded(one.name)
-        # If the weights are loaded a second time, unfinished jobs stay with the engine that began them.
+        # After a reload of the same weights, unfinished jobs stay with the engine that began them.
         await self._start(one, take_on=not is_again)
         return one
 
@@ -286,7 +290,7 @@ class ServedModels:
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:
-        """Do a model's spare work in the worker's thread. Publish changes of the model's info."""
+        """Run a model's spare work in the worker's thread, and publish changes of the model's info."""
         assert prepared.spare_work is not None
         info = prepared.engine.info
         for _ in chain(prepared.spare_work, (None,)):
@@ -325,13 +329,13 @@ class ServedModels:
     # --- unloading and removing models ---
 
     def is_busy(self, one: ServedModel) -> bool:
-        """Return whether a request or a job needs the model in memory."""
+        """Return True if a request or a job needs the model in memory."""
         pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
         return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
 
     async def unload(self, one: ServedModel) -> None:
-        """Free the memory of a model that is not busy and takes no jobs. The model is still served.
+        """Free the memory of a model that is not busy and accepts no jobs. The model is still served.
 
         Raises the worker's errors, such as Draining.
         """
@@ -342,7 +346,7 @@ class ServedModels:
         await self._release(one)
 
     def leave(self, one: ServedModel) -> None:
-        """Stop serving a model, and free its memory when its jobs have ended."""
+        """Stop serving a model. Its memory is freed when its jobs have ended."""
         one.lifecycle.served.retired = True
         task = asyncio.get_running_loop().create_task(self._leave(one))
         self._leaving.add(task)
@@ -356,10 +360,10 @@ class ServedModels:
             log.exception("%s could not be unloaded", one.name)
 
     async def _free(self, one: ServedModel) -> bool:
-        """Wait for the end of a model's jobs, and free its memory. Return False if the server stops first."""
+        """Wait until a model's jobs have ended, then free its memory. Return False if the server stops first."""
         while one.users:  # noqa: ASYNC110  requests come and go in many places
             await asyncio.sleep(POLL_INTERVAL_S)
-        if one.loaded is not None:  # jobs of an unloaded model wait for a start with its weights
+        if one.loaded is not None:  # an unloaded model runs no jobs; they wait for a server with its weights
             await one.lifecycle.idle()
         if one.lifecycle.leases is not None:
             one.lifecycle.leases.end()
@@ -369,7 +373,7 @@ class ServedModels:
                 break
             except (Draining, EngineFailed):
                 return False
-            except ServiceError:  # a tick hangs: retry, because the tick may still end
+            except ServiceError:  # a tick hangs, but may still end: retry
                 await asyncio.sleep(RETRY_S)
         self.admission.remove(one.number)
         if self.models.find(one.name) is None:
@@ -382,13 +386,13 @@ class ServedModels:
         if (loaded := one.loaded) is None:
             return
         one.loaded, release, keeper = None, loaded.release, loaded.keeper
-        del loaded  # refers to the engine
+        del loaded  # it refers to the engine
         await asyncio.to_thread(keeper.close)
         await asyncio.to_thread(release)
         log.info("%s, fingerprint %s, is unloaded", one.name, one.services.model.fingerprint)
 
     async def _forget(self, one: ServedModel) -> None:
-        """Wait until no job of a freed model is kept, and forget the model."""
+        """Wait until none of a removed model's jobs is stored any more, then forget the model."""
         weights_hash = one.services.model.weights_hash
         while (  # noqa: ASYNC110
             not self._stores.is_shared(weights_hash) and await self._keeps_jobs(one) and not self._too_old(one)
@@ -400,7 +404,7 @@ class ServedModels:
         await self._stores.release(weights_hash)
 
     def _too_old(self, one: ServedModel) -> bool:
-        """Return whether more than MAX_LEFT_MODELS removed models are kept, and this one is the oldest."""
+        """Return True if more than MAX_LEFT_MODELS removed models remain, and this one is the oldest."""
         freed = [each for each in self.models.left if each.loaded is None]
         return len(freed) > MAX_LEFT_MODELS and one is freed[0]
 

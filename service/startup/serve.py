@@ -1,7 +1,7 @@
-"""`serve` runs a server from settings. Its functions import torch when they run.
+"""`serve` runs a server from settings. The functions that need torch import it themselves.
 
-An unusable checkpoint, key or store ends the command before the server listens. Then a thread measures the models.
-Meanwhile, the server answers probes, and refuses other requests with 503.
+If a checkpoint, key or store is unusable, the command ends before the server listens. Once the server listens, a thread
+measures the models. Until the models are measured, the server answers probes and refuses other requests with 503.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMMAND_SETTINGS = ("config", "key", "pull_from")  # TMINUS_ variables that the commands read
+COMMAND_SETTINGS = ("config", "key", "pull_from")  # TMINUS_ variables that commands read, besides those of Settings
 # Variables that Docker and Kubernetes set for a service named tminus or tminus-….
 LINK = re.compile(r"TMINUS_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+:\d+")
@@ -71,8 +71,11 @@ NO_END_FILE = "if a job ends this process, it will not be known which: %s"
 
 
 def serve(settings: Settings) -> bool:
-    """Serve until SIGTERM or SIGINT. Return False if the worker crashed. Raises ValueError for an unusable setting."""
-    # First do everything that may fail without a measurement.
+    """Serve until SIGTERM or SIGINT.
+
+    Return False if the worker crashed. Raises ValueError for an unusable setting.
+    """
+    # Before listening, do everything that can fail without measuring a model.
     traces = start_traces(VERSION)
     settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
     listener = listen(settings.host, settings.port)
@@ -84,17 +87,17 @@ def serve(settings: Settings) -> bool:
     except ValueError:
         listener.close()
         raise
-    # The worker needs the GIL briefly after each pass. Limit the time for which another thread holds the GIL.
+    # The worker needs the GIL briefly after each pass, so limit how long other threads may hold the GIL.
     sys.setswitchinterval(SWITCH_S)
     opening = Opening()
     server = Server(config_of(settings, opening), opening, settings.grace_s)
-    # Handle signals until uvicorn installs its own handlers. When it has stopped, uvicorn raises the signal again. This
-    # must have no effect: a stop by a signal is not a failure.
+    # These handlers act until uvicorn installs its own. They also catch the signal that uvicorn raises again after it
+    # has stopped. That signal must have no effect, because a stop by a signal is not a failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: server.end())
     if metrics_listener is not None:
         serve_metrics(metrics_listener, opening, settings.allowed_sites())
-    listener.listen(BACKLOG)  # from here on, clients wait and are not refused
+    listener.listen(BACKLOG)  # from now on, clients wait instead of being refused
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("listening on %s", url)
@@ -103,7 +106,8 @@ def serve(settings: Settings) -> bool:
 
     build = partial(measure_and_build, opened, traces, opening)
     asyncio.run(_run(server, opening, listener, build, url))
-    # Ignore signals: the interpreter removes Python's handlers when it exits, so a signal would kill the process.
+    # Ignore signals from now on: the exiting interpreter removes Python's handlers, and a signal would then kill the
+    # process.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -112,7 +116,7 @@ def serve(settings: Settings) -> bool:
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     code = 1 if worker is not None and (worker.state.hangs or worker.state.crashed or worker.state.stall) else 0
     if served is None or worker is None or worker.state.hangs or served.codes_images or loading:
-        # A normal exit would wait for a thread that measures or hangs, and such a thread cannot be stopped.
+        # A normal exit would wait for a thread that is measuring or hangs. Such a thread cannot be stopped.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
@@ -122,16 +126,13 @@ def serve(settings: Settings) -> bool:
 async def _run(
     server: Server, opening: Opening, listener: socket.socket, build: Callable[[], Application], url: str
 ) -> None:
-    """Listen, build the application, and pass requests to the application until its worker ends.
-
-    Raises the errors of `build`.
-    """
+    """Listen, build the application, and serve it until its worker ends. Raises the errors of `build`."""
     asyncio.get_running_loop().set_default_executor(started_pool(min(32, (os.cpu_count() or 1) + 4), "asyncio"))
     serving = asyncio.create_task(server.serve([listener]))
     building = asyncio.create_task(in_daemon_thread(build, LOADING))
     await asyncio.wait((serving, building), return_when=asyncio.FIRST_COMPLETED)
     try:
-        if not building.done():  # a signal came first
+        if not building.done():  # a signal stopped the server first
             building.cancel()
             return
         application = building.result()
@@ -154,7 +155,7 @@ async def _log_when_ready(worker: Worker, url: str, model: ModelInfo) -> None:
 
 
 def first_request(url: str, model: ModelInfo) -> str:
-    """Return a command for a first request to this model."""
+    """Return a curl command for a first request to this model."""
     query: dict[str, object] = {"n": 8}
     if model.conditional and model.null_class is None:  # every image needs a class
         query["class_label"] = class_label_of(0, model.class_names)
@@ -166,21 +167,21 @@ def first_request(url: str, model: ModelInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The parts of a server that are opened before the models are measured."""
+    """The parts of a server that can be opened before the models are measured."""
 
     settings: Settings
     access: Access
-    models: "list[ReadModel]"  # in memory from the start; the default model first
-    unloaded: list[UnloadedModel]  # loaded by the first request for the model
+    models: "list[ReadModel]"  # loaded at startup; the default model comes first
+    unloaded: list[UnloadedModel]  # each is loaded by its first request
     stores: Stores
     webhooks: Rules | None
     crash_file_place: tuple[Path, str] | None  # folder and prefix of the crash file
 
 
 def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
-    """Read the keys and the checkpoints, and open the stores. Raises ValueError if any is unusable.
+    """Read the keys and the checkpoints, and open the stores.
 
-    address: host and port of the server.
+    Raises ValueError if any of them is unusable. address: the server's own host and port.
     """
     if unknown := unknown_variables(settings):
         log.warning("variables that are no settings are ignored: %s", ", ".join(unknown))
@@ -191,7 +192,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
     with about("job_store" if settings.job_store is not None else "state_dir"), ExitStack() as opened:
         for weights_hash in [each.weights_hash for each in models] + [each.info.weights_hash for each in unloaded]:
             first[weights_hash] = opened.enter_context(closing(open_store(weights_hash)))
-        opened.pop_all()  # all stores are open: do not close them here
+        opened.pop_all()  # all stores were opened, so do not close them
     crash_file_place, crash_reports = read_crash_reports(settings, models[0].folder)
     log_crash_reports(crash_reports)
     stores = Stores(open_store, results, first, crash_reports)
@@ -204,7 +205,7 @@ def open_all(settings: Settings, address: tuple[str, int]) -> Opened:
 
 
 def unknown_variables(settings: Settings) -> list[str]:
-    """Return the names of variables that begin with TMINUS_ and are not settings."""
+    """Return the environment variables that begin with TMINUS_ but are not settings."""
     known = {variable_of(name) for name in (*type(settings).model_fields, *COMMAND_SETTINGS)}
     return sorted(
         name
@@ -217,7 +218,10 @@ def unknown_variables(settings: Settings) -> list[str]:
 
 @contextmanager
 def about(setting: str, extra: str = "") -> Iterator[None]:
-    """Add the setting's name to a ValueError of the block. If a module is missing, name the extra to install."""
+    """Raise ValueErrors of the `with` block again, with the setting's name.
+
+    If a module is missing, raise a ValueError that names the extra to install.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -231,14 +235,14 @@ def about(setting: str, extra: str = "") -> Iterator[None]:
 def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedModel]]":
     """Read all checkpoints. Return the models in memory and the unloaded models.
 
-    With --idle-unload, all models but the default model are unloaded. Raises ValueError for an unusable checkpoint.
+    With --idle-unload, only the default model is in memory. Raises ValueError for an unusable checkpoint.
     """
     from tminus.service.engine.loading import ReadModel, describe, read_checkpoint, recommend_openvino
 
     recommend_openvino(settings.executor, settings.device)
     models: list[ReadModel] = []
     unloaded: list[UnloadedModel] = []
-    hashes: dict[str, str] = {}  # weights' hashes, keyed by model name
+    hashes: dict[str, str] = {}  # hash of the weights, keyed by model name
     used_bytes, smallest = 0, (sys.maxsize, "")
     on_demand = settings.idle_unload is not None
     for number, (own_name, place) in enumerate(settings.checkpoints()):
@@ -249,7 +253,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
             if reason := room_lacking(settings, need_bytes, 0 if on_demand else used_bytes):
                 if number < len(settings.checkpoint):
                     raise CheckpointError(f"{folder}: it {reason}")
-                log.warning("%s is not loaded: it %s", own_name, reason)  # models in --models are optional
+                log.warning("%s is not loaded: it %s", own_name, reason)  # only models from --models may be skipped
                 smallest = min(smallest, (need_bytes, str(own_name)))
                 continue
             used_bytes += need_bytes
@@ -280,14 +284,17 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
 
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
-    """Return the approximate memory of a model in bytes; 0 without --models-memory-gb. Raises CheckpointError."""
+    """Return how many bytes a model needs, approximately; 0 without --models-memory-gb.
+
+    Raises CheckpointError.
+    """
     from tminus.service.engine.loading import serving_bytes
 
     return serving_bytes(folder) if settings.models_memory_gb is not None else 0
 
 
 def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | None:
-    """Return the reason if a model does not fit beside others of `used_bytes`. Return None if the model fits."""
+    """Return why a model does not fit beside models that use `used_bytes`, or None if it fits."""
     if settings.models_memory_gb is None or need_bytes + used_bytes <= settings.models_memory_gb * GIB:
         return None
     left = settings.models_memory_gb - used_bytes / GIB
@@ -298,10 +305,10 @@ def room_lacking(settings: Settings, need_bytes: int, used_bytes: int) -> str | 
 
 
 def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[CrashReport]]:
-    """Return the folder and prefix of this process's crash file, and the crash reports of earlier processes.
+    """Return where this process writes its crash file, and the crash reports of earlier processes.
 
-    folder: folder of the default model. The file's name depends on it, so that the next start finds the file after
-    any reload.
+    The first value is a folder and a prefix of the file's name, or None without a state folder. folder: the default
+    model's folder. The prefix depends on it, so that the next start finds the file even after a reload.
     """
     store = ""
     if settings.job_store is not None:
@@ -311,13 +318,16 @@ def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, st
     try:
         if (state := state_folder(settings.state_dir)) is not None:
             return (state, prefix), take_crash_reports(state, prefix)
-    except ValueError as error:  # the server can run without this folder
+    except ValueError as error:  # the server can run without a state folder
         log.warning(NO_END_FILE, error)
     return None, []
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
-    """Return a function that opens the store for a hash of weights. Raises ValueError for an unusable database."""
+    """Return a function that opens the store for a weights hash.
+
+    Raises ValueError for an unusable database.
+    """
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):
@@ -329,7 +339,7 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
 
 
 def open_results(settings: Settings) -> Results | None:
-    """Open the object store for large results, if one is set. Raises ValueError if it cannot be used."""
+    """Open the object store for large results, if there is one. Raises ValueError if it is unusable."""
     if settings.job_results is None:
         return None
     with about("job_results", "s3"):
@@ -339,9 +349,9 @@ def open_results(settings: Settings) -> Results | None:
 
 
 def webhook_rules(settings: Settings) -> Rules | None:
-    """Return the rules for sending webhooks, or None without a secret.
+    """Return the rules for sending webhooks, or None if no secret is set.
 
-    Raises ValueError for an invalid secret and for unreadable certificates.
+    Raises ValueError for an invalid secret, and for certificates that cannot be read.
     """
     text, file = settings.webhook_secret, settings.webhook_secret_file
     if text is not None and file is not None:
@@ -364,21 +374,21 @@ def webhook_rules(settings: Settings) -> Rules | None:
 
 
 class Preparer:
-    """Reads checkpoints and measures models. Keeps the measurements, so that no network is measured twice."""
+    """Reads checkpoints and measures models. Keeps the measurements, so no network is measured twice."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._measured: dict[str, Measured] = {}  # keyed by model name
 
     def load(self, name: str, folder: Path) -> Prepared:
-        """Read a folder and measure the model while other models are served."""
+        """Read a folder, and measure its model while other models are served."""
         from tminus.service.engine.loading import ReadModel, read_checkpoint
 
         options = self._settings.load_options(folder)
         return self.measure(ReadModel(name, folder, read_checkpoint(options)), busy=True)
 
     def room_lacking(self, folder: Path, used_bytes: int) -> str | None:
-        """Return the reason if a model does not fit, otherwise None. Raises CheckpointError."""
+        """Return why a model does not fit, or None if it fits. Raises CheckpointError."""
         from tminus.service.engine.loading import memory_lacking
 
         return room_lacking(self._settings, needed_bytes(self._settings, folder), used_bytes) or memory_lacking(folder)
@@ -386,9 +396,9 @@ class Preparer:
     def measure(
         self, model: "ReadModel", *, busy: bool = False, progress: Callable[[str, float | None], None] = lambda *_: None
     ) -> Prepared:
-        """Measure a model. busy: other models are served meanwhile.
+        """Measure a model. busy: True if other models are being served.
 
-        progress: called with the current measurement and the approximate seconds left.
+        progress: called with the name of the current measurement and the approximate seconds left.
         """
         from tminus.service.engine.devices import release_memory
         from tminus.service.engine.loading import prepare_engine
@@ -399,7 +409,7 @@ class Preparer:
             loaded = prepare_engine(model.checkpoint, options, known, busy=busy, progress=progress)
         except Exception as error:
             del model
-            traceback.clear_frames(error.__traceback__)  # the frames' variables refer to the model
+            traceback.clear_frames(error.__traceback__)  # variables in the traceback's frames refer to the model
             release_memory()
             raise
         if loaded.measured is not None:
@@ -412,14 +422,14 @@ class Preparer:
         speed = loaded.speed
         limits = self._settings.limits(speed.max_rows, speed.policy.max_batch)
         del model
-        release_memory()  # frees the network, if the executor has a copy
+        release_memory()  # frees the network if the executor has its own copy
         return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
 
 
 def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening) -> Application:
-    """Measure the models and build the app. The app closes the stores. Raises the errors of the measurement.
+    """Measure the models and build the app.
 
-    opening: shows the progress to clients.
+    The app closes the stores. Raises the errors of the measurement. opening: shows the progress to clients.
     """
     settings, preparer = opened.settings, Preparer(opened.settings)
     named = {model.name: model.folder for model in opened.models}
@@ -427,7 +437,7 @@ def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening)
     library = Library(named, settings.models)
     first = []
     try:
-        while opened.models:  # removes each model, so that the list keeps no model in memory
+        while opened.models:  # pop each model, so that the list does not keep it in memory
             name = opened.models[0].name
             first.append(preparer.measure(opened.models.pop(0), progress=partial(opening.report, name)))
     except Exception:

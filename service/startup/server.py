@@ -1,8 +1,8 @@
-"""The uvicorn server: the responses before the app is ready, and the shutdown after SIGTERM.
+"""The uvicorn server: responses before the app is ready, and the shutdown after SIGTERM.
 
-uvicorn has no hook between the signal and its shutdown, so `Server` overrides three methods of uvicorn.Server. These
-methods are undocumented: pyproject.toml bounds uvicorn's version, and tests/service/startup/test_server.py fails if
-they change.
+uvicorn has no hook between the signal and its own shutdown, so `Server` overrides three methods of uvicorn.Server.
+These methods are undocumented. Therefore pyproject.toml limits uvicorn's version, and
+tests/service/startup/test_server.py fails if the methods change.
 """
 
 import asyncio
@@ -41,16 +41,16 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-SPARE_FILES = 384  # open files for libraries, logs, encoders, and connections that are refused
+SPARE_FILES = 384  # open files reserved for libraries, logs, encoders and refused connections
 LEAST_CONNECTIONS = 8
-BACKLOG = 2048  # connections that wait in the kernel to be accepted
+BACKLOG = 2048  # maximum number of connections that wait in the kernel to be accepted
 PING_S = 20.0  # seconds between pings; many proxies close a WebSocket that is silent for longer
-PONG_S = 40.0  # timeout of a pong; a slow reader sends the pong after it reads earlier messages
-ANSWER_S = 5.0  # seconds after the last tick for responses to reach their clients
-KEPT_S = 1.0  # seconds after ANSWER_S for a last request on each kept connection; the request is refused
-KEPT_INTERVAL_S = 0.02  # seconds between checks of the kept connections
-WARM_UP_INTERVAL_S = 0.05  # seconds between checks for the end of the warm-up
-MOST_FOR_METRICS = 16  # maximum number of connections; a Prometheus and a supervisor have one each
+PONG_S = 40.0  # seconds to wait for a pong; a slow client sends it only after reading earlier messages
+ANSWER_S = 5.0  # seconds that responses may take to reach clients after the last tick
+KEPT_S = 1.0  # further seconds to refuse one last request on each keep-alive connection
+KEPT_INTERVAL_S = 0.02  # seconds between checks of the keep-alive connections
+WARM_UP_INTERVAL_S = 0.05  # seconds between checks whether the warm-up has ended
+MOST_FOR_METRICS = 16  # maximum number of connections; Prometheus and a supervisor use one each
 REFRESH_S = 2
 ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
 PAGE_PATH = re.compile(r"/(models/[^/]+/)?(?P<style>page/page\.css)?")
@@ -62,17 +62,20 @@ PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http
 
 
 class Opening:
-    """The ASGI app of a server that is starting. After the start, passes every request to `application`.
+    """The ASGI app of a server that is starting. Once `application` is set, passes every request to it.
 
-    A first start measures for seconds or minutes. Meanwhile, `/healthz` is 200, any other path is 503, and a page
-    reloads itself until the model is ready.
+    A first start takes seconds or minutes to measure the models. Until then, liveness paths such as `/healthz` answer
+    200, and other paths answer 503. A browser gets a page that reloads itself until the model is ready.
     """
 
-    application: Application | None = None  # None while the model is measured
-    detail = DETAIL  # current step of the start
+    application: Application | None = None  # None until the models have been measured
+    detail = DETAIL  # what the server is doing now, for clients
 
     def report(self, model: str, what: str, left_s: float | None) -> None:
-        """Report the current measurement and the seconds left, to clients and the log. Any thread may call."""
+        """Report the current measurement and the seconds left to clients and the log.
+
+        Any thread may call this.
+        """
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"
@@ -100,7 +103,7 @@ def _early_answer(scope: Scope, detail: str) -> Response:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that responds until the worker has ended, after a signal or by a crash."""
+    """A uvicorn server that answers requests until the worker has ended, after a signal or a crash."""
 
     def __init__(self, config: uvicorn.Config, opening: Opening, grace_s: float) -> None:
         super().__init__(config)
@@ -109,19 +112,19 @@ class Server(uvicorn.Server):
         self._give_up.daemon = True
 
     def end(self) -> None:
-        """Accept no more connections, and stop when the open connections have ended. Any thread may call."""
+        """Accept no more connections, and stop when all connections have ended. Any thread may call this."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, but with a longer queue of connections in the kernel."""
+        """Start as uvicorn does, but let more connections wait in the kernel."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for WebSocket jobs, then stop as uvicorn does. uvicorn waits only for HTTP responses.
+        """Wait for the jobs of WebSockets, then shut down as uvicorn does.
 
-        Each kept connection gets a moment for one more request, which is refused.
+        uvicorn waits only for HTTP responses. Each keep-alive connection may send one more request, which is refused.
         """
         self._give_up.cancel()
         application = self._opening.application
@@ -132,7 +135,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _end_kept_connections(self) -> None:
-        """Wait up to KEPT_S for one more request on each kept connection. Silent connections stay open."""
+        """Wait up to KEPT_S for one more request on each keep-alive connection. Leave silent connections open."""
         until_s, connections = time.monotonic() + KEPT_S, self.server_state.connections
         while (  # noqa: ASYNC110  uvicorn has no event for the end of one
             time.monotonic() < until_s and any(isinstance(each, H11Protocol) for each in connections)
@@ -140,7 +143,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(KEPT_INTERVAL_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Accept no more work and start the grace period. A second signal ends this period and the running jobs."""
+        """Accept no more work, and start the grace period. A second signal ends the grace period and all jobs."""
         application = self._opening.application
         if application is None:
             super().handle_exit(sig, frame)
@@ -154,12 +157,12 @@ class Server(uvicorn.Server):
     def _close_worker(self) -> None:
         application = self._opening.application
         assert application is not None
-        if not application.served.worker.close():  # the worker hangs, and so do its requests
+        if not application.served.worker.close():  # the worker hangs, so its requests will not end
             self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address. The socket does not listen yet. Raises OSError."""
+    """Bind a socket to an address without listening. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -172,7 +175,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket as `bind` does. Raises ValueError with a message of one line if that fails."""
+    """Bind a socket as `bind` does, but raise ValueError with a one-line message if that fails."""
     try:
         return bind(host, port)
     except (OSError, UnicodeError) as error:
@@ -180,7 +183,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allow_connections(connections: int) -> int:
-    """Raise the limit of open files if needed, and return the number of connections that the limit allows.
+    """Raise the limit on open files if needed, and return the number of connections that it allows.
 
     Raises ValueError if the limit allows fewer than LEAST_CONNECTIONS.
     """
@@ -204,11 +207,12 @@ def allow_connections(connections: int) -> int:
 
 
 def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
-    """Return the configuration of uvicorn, without the app's lifespan: `serve` runs the lifespan."""
+    """Return uvicorn's configuration. It turns off the app's lifespan, which `serve` runs instead."""
     config = uvicorn.Config(
         app,
-        # Use h11 and asyncio, whatever is installed: httptools does not limit a request's head. A small request takes
-        # 0.18 ms, and 0.10 ms with httptools and uvloop. One step of one row takes 2 ms on the same two cores.
+        # Always use h11 and asyncio, because httptools does not limit the size of a request's headers. A small request
+        # takes 0.18 ms, against 0.10 ms with httptools and uvloop. For comparison, one step of one row takes 2 ms on
+        # the same two cores.
         http=http_protocol(settings.max_connections, settings.max_connections_per_address),
         loop="asyncio",
         lifespan="off",
@@ -216,21 +220,21 @@ def config_of(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # ForwardedAddresses reads these headers
+        proxy_headers=False,  # ForwardedAddresses reads the proxy's headers instead
         backlog=ACCEPTED,
         timeout_graceful_shutdown=int(ANSWER_S),
         ws=stream_protocol(),
         ws_max_size=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
         ws_ping_interval=PING_S,
         ws_ping_timeout=PONG_S,
-        ws_per_message_deflate=False,  # images are compressed already
+        ws_per_message_deflate=False,  # images are already compressed
     )
     config.app = ForwardedAddresses(app, config.forwarded_allow_ips)
     return config
 
 
 async def is_ready(worker: Worker) -> bool:
-    """Wait for the end of the warm-up, and return whether the worker accepts jobs."""
+    """Wait until the warm-up has ended. Return True if the worker accepts jobs."""
     while not worker.state.ready and worker.state.alive:  # noqa: ASYNC110  it is another thread's
         await asyncio.sleep(WARM_UP_INTERVAL_S)
     return worker.state.ready
@@ -239,8 +243,9 @@ async def is_ready(worker: Worker) -> bool:
 def serve_metrics(listener: socket.socket, opening: Opening, allowed_sites: AllowedSites) -> None:
     """Serve /metrics and /healthz on a separate port, in a thread, until the process ends.
 
-    A supervisor gets an answer on this port even if clients hold all connections of the server. Metrics need no key
-    here and contain the names of all keys, so the Host header is checked against DNS rebinding.
+    A supervisor gets an answer on this port even if clients use all of the server's connections. On this port, the
+    metrics need no key although they contain the names of all keys. So the Host header is checked, against DNS
+    rebinding.
     """
 
     async def get_metrics(request: Request) -> Response:

@@ -1,9 +1,9 @@
 """The settings of `tminus serve`.
 
-Settings are created once, in the entry point. The other parts of the server get values, never Settings.
+The entry point creates the settings once. Lower layers receive single values, never a Settings object.
 
-A setting's description is Markdown for the docs, with links relative to docs/. `--help` prints the first sentence. If
-the default is not a plain value, the last sentence describes the default: "Default: one for each core."
+A setting's description is Markdown for the docs, with links relative to docs/. `--help` prints its first sentence. If
+the default is not a plain value, the last sentence describes it, as in "Default: one for each core."
 """
 
 import logging
@@ -29,19 +29,19 @@ from tminus.service.model_info import MAX_JOBS, USUAL_MAX_N, Limits
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a model's name, which is part of URLs and names a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a model's name, used in URLs and as a folder's name
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
-# Secrets have no flag: other users of the machine can see flags.
+# Secrets have no flag, because other users of the machine can see flags.
 NO_FLAG = frozenset({"keys", "webhook_secret"})
 TIME, UNITS_S = re.compile(r"(\d+(?:\.\d+)?)([smh]?)", re.ASCII), {"": 1, "s": 1, "m": 60, "h": 3600}
 HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 LEAST_BODY_BYTES = 2**20
-ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
+ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # the host has no comma, slash or space
 
 
 def flag_of(setting: str) -> str:
-    """Return the flag of a setting."""
+    """Return the command-line flag of a setting."""
     return f"--{setting.replace('_', '-')}"
 
 
@@ -51,30 +51,30 @@ def variable_of(setting: str) -> str:
 
 
 def named(setting: str) -> str:
-    """Return the flag and the variable of a setting, for messages."""
+    """Return the flag and the environment variable of a setting, as shown in messages."""
     return variable_of(setting) if setting in NO_FLAG else f"{flag_of(setting)} ({variable_of(setting)})"
 
 
 def seconds_of(time: str) -> float:
-    """Parse a time in seconds, or with a unit (s, m or h). Return NaN for other text."""
+    """Parse a time in seconds, or with a unit (s, m or h). Return NaN for any other text."""
     found = TIME.fullmatch(time.strip())
     return float(found[1]) * UNITS_S[found[2]] if found is not None else math.nan
 
 
 def name_of(text: str) -> str:
-    """Turn the name in a checkpoint into a name that URLs may contain."""
+    """Turn the name in a checkpoint into a name that can be used in URLs."""
     return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The folders of the models that may be loaded. A request gives a model's name, never a path."""
+    """The folders of the models that can be loaded. A request names a model, never a path."""
 
     named: Mapping[str, Path] = field(default_factory=dict)
-    folder: Path | None = None  # each folder in this folder is a model of that name
+    folder: Path | None = None  # each subfolder is a model with the subfolder's name
 
     def folders(self) -> dict[str, Path]:
-        """Return the folder of each model, as found on the disk now."""
+        """Return the folder of each model, keyed by name. Reads the disk each time."""
         found = dict(self.named)
         try:
             paths = sorted(self.folder.iterdir()) if self.folder is not None else []
@@ -85,12 +85,12 @@ class Library:
             try:
                 if path.is_dir() and NAME.fullmatch(path.name):
                     found.setdefault(path.name, path)
-            except OSError as error:  # for example, a link into a folder without permission
+            except OSError as error:  # for example, a link into a folder without read permission
                 log.warning("%s in the folder of models cannot be read: %s", path.name, error)
         return found
 
 
-# Headings of --help and the docs, keyed by the first setting of each group.
+# Headings in --help and the docs, keyed by the first setting of each group.
 GROUPS = {
     "checkpoint": "Models and device",
     "max_batch": "Batching and scheduling",
@@ -107,8 +107,8 @@ GROUPS = {
 class Settings(BaseSettings):
     """The settings of `tminus serve`.
 
-    Each field has a variable, such as TMINUS_MAX_BATCH. Each field that is not in NO_FLAG also has a flag, such as
-    --max-batch, which overrides the variable.
+    Each field has an environment variable, such as TMINUS_MAX_BATCH. Each field that is not in NO_FLAG also has a flag,
+    such as --max-batch, which overrides the variable.
     """
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
@@ -440,9 +440,10 @@ class Settings(BaseSettings):
         return value
 
     def checkpoints(self) -> list[tuple[str | None, Path | HubId]]:
-        """Return the checkpoints to serve, in order. Each has the name from the settings, or None.
+        """Return the checkpoints to serve, in order.
 
-        Raises ValueError for a folder without models, and for two models of the same name.
+        Each comes with the name that the settings give it, or None. Raises ValueError if a folder of models is empty,
+        or two models have the same name.
         """
         found: list[tuple[str | None, Path | HubId]] = []
         for each in self.checkpoint:
@@ -477,16 +478,16 @@ class Settings(BaseSettings):
 
     @property
     def max_body_bytes(self) -> int:
-        """Maximum size of a request body without its images, in bytes."""
+        """Maximum size in bytes of a request body, not counting its images."""
         return max(LEAST_BODY_BYTES, self.max_image_bytes // 8)
 
     @property
     def idle_unload_s(self) -> float | None:
-        """Seconds after which an unused model is unloaded; None for never."""
+        """Idle seconds after which a model is unloaded; None for never."""
         return None if self.idle_unload is None else seconds_of(self.idle_unload)
 
     def limits(self, max_rows: int, max_batch: int) -> Limits:
-        """Return the limits of requests. max_rows, max_batch: values of the loaded model."""
+        """Return the limits of requests. max_rows, max_batch: the loaded model's values."""
         return Limits(
             max_n=min(self.max_n, max_rows),
             max_batch=max_batch,
@@ -502,9 +503,10 @@ class Settings(BaseSettings):
         )
 
     def access(self, address: str) -> Access:
-        """Return the keys of a server that listens on this address. Without keys, or with --open, clients need no key.
+        """Return the keys of a server that listens on this address.
 
-        Raises ValueError for invalid keys, and for an address that other machines can reach without keys.
+        Without keys, or with --open, anyone has access. Raises ValueError for invalid keys. Also raises ValueError if
+        other machines can reach the address, there are no keys, and --open is not set.
         """
         if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
             raise ValueError(
@@ -520,7 +522,7 @@ class Settings(BaseSettings):
         return Access(ring, is_open=self.open or not ring.keys)
 
     def allowed_sites(self) -> AllowedSites:
-        """Return the hosts and origins that requests may name, in lower case, as browsers send them."""
+        """Return the hosts and origins that requests may name. They are in lower case, as browsers send them."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in names.split(",") if each.strip())
             for names in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)

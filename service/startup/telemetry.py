@@ -1,6 +1,7 @@
-"""Sends spans to a collector in batches, by OTLP over HTTP. Only this module imports the SDK of OpenTelemetry.
+"""Sends spans to a collector in batches, by OTLP over HTTP.
 
-The SDK reads the OTEL_ variables. Spans wait in a bounded queue for a thread that sends them. A full queue drops spans.
+Only this module imports the OpenTelemetry SDK. The SDK reads the OTEL_ environment variables. Spans wait in a bounded
+queue until a thread sends them. When the queue is full, new spans are dropped.
 """
 
 import logging
@@ -16,24 +17,24 @@ from opentelemetry.trace import Tracer
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 3.0  # maximum wait for a collector to take the last spans
+CLOSE_S = 3.0  # longest wait at shutdown for the collector to take the last spans
 
 
 class Traces:
-    """Owns the tracer provider, the queue of spans, and the thread that sends spans."""
+    """Owns the tracer provider, the queue of spans, and the thread that sends them."""
 
     tracer: Tracer
 
     def __init__(self, exporter: SpanExporter, version: str) -> None:
-        """exporter: sends a batch in the sending thread. Raises ValueError for an invalid OTEL_ variable."""
+        """exporter: sends batches of spans, in the sending thread. Raises ValueError for an invalid OTEL_ variable."""
         ours = {"service.name": "tminus", "service.version": version, "service.instance.id": str(uuid.uuid4())}
         resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # the exit would wait for 30 s
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # it would wait up to 30 s at exit
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self._provider.get_tracer("tminus", version)
 
     def close(self) -> None:
-        """Send the remaining spans, for at most CLOSE_S."""
+        """Send the remaining spans. Gives up after CLOSE_S seconds."""
         closing = threading.Thread(target=self._provider.shutdown, name="tminus-traces-close", daemon=True)
         closing.start()
         closing.join(CLOSE_S)
@@ -42,11 +43,11 @@ class Traces:
 
 
 class Reported(SpanExporter):
-    """Wraps an exporter. Logs when spans cannot be sent, and when they can be sent again, once each."""
+    """Wraps an exporter. Logs once when sending starts to fail, and once when it works again."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter, self._fails = exporter, False
-        self._log = logging.getLogger(type(exporter).__module__)  # the exporter's log; silent while sending fails
+        self._log = logging.getLogger(type(exporter).__module__)  # the exporter's own log; silenced while sending fails
         self._log.addFilter(self._passes)
 
     def _passes(self, _record: logging.LogRecord) -> bool:
@@ -69,5 +70,5 @@ class Reported(SpanExporter):
 
 
 def send_spans(version: str) -> Traces:
-    """Start to send spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
+    """Start sending spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
     return Traces(Reported(OTLPSpanExporter()), version)

@@ -1,4 +1,4 @@
-"""Starts traces if OpenTelemetry's environment variables ask for them."""
+"""Starts tracing if OpenTelemetry's environment variables ask for it."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For traces only, and for all signals. The first variable takes precedence.
+# The first variable is for traces only, the second for all telemetry. The first takes precedence.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 EXPORTER = "OTEL_TRACES_EXPORTER"
@@ -18,9 +18,9 @@ DISABLED = "OTEL_SDK_DISABLED"
 
 
 def start_traces(version: str) -> "Traces | None":
-    """Start to send traces if an endpoint is set; otherwise, return None. Raises ValueError for invalid variables.
+    """Start sending traces if an endpoint is set; otherwise return None.
 
-    version: version of this server. The SDK is imported only if it is needed.
+    version: this server's version. The SDK is imported only if it is needed. Raises ValueError for an invalid variable.
     """
     named_by, endpoint = _first(ENDPOINTS)
     exporter = _value(EXPORTER)
@@ -32,7 +32,7 @@ def start_traces(version: str) -> "Traces | None":
     if protocol not in ("", "http/protobuf"):
         why = "must be http/protobuf, which collectors take on port 4318"
         _refuse(named_by, f"{protocol_from} {why}, got {protocol!r}")
-    address = endpoint.rpartition("@")[2]  # without user and password
+    address = endpoint.rpartition("@")[2]  # without the user name and password
     try:
         url = urlsplit(endpoint)
         known = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -57,7 +57,7 @@ def _value(name: str) -> str:
 
 
 def _first(names: tuple[str, ...]) -> tuple[str, str]:
-    """Return the first variable that is set and its value. If none is set, return the last name and ""."""
+    """Return the first variable that is set, and its value. If none is set, return the last name and ""."""
     return next(((name, _value(name)) for name in names if _value(name)), (names[-1], ""))
 
 

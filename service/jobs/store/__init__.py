@@ -1,1 +1,1 @@
-"""Stores of durable jobs: SQLite, PostgreSQL, and large results in an object store."""
+"""Stores of durable jobs: SQLite, PostgreSQL, and an object store for large results."""

@@ -1,4 +1,7 @@
-"""Pack arrays for a store as safetensors. Reading safetensors runs no code."""
+"""Packs arrays for a job store, in the safetensors format.
+
+Unlike pickle, safetensors runs no code when read.
+"""
 
 import logging
 import zlib
@@ -14,8 +17,8 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # increase it if the state of a plan or a row changes; format 1 had no registers and no format
-# Errors that may be raised while unpacking damaged bytes.
+SNAPSHOT_FORMAT = 2  # increase it when the saved state changes; format 1 had no registers and no format number
+# Errors that unpacking damaged bytes may raise.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -29,7 +32,10 @@ UNREADABLE = (
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed if the block cannot decode its data. A database does not detect flipped bytes."""
+    """Turn decoding errors of the `with` block into StorageFailed.
+
+    A database does not detect flipped bits.
+    """
     try:
         yield
     except UNREADABLE as error:
@@ -38,7 +44,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
-    """Pack a snapshot. Do not compress it: its floats are mostly noise."""
+    """Pack a snapshot, without compression because its floats are mostly noise."""
     return _pack(
         {
             "format": np.array([SNAPSHOT_FORMAT]),
@@ -51,7 +57,7 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises an error of UNREADABLE, also for a snapshot of another format."""
+    """Unpack a snapshot. Raises one of the UNREADABLE errors, even for a valid snapshot in another format."""
     arrays = safetensors.numpy.load(data)
     made_as = int(arrays["format"][0]) if "format" in arrays else 1
     if made_as != SNAPSHOT_FORMAT:
@@ -65,7 +71,7 @@ def pack_inputs(inputs: Inputs) -> bytes:
 
 
 def unpack_inputs(data: bytes) -> Inputs:
-    """Unpack the inputs of an edit. Raises an error of UNREADABLE."""
+    """Unpack the inputs of an edit. Raises one of the UNREADABLE errors."""
     arrays = safetensors.numpy.load(zlib.decompress(data))
     return Inputs(arrays["image"], arrays.get("mask"))
 
@@ -76,7 +82,7 @@ def pack_images(images: Pixels) -> bytes:
 
 
 def unpack_images(data: bytes) -> Pixels:
-    """Unpack the images of a job. Raises an error of UNREADABLE."""
+    """Unpack the images of a job. Raises one of the UNREADABLE errors."""
     return safetensors.numpy.load(zlib.decompress(data))["images"]
 
 

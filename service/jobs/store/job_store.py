@@ -1,4 +1,4 @@
-"""The interface of a store of durable jobs, and the SQL that SQLite and PostgreSQL share."""
+"""The interface of a store of durable jobs, and the SQL that SQLite and PostgreSQL have in common."""
 
 import json
 import logging
@@ -30,31 +30,31 @@ from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-# Limits of one sweep. Other calls wait for a sweep: about 30 ms, or 0.2 s and more on a slow disk.
+# Limits of one sweep. Other calls wait while a sweep runs, which takes about 30 ms, or 0.2 s and more on a slow disk.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
-# States of an object. Pending: its job has not ended. Kept: its job's outcome is stored. Unneeded: to be deleted.
+# States of an object. Pending: its job has not ended. Kept: its job's outcome is stored. Unneeded: it will be deleted.
 PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
-ORPHAN_US = 3600 * 10**6  # an object that is pending for longer counts as unneeded
-AGAIN_US = 60 * 10**6  # another replica may retry a deletion after this time
-MOST_KEYS = 100  # maximum number of keys that one call takes
+ORPHAN_US = 3600 * 10**6  # an object that is pending for longer than this counts as unneeded
+AGAIN_US = 60 * 10**6  # after this time, another replica may retry a deletion
+MOST_KEYS = 100  # maximum number of object keys that one call returns
 
 
 class Removal(DeliveryStore):
-    """The part of a JobStore that deletes jobs and objects."""
+    """The part of JobStore that deletes jobs and objects."""
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before `before_us`, then the oldest until the rest takes at most `max_bytes`.
+        """Delete jobs that ended before `before_us`, and the oldest ended jobs beyond `max_bytes`.
 
-        The newest job stays, whatever its size. A job with pending deliveries may be deleted for space, but not for its
-        age. Deliveries of events before `owed_after_us` do not count: without a secret to sign them, they are never
-        sent. The freed space is returned to the disk. One call does a part of the work, so that other calls do not wait
-        long. Return whether to call again.
+        The newest ended job may exceed `max_bytes` on its own. A job with pending deliveries may be deleted for space,
+        but not for its age. Deliveries of events before `owed_after_us` do not count as pending: without a secret to
+        sign them, they are never sent. The freed space is returned to the disk. One call does only part of the work, so
+        that other calls need not wait long. Returns True if the caller should call again.
         """
 
     @Call(writes=True)
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job and all its data, even if damaged. Return False if the owner has no such job."""
+        """Delete a job and all its data, even if they are damaged. Return False if the owner has no such job."""
         jobs = self._tables.jobs
         mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
         with self._transaction() as run:
@@ -63,14 +63,15 @@ class Removal(DeliveryStore):
         return deleted
 
     # --- objects ---
-    # Each object has a row in this table, from before it is written until it is deleted. Find objects in the table
-    # and do not list the bucket: another database may share the bucket.
+    # Each object has a row in the table `objects`, from before it is written until after it is deleted. To find
+    # objects, read this table. Do not list the bucket, because another database may share it.
 
     @Call(writes=True)
     def note_object(self, job_id: str, key: str) -> None:
-        """Record the key of an object before the object is written. An object without a job is deleted after an hour.
+        """Record the key of an object that is about to be written.
 
-        Raises LeaseLost if the job is not held, and ObjectGone if the key is no longer pending.
+        If no finished job refers to the object within an hour, it is deleted. Raises LeaseLost if the job is not held,
+        and ObjectGone if the key is no longer pending.
         """
         jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
         again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
@@ -85,16 +86,17 @@ class Removal(DeliveryStore):
 
     @Call(writes=True)
     def give_up_object(self, key: str) -> None:
-        """Mark a pending object as unneeded: no job will refer to it."""
+        """Mark a pending object as unneeded, because no job will refer to it."""
         objects = self._tables.objects
         noted = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING)
         with self._transaction() as run:
             run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
-        """Return the keys of some unneeded objects, for deletion. No job can refer to these objects any more.
+        """Return the keys of some unneeded objects, so that the caller can delete the objects.
 
-        If the keys are not forgotten within a minute, another replica may take them.
+        No job can refer to these objects any more. Call `forget_objects` within a minute of this call. Later, another
+        replica may take the same keys.
         """
         objects, now_us = self._tables.objects, self.now_us()
         orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
@@ -108,7 +110,7 @@ class Removal(DeliveryStore):
         return keys
 
     def forget_objects(self, keys: Sequence[str]) -> None:
-        """Delete the rows of deleted objects."""
+        """Delete the rows of objects that have been deleted."""
         objects = self._tables.objects
         with self._transaction() as run:
             run(sa.delete(objects).where(objects.c.key.in_(keys), objects.c.state == UNNEEDED))
@@ -118,7 +120,10 @@ class Removal(DeliveryStore):
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """Do one part of a sweep and return the number of deleted jobs. which: a filter; None for this store's jobs."""
+        """Do part of a sweep, and return the number of deleted jobs.
+
+        which: conditions for the jobs to sweep; None for the jobs of this store.
+        """
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)
@@ -147,31 +152,31 @@ class Removal(DeliveryStore):
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
 
-RECORD_BYTES = 1024  # approximate size of a job without its images and its webhook
+RECORD_BYTES = 1024  # estimated size of a job, not counting its images and its webhook
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
-    "done": ("start", "output", "completed"),  # the job has begun, even if its start was not recorded
+    "done": ("start", "output", "completed"),  # includes "start", in case it was not recorded before
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
-SIGNED = ("outcome", "finished_us", "fingerprint")  # columns that identify an outcome, to the microsecond
+SIGNED = ("outcome", "finished_us", "fingerprint")  # columns that identify an outcome
 
 
 class JobStore(Removal):
-    """Stores jobs. Each call is one transaction, and is durable when it returns.
+    """Stores jobs. Each call is one transaction, and its changes are durable when it returns.
 
-    Only one thread at a time may call a store. A shared store may be called from the threads that `Call.thread` names,
-    one thread of each name at a time.
+    Only one thread at a time may use a store. A shared store allows one thread at a time for each value of
+    `Call.thread`.
 
-    A call that fails, or reads damaged data, raises StorageFailed and changes nothing.
+    A call that fails or reads damaged data raises StorageFailed and changes nothing.
 
-    A store holds the jobs that its server has added or claimed, until the jobs end. Only the holder writes a job's
-    snapshots and outcome. In a shared store, another replica may take over a job, see shared_store.py.
+    A store holds a job from the time its server adds or claims the job until the job ends. Only the holder writes a
+    job's snapshots and outcome. In a shared store, another replica may take over a job; see shared_store.py.
 
-    A subclass creates the engine, and defines how jobs are claimed.
+    A subclass creates the engine and defines how jobs are claimed.
     """
 
     _engine: sa.Engine
-    _name = "the job store"  # name of the store in the log
+    _name = "the job store"  # the store's name in the log
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
@@ -190,19 +195,19 @@ class JobStore(Removal):
     @Call(writes=True)
     @abstractmethod
     def check(self, *, write: bool) -> None:
-        """Raise StorageFailed if jobs cannot be stored. write: also try a small write."""
+        """Raise StorageFailed if jobs cannot be stored. write: True to try a small write too."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release all jobs and close the store. No call may follow."""
+        """Release all jobs, and close the store. No calls may follow."""
 
     # --- shared by all stores ---
 
     @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """Store a new job. held: hold the job; otherwise, leave it for a replica to claim.
+        """Store a new job. held: True to hold the job; False to leave it for any replica to claim.
 
-        Return False and store nothing if another job has the key; `find` returns that job.
+        If another job already has the key, returns False and stores nothing; `find` then returns that job.
         """
         jobs = self._tables.jobs
         data = arrays.pack_inputs(inputs) if inputs is not None else None
@@ -223,7 +228,7 @@ class JobStore(Removal):
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
         except StorageFailed as error:
             self._let_go(job.id)
-            # Another replica added a job with this key after the query above.
+            # Another replica added a job with this key after the query for the key.
             if isinstance(error.__cause__, sa.exc.IntegrityError):
                 return False
             raise
@@ -231,7 +236,7 @@ class JobStore(Removal):
 
     @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """Return the job that was added with this key, and whether its request was the same."""
+        """Return the job that was added with this key, and True if the request was identical."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
@@ -256,10 +261,10 @@ class JobStore(Removal):
         *,
         held: bool | None = None,
     ) -> list[JobRecord]:
-        """List jobs with these outcomes that are older than `before`, newest first. Skip jobs with damaged records.
+        """List jobs with these outcomes that were created before `before`, newest first.
 
-        outcomes: None selects unfinished jobs. owner: list only this owner's jobs. held: list only the unfinished jobs
-        that a live replica holds (True), or that no live replica holds (False).
+        Skips jobs with damaged records. outcomes: None stands for unfinished jobs. owner: list only this owner's jobs.
+        held: True to list only those unfinished jobs that a live replica holds; False for only those that none holds.
         """
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []
@@ -282,11 +287,11 @@ class JobStore(Removal):
         return records
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Replace the snapshots of jobs. Ignore jobs that have ended, or that this store does not hold."""
+        """Replace the snapshots of jobs. Skips jobs that have ended or that this store does not hold."""
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite allows 32,766 variables in a statement. A server has at most MAX_JOBS jobs, so their ids fit.
+            # A statement in SQLite may have 32,766 variables. A server has at most MAX_JOBS jobs, so all ids fit.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
@@ -295,7 +300,7 @@ class JobStore(Removal):
                 run(sa.insert(table), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """Return a job's last snapshot. Return None if another build made the snapshot, or it is damaged."""
+        """Return a job's last snapshot, or None if it is missing, damaged, or from another build."""
         table = self._tables.snapshots
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
@@ -311,7 +316,7 @@ class JobStore(Removal):
 
     @Call("pixels")
     def images(self, job_id: str) -> bytes | StoredObject | None:
-        """Return the packed images of a finished job, or a reference to the object that holds them."""
+        """Return the packed images of a finished job, or a reference to the object that has them."""
         if (data := self._data(self._tables.images, job_id)) is None:
             objects = self._tables.objects
             query = sa.select(objects).where(objects.c.job_id == job_id, objects.c.state == KEPT)
@@ -327,10 +332,10 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def crashed(self, job_ids: Collection[str]) -> None:
-        """Count a crash of the server against these jobs, held or not.
+        """Count a crash of the server against these jobs, even if they are not held.
 
-        If there are several jobs, count only against jobs without an earlier crash, because another job may be the
-        cause. Always count against a single job.
+        A single job is always counted. Of several jobs, only those without an earlier crash are counted, because
+        another job may be the cause.
         """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
@@ -341,10 +346,10 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
-        """Store a job's outcome and images, and delete its snapshot and inputs. The webhook event becomes due.
+        """Store a job's outcome and images, and delete its snapshot and inputs. Its webhook event becomes due.
 
-        images: an object must be passed to `note_object` before it is written. Raises LeaseLost if the job is not held,
-        and ObjectGone if the object was given up. In both cases, nothing is stored.
+        images: the key of a StoredObject must have been passed to `note_object` before. Raises LeaseLost if the job is
+        not held, and ObjectGone if the object was given up. After these errors, nothing is stored.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)
@@ -360,7 +365,7 @@ class JobStore(Removal):
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
                 kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
-                # An earlier attempt stored this outcome, but its response was lost.
+                # An earlier attempt has already stored this outcome, but the response was lost.
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():
                     return
                 raise LeaseLost(job_id)
@@ -371,7 +376,7 @@ class JobStore(Removal):
                 pending = [tables.objects.c.key == images.key, tables.objects.c.state == PENDING]
                 kept_as = {"state": KEPT, "bytes": images.bytes, "sha256": images.sha256}
                 if not run(sa.update(tables.objects).where(*pending).values(**kept_as)).rowcount:
-                    raise ObjectGone(images.key)  # the object was deleted, or will be
+                    raise ObjectGone(images.key)  # the object has been deleted or soon will be
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
@@ -379,11 +384,14 @@ class JobStore(Removal):
     # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Select jobs that a live replica holds (True), that no live replica holds (False), or all jobs (None)."""
+        """Return the condition for jobs that a live replica holds (True) or that none holds (False).
+
+        None selects all jobs.
+        """
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """Return the columns of a new job that JobRecord does not have, such as its holder."""
+        """Return the columns of a new job that are not in JobRecord, such as its holder."""
         return {}
 
     # --- helpers ---
@@ -403,20 +411,20 @@ class JobStore(Removal):
             raise StorageFailed("the job store has no connection free") from None
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:
-        """Return the records of rows. End each job with a damaged record as failed."""
+        """Return the records of claimed rows. A job with a damaged record ends as failed."""
         records, damaged = [], 0
         for row in rows:
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
-                with suppress(StorageFailed, LeaseLost):  # the next replica that claims the job tries again
+                with suppress(StorageFailed, LeaseLost):  # the next replica that claims the job will try again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
                     damaged += 1
         return Claimed(records, damaged)
 
     def _record(self, row: Any) -> JobRecord:
-        """Make a record from a row. Raises StorageFailed if the row is damaged."""
+        """Create a record from a row. Raises StorageFailed if the row is damaged."""
         fields = {name: getattr(row, name) for name in JobRecord.__dataclass_fields__ if hasattr(row, name)}
         with arrays.reading(f"the record of job {row.id}"):
             fields["spec"] = SampleSpec.from_json(json.loads(row.spec))

@@ -1,7 +1,7 @@
-"""Objects in S3, or in a compatible service such as MinIO, Ceph or R2. Needs the extra `s3`.
+"""Objects in S3 or a compatible service, such as MinIO, Ceph or R2. Needs the extra `s3`.
 
-obstore reads the address and the credentials from the AWS_ variables. Plain HTTP is used only if the endpoint's URL
-begins with http://.
+obstore reads the address and the credentials from the AWS_ environment variables. Plain HTTP is used only if the
+endpoint's URL begins with http://.
 """
 
 import asyncio
@@ -25,23 +25,26 @@ if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
 CALL_S = 60.0  # timeout of a call, including the wait for other downloads
-BYTES_PER_S = 1e6  # lowest acceptable transfer rate: a call has this much more time for an object's bytes
-START_S = 15.0  # timeout of the check at the start
+BYTES_PER_S = 1e6  # slowest acceptable transfer; an object's timeout is extended by its size divided by this
+START_S = 15.0  # timeout of the check at startup
 CONNECT_S = 5.0
-RETRIES, RETRY_S = 3, 20.0  # no request is retried after RETRY_S
-AT_ONCE = 4  # maximum number of concurrent downloads: each object is in memory as a whole
+RETRIES, RETRY_S = 3, 20.0  # no retry begins after RETRY_S seconds
+AT_ONCE = 4  # maximum number of concurrent downloads, because each holds its whole object in memory
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # in order of precedence
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 REGION = re.compile(r"[A-Za-z0-9-]+")
-METADATA = "169.254.169.254"  # Amazon's metadata service, which gives credentials if no variable has any
+METADATA = "169.254.169.254"  # Amazon's metadata service, which provides credentials if no variable does
 
 
 class S3Objects:
-    """The objects below a prefix of a bucket. Each call has a timeout, and raises StorageFailed for any error."""
+    """The objects with a common prefix in a bucket.
+
+    Each call has a timeout, and raises StorageFailed for any error.
+    """
 
     def __init__(self, url: str, folder: str) -> None:
-        """url: s3://bucket/prefix. folder: a folder below the prefix. Raises ValueError for an invalid address."""
+        """url: s3://bucket/prefix. folder: appended to the prefix. Raises ValueError for an invalid URL or endpoint."""
         match = URL.fullmatch(url)
         if match is None:
             got = "what has an @, as credentials have" if "@" in url else repr(url)
@@ -50,7 +53,7 @@ class S3Objects:
         client: ClientConfig = {
             "allow_http": _endpoint().startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(days=1),  # _asking sets the timeout, by the size of the data
+            "timeout": timedelta(days=1),  # unused: _asking sets a timeout that depends on the size
         }
         backoff: BackoffConfig = {
             "init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2,
@@ -67,24 +70,24 @@ class S3Objects:
         self._check_key = f"check-{uuid.uuid4().hex}"  # one key for all checks, in case an object cannot be deleted
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object. The caller overwrites an object only with the same bytes."""
+        """Write an object. An existing object must have the same bytes."""
         async with _asking("write", len(data)):
-            # Use one request: an interrupted multipart upload would leave invisible parts in the bucket.
+            # Use a single request, because an interrupted multipart upload would leave invisible parts in the bucket.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
-        """Read an object of this size. Return None if the object does not exist, b"" if it has another size."""
+        """Read an object of this size. Return None if it does not exist, and b"" if it has another size."""
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
-            except FileNotFoundError as error:  # also raised for a missing bucket
+            except FileNotFoundError as error:  # a missing bucket raises it too
                 if _code(error) == "NoSuchKey":
                     return None
                 raise
             return bytes(await found.bytes_async()) if found.meta["size"] == size else b""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects. Missing objects are ignored."""
+        """Delete objects. Ignores missing objects."""
         async with _asking("delete"):
             await obstore.delete_async(self._store, list(keys))
 
@@ -111,7 +114,10 @@ def open_objects(url: str, folder: str) -> S3Objects:
 
 
 def _endpoint() -> str:
-    """Return the endpoint's URL from the environment, empty for Amazon. Raises ValueError for an invalid variable."""
+    """Return the endpoint's URL from the environment, or "" for Amazon's own endpoint.
+
+    Raises ValueError for an invalid variable.
+    """
     for name in REGIONS:
         if (region := os.environ.get(name)) and not REGION.fullmatch(region):
             raise ValueError(f"{name} must be a region such as eu-central-1, got {region!r}")
@@ -126,14 +132,14 @@ def _endpoint() -> str:
     except ValueError:
         is_url = False
     if not is_url or parts.username is not None or parts.query or parts.fragment or re.search(r"\s", endpoint):
-        # Do not show the URL: it may contain a password.
+        # Do not show the URL, because it may contain a password.
         raise ValueError(f"{name} must be a URL such as http://minio:9000, without a password")
     return endpoint
 
 
 @asynccontextmanager
 async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
-    """Limit the time of a call, and raise StorageFailed for any error. size: bytes of the object."""
+    """Apply a timeout to the block, and turn any error into StorageFailed. size: bytes of the object."""
     limit_s = CALL_S + size / BYTES_PER_S
     try:
         async with asyncio.timeout(limit_s):
@@ -144,15 +150,15 @@ async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """Return the error code in a response of S3, empty if there is none."""
+    """Return the error code from an S3 response, or "" if it has none."""
     found = re.search(r"<Code>([^<]*)</Code>", str(error))
     return found[1] if found is not None else ""
 
 
 def _reason(error: Exception) -> str:
-    """Return the library's error in one line: the response's code and message, or why there was no response.
+    """Describe an obstore error in one line: the code and message of the response, or why there was none.
 
-    The error's own text contains the whole response, which may repeat the signed request.
+    The error's own text contains the whole response, which may repeat parts of the signed request.
     """
     text = str(error)
     if code := _code(error):

@@ -1,4 +1,4 @@
-"""The arguments and results of a store of durable jobs, and the options of its calls."""
+"""What a store of durable jobs takes and returns, and the options of its calls."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ from tminus.service.spec import SampleSpec
 
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
-Place = tuple[int, str]  # created_us and id: the order of creation
-MOST_LISTED = 20  # maximum number of jobs in a message
+Place = tuple[int, str]  # (created_us, id), which sorts jobs by creation
+MOST_LISTED = 20  # maximum number of job ids in a message
 Thread = Literal["store", "reads", "pixels"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Options for AsyncStore's call of a method. Decorates the method; an undecorated method has the defaults."""
+    """How AsyncStore calls a method of a store. Used as a decorator; methods without it get the defaults."""
 
-    thread: Thread = "store"  # used in a shared store; calls outside "store" are dropped if the client leaves
-    writes: bool = False  # the result shows whether jobs can be stored
+    thread: Thread = "store"  # thread in a shared store; if the client leaves, only "store" calls still run
+    writes: bool = False  # the call's success or failure shows whether jobs can be stored
     owes: bool = False  # a webhook event may be due after the call
-    quick: bool = False  # short timeout: a request can be answered without the result
+    quick: bool = False  # short timeout, because a request can be answered without the result
 
     def __call__(self, method: F) -> F:
         vars(method)["call"] = self
@@ -37,23 +37,26 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A stored durable job. Times are Unix times in microseconds: every database sorts integers the same way."""
+    """A durable job as stored.
+
+    Times are Unix times in microseconds, because all databases sort integers alike.
+    """
 
     id: str
     spec: SampleSpec
     created_us: int
     deadline_us: int | None = None
-    outcome: Outcome | None = None  # None while the job is unfinished
+    outcome: Outcome | None = None  # None while unfinished
     finished_us: int | None = None
-    fingerprint: str | None = None  # fingerprint of the build that made the images
-    problem: Mapping[str, Any] | None = None  # details of the error, if the job failed
-    owner: str = ""  # name of the API key
-    crashes: int = 0  # crashes of the worker, or of the whole process, during this job
-    webhook: Webhook | None = None  # receiver of the job's events
-    # A live replica held the job when it was read. Set only in a shared store.
+    fingerprint: str | None = None  # identifies the build that made the images
+    problem: Mapping[str, Any] | None = None  # the error, if the job failed
+    owner: str = ""  # name of the API key that submitted the job
+    crashes: int = 0  # times that the worker or the whole process crashed during this job
+    webhook: Webhook | None = None  # where to send the job's events
+    # True if a live replica held the job when the record was read. Always False in a file.
     held: bool = field(default=False, compare=False)
-    suspect: bool = field(default=False, compare=False)  # set by a claim: a replica was lost while it held this job
-    ahead_us: int = field(default=0, compare=False)  # the store's clock minus this machine's
+    suspect: bool = field(default=False, compare=False)  # set by a claim: the job's earlier replica was lost
+    ahead_us: int = field(default=0, compare=False)  # the store's clock minus this machine's clock
 
     @property
     def place(self) -> Place:
@@ -67,15 +70,15 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The client's Idempotency-Key and a hash of the request. Makes a retry of the request safe."""
+    """The client's Idempotency-Key and a hash of the request. With a key, a request can safely be retried."""
 
     name: str
     request_hash: str
-    owner: str = ""  # different owners may use the same name
+    owner: str = ""  # different owners may use the same key name
 
     @property
     def kept_as(self) -> str:
-        """The key's name in the store. The separator is a character that no client can send."""
+        """The key's name in the store. The separator is a character that clients cannot send."""
         return f"{self.owner}\x1f{self.name}" if self.owner else self.name
 
 
@@ -86,15 +89,15 @@ def now_us() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPace:
-    """The speed and load that replicas of one store report to each other."""
+    """The speed and the load that a replica reports to the other replicas of its store."""
 
     places_per_s: float
-    backlog_s: float  # all work of the replica, durable or not
+    backlog_s: float  # work of the replica, including jobs that are not durable
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Claimed jobs, and the number of jobs that the claim ended as failed because of damaged records."""
+    """Claimed jobs, and the number of further jobs that failed because their records are damaged."""
 
     jobs: Sequence[JobRecord] = ()
     damaged: int = 0
@@ -110,13 +113,16 @@ class StoredObject:
 
 
 class ObjectGone(Exception):
-    """Raised when an object was given up before its job's outcome was stored. The object must be written again."""
+    """Raised if an object was given up before its job's outcome was stored. Write the object again."""
 
 
 class LeaseLost(Exception):
-    """Raised when another replica holds or has ended a job, or the job was deleted. Discard the results made here."""
+    """Raised if another replica holds or has ended a job, or the job was deleted.
+
+    Discard the job's results.
+    """
 
 
 def listed(job_ids: Sequence[str]) -> str:
-    """Join job ids for a message, at most MOST_LISTED."""
+    """Join at most MOST_LISTED job ids for a message."""
     return ", ".join(job_ids[:MOST_LISTED]) + (", …" if len(job_ids) > MOST_LISTED else "")

@@ -1,4 +1,7 @@
-"""Durable jobs in one SQLite file, in WAL mode. A commit is on the disk when its call returns."""
+"""Durable jobs in one SQLite file with a WAL (write-ahead log).
+
+A commit is on the disk when its call returns.
+"""
 
 import logging
 import os
@@ -39,25 +42,25 @@ from tminus.service.spec import Inputs
 log = logging.getLogger(__name__)
 
 SWEEP_PAGES = 512  # maximum number of pages that one call returns to the disk
-SPARE_PAGES = 256  # free pages that stay in the file for reuse
-WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new WAL begins
-SPARE_BYTES = 8 * 2**20  # unused bytes of the file and the WAL above which the WAL is copied too
+SPARE_PAGES = 256  # number of free pages that the file keeps for reuse
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a WAL longer than this is copied into the file, and a new WAL begins
+SPARE_BYTES = 8 * 2**20  # the WAL is also copied if it and the file have more unused bytes than this
 
 
 class SqliteStore(JobStore):
-    """Stores jobs in a file. Owns the file's only connection, whose lock excludes other processes.
+    """Stores jobs in a file. Owns the file's only connection, which locks out other processes.
 
-    Raises ValueError for an unusable file.
+    Raises ValueError if the file cannot be used.
     """
 
     def __init__(self, file: Path | None) -> None:
-        """file: None keeps the jobs in memory."""
+        """file: None to keep the jobs in memory."""
         super().__init__(make_sqlite_tables())
         self._file, self._name = file, f"the job store {file}"
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
-        self._begun_at, self._swept_at = 0, 0  # number of changes when the WAL began, and at the last sweep
-        self._identity: tuple[int, int] | None = None  # device and inode; None until the file is open
+        self._begun_at, self._swept_at = 0, 0  # total_changes when the WAL began, and at the last sweep
+        self._identity: tuple[int, int] | None = None  # device and inode of the open file
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -71,10 +74,10 @@ class SqliteStore(JobStore):
             for pragma in (
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
-                "synchronous = FULL",  # an accepted job also survives a power failure
+                "synchronous = FULL",  # accepted jobs survive a power failure
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # size to which a longer WAL is truncated for a new WAL
-                "secure_delete = FAST",  # the default of Debian's SQLite overwrites deleted pages with zeros
+                f"journal_size_limit = {WAL_BYTES}",  # size to which a WAL is truncated when a new one begins
+                "secure_delete = FAST",  # by default, Debian's SQLite overwrites deleted pages with zeros
             ):
                 self._pragma(pragma)
             if new:
@@ -84,9 +87,9 @@ class SqliteStore(JobStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
-            self._unended()  # the first read: if it fails, the server must not start
+            self._unended()  # the first read; if it fails, the server must not start
             attempted = self._deliveries.c.held_until_us.is_not(None)
-            with self._transaction() as run:  # no delivery attempt is running: this is the only process
+            with self._transaction() as run:  # no other process is attempting deliveries
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             if file is not None:
@@ -123,10 +126,13 @@ class SqliteStore(JobStore):
         return added
 
     def _note_kept(self) -> None:
-        """Write the number of jobs so far to the file `kept`. A start that finds fewer jobs in the database warns."""
+        """Write the number of jobs so far to the file `kept`.
+
+        If a later start finds fewer jobs in the database, it logs a warning.
+        """
         if self._file is None:
             return
-        with suppress(OSError):  # harmless: the jobs are in the database
+        with suppress(OSError):  # harmless: the jobs themselves are in the database
             descriptor = os.open(kept(self._file), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 os.pwrite(descriptor, b"%-20d" % number_of_jobs(self._driver), 0)
@@ -134,7 +140,10 @@ class SqliteStore(JobStore):
                 os.close(descriptor)
 
     def claim_all(self) -> Claimed:
-        """Claim all unfinished jobs: no other server has the file open. End jobs with damaged records as failed."""
+        """Claim all unfinished jobs, because no other server has the file open.
+
+        Jobs with damaged records end as failed.
+        """
         return self._claimed(self._unended())
 
     def _unended(self) -> Sequence[Any]:
@@ -145,7 +154,7 @@ class SqliteStore(JobStore):
         return rows
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Return the unfinished jobs of other files in the folder that no server has open."""
+        """Return the unfinished jobs in the folder's other files, except in files that a server has open."""
         if self._file is None:
             return {}
         hashes = {each[:16] for each in served}
@@ -159,23 +168,24 @@ class SqliteStore(JobStore):
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:
-        """Return some free pages of the file to the disk. Return whether more free pages are left."""
+        """Return some of the file's free pages to the disk. Return True if the caller should call again."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
-                # Use executescript: `execute` steps a statement without rows only once, which frees one page.
+                # `execute` would step a statement without rows only once, which frees a single page.
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
             if self._file is not None:
                 self._shorten(self._file)
-        except (OSError, sqlite3.Error) as error:  # harmless: new jobs use the free pages
+        except (OSError, sqlite3.Error) as error:  # harmless: new jobs will use the free pages
             log.warning("the job store %s does not shrink: %s", self._file, error)
         return False
 
     def _shorten(self, file: Path) -> None:
         """Copy the WAL into the file if both take much more space than their content, or if the store is idle.
 
-        A vacuum alone does not shorten the file. One bad byte may destroy data that are only in the WAL.
+        Without the copy, a vacuum does not shorten the file. Data that are only in the WAL can be destroyed by one bad
+        byte, so an idle store copies them.
         """
         changes = self._driver.total_changes
         spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
@@ -188,17 +198,17 @@ class SqliteStore(JobStore):
         return self._wal.stat().st_size if self._wal is not None and self._wal.exists() else 0
 
     def _begin_wal(self) -> None:
-        """Copy the WAL into the file and begin a new WAL.
+        """Copy the WAL into the file, and begin a new WAL.
 
-        A row that means "a WAL follows" is written before the copy. The first transaction of the new WAL deletes the
-        row. If a start still finds the row, the WAL was lost.
+        Before the copy, a row is written that means "a WAL follows". The first transaction of the new WAL deletes this
+        row. If the row still exists at a start, the WAL was lost.
         """
         try:
             self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
             self._pragma("wal_checkpoint(RESTART)")
             self._driver.execute("DELETE FROM wal_follows")
             self._most_wal_bytes = WAL_BYTES
-        except sqlite3.Error as error:  # harmless: the WAL keeps everything, and grows
+        except sqlite3.Error as error:  # harmless: the old WAL keeps all data, and grows
             log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
             self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
         self._begun_at = self._driver.total_changes
@@ -207,11 +217,11 @@ class SqliteStore(JobStore):
         self._check_there()
         if write:
             with self._transaction() as run:
-                # The value does not change, but the statement writes one page to the disk.
+                # The value stays the same, but the statement writes one page to the disk.
                 run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))
 
     def _check_there(self) -> None:
-        """Raise StorageFailed if the file was deleted or replaced: writes would be lost."""
+        """Raise StorageFailed if the file was deleted or replaced, because writes would be lost."""
         if self._file is None:
             return
         try:
@@ -226,7 +236,7 @@ class SqliteStore(JobStore):
 
     def close(self) -> None:
         if not self._connection.closed:
-            with suppress(sqlite3.Error):  # a row is left only if the disk had no space for a new WAL
+            with suppress(sqlite3.Error):  # the row exists only if the disk had no space for a new WAL
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
@@ -243,7 +253,7 @@ class SqliteStore(JobStore):
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Lock out other processes: two servers would run the same jobs. Disable implicit transactions."""
+    """Lock out other processes, so that no other server runs the same jobs. Disable implicit transactions."""
     connection.isolation_level = None
     connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
@@ -256,8 +266,9 @@ def _begin(connection: sa.Connection) -> None:
 def open_store(state_dir: str, weights_hash: str) -> JobStore:
     """Open the file with the jobs of these weights. Each set of weights has its own file.
 
-    state_dir: a folder; "" for the default folder in the user's home, ":memory:" for no file. If the disk is full, each
-    call tries to open the file again. Raises ValueError for an unusable folder or file; the message says what to do.
+    state_dir: a folder, "" for the default folder in the user's home, or ":memory:" for no file. If the disk is full,
+    returns a store that tries to open the file at each call. Raises ValueError if the folder or file cannot be used;
+    the message says what to do.
     """
     folder = state_folder(state_dir)
     if folder is None:
@@ -271,11 +282,15 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 
 
 def state_folder(state_dir: str) -> Path | None:
-    """Create the state folder and return its path, None for ":memory:". Raises ValueError as open_store does."""
+    """Create the state folder and return its path, or None for ":memory:".
+
+    Raises ValueError as open_store does.
+    """
     if state_dir == IN_MEMORY:
         return None
     try:
-        # See the XDG base directory specification. Path.home raises RuntimeError if the user has no home.
+        # The default follows the XDG base directory specification. Path.home raises RuntimeError for a user without a
+        # home.
         state_home = os.environ.get("XDG_STATE_HOME")
         folder = Path(state_dir or Path(state_home or Path.home() / ".local" / "state") / "tminus")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -287,9 +302,9 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore whose file cannot be opened, because the disk is full.
+    """A JobStore whose file could not be opened, because the disk was full.
 
-    Each call tries to open the file again, and raises StorageFailed if that fails.
+    Until the file is open, each call tries to open it, and raises StorageFailed if that fails.
     """
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
