@@ -1,4 +1,4 @@
-"""Pack arrays for a store as safetensors. Reading safetensors runs no code."""
+"""Packs a job's arrays as safetensors, for a store. Reading safetensors runs no code."""
 
 import logging
 import zlib
@@ -14,8 +14,8 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # increase it if the state of a plan or a row changes; format 1 had no registers and no format
-# Errors that may be raised while unpacking damaged bytes.
+SNAPSHOT_FORMAT = 2  # increase if the state of a plan or a row changes; format 1 had no registers and no number
+# Errors that may be raised when damaged bytes are unpacked.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -29,7 +29,7 @@ UNREADABLE = (
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed if the block cannot decode its data. A database does not detect flipped bytes."""
+    """Raise StorageFailed if the block cannot decode its data. A database does not detect damaged bytes."""
     try:
         yield
     except UNREADABLE as error:
@@ -38,7 +38,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
-    """Pack a snapshot. Do not compress it: its floats are mostly noise."""
+    """Pack a snapshot without compression, because its floats are mostly noise."""
     return _pack(
         {
             "format": np.array([SNAPSHOT_FORMAT]),
@@ -51,7 +51,7 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises an error of UNREADABLE, also for a snapshot of another format."""
+    """Unpack a snapshot. Raises one of the errors in UNREADABLE, also if the snapshot has another format."""
     arrays = safetensors.numpy.load(data)
     made_as = int(arrays["format"][0]) if "format" in arrays else 1
     if made_as != SNAPSHOT_FORMAT:
@@ -60,12 +60,12 @@ def unpack_snapshot(data: bytes) -> Snapshot:
 
 
 def pack_inputs(inputs: Inputs) -> bytes:
-    """Pack the image of an edit, and its mask if there is one."""
+    """Pack the image of an edit, and the mask if there is one."""
     return zlib.compress(_pack({"image": inputs.image} | ({"mask": inputs.mask} if inputs.mask is not None else {})), 1)
 
 
 def unpack_inputs(data: bytes) -> Inputs:
-    """Unpack the inputs of an edit. Raises an error of UNREADABLE."""
+    """Unpack the inputs of an edit. Raises one of the errors in UNREADABLE."""
     arrays = safetensors.numpy.load(zlib.decompress(data))
     return Inputs(arrays["image"], arrays.get("mask"))
 
@@ -76,7 +76,7 @@ def pack_images(images: Pixels) -> bytes:
 
 
 def unpack_images(data: bytes) -> Pixels:
-    """Unpack the images of a job. Raises an error of UNREADABLE."""
+    """Unpack the images of a job. Raises one of the errors in UNREADABLE."""
     return safetensors.numpy.load(zlib.decompress(data))["images"]
 
 

@@ -1,14 +1,15 @@
-"""The job store for asyncio: each call runs in one of the store's threads, so the event loop never waits for a disk.
+"""The job store for asyncio. Its calls run in threads, so the event loop never waits for a disk.
 
-A method's `Call` names its thread. A shared store has a second thread for clients' reads, so that reads never delay the
-renewal of leases. A third thread unpacks pixels; in a shared store, this thread also reads them. A file is locked by
-one connection. So the thread of that connection reads the packed pixels, which takes milliseconds.
+A method's `Call` names its thread. A shared store has three threads. Thread "store" also renews the leases. Thread
+"reads" serves clients, so that their reads do not delay a renewal. Thread "pixels" reads and unpacks images. A store
+file is locked by a single connection, so one thread makes all calls. It reads even the packed images, which takes
+milliseconds, and thread "pixels" only unpacks them.
 
-Large results may go to an object store, in three steps. First, the database stores the object's key, under the job's
-fence. Then the object is written. Last, the job's outcome is stored with a reference to the object, under the fence
-too. The process may stop at any point: either the job has not ended and another process continues it, or the job has
-ended and its object exists. The database knows the keys of objects that no job refers to. Requests to the object store
-run in the event loop, so the thread that renews leases does not wait for them.
+Large results may go to an object store, in three steps. First, the database stores the object's key. Then the object is
+written. Last, the database stores the job's outcome with a reference to the object. The job's fence guards both writes
+to the database. The process may stop at any point: either the job has not ended and another process continues it, or
+the job has ended and its object exists. The database knows the keys of objects that no job refers to. Requests to the
+object store run in the event loop, so the thread that renews leases does not wait for them.
 """
 
 import asyncio
@@ -47,11 +48,11 @@ from tminus.service.tracing import traced
 if TYPE_CHECKING:  # obstore is an optional dependency
     from tminus.service.jobs.store.objects import S3Objects
 
-CALL_S = 30.0  # timeout of a call
-QUICK_S = 1.0  # timeout of a call with `quick`
+CALL_S = 30.0  # timeout of a call in seconds
+QUICK_S = 1.0  # timeout in seconds of a call with `quick`
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=DeliveryStore)  # the base class of all stores
+S = TypeVar("S", bound=DeliveryStore)  # any store
 
 
 class AsyncStore:
@@ -65,23 +66,23 @@ class AsyncStore:
         self._pools: dict[Thread, ThreadPoolExecutor] = {"store": self._pool, "reads": self._pool, "pixels": self._pool}
         if self.shared:
             self._pools |= {"reads": started_pool(1, "tminus-store-reads"), "pixels": self._pixels}
-        self.turn = asyncio.Lock()  # claims and renewals hold this lock, so a renewal sees every claim
+        self.turn = asyncio.Lock()  # held during claims and renewals, so that a renewal sees every claim
         self.holders: list[Callable[[], Collection[str]]] = []  # each returns the ids of jobs in progress
         self.owes = asyncio.Event()  # set when a webhook event may be due
         self._adding: set[str] = set()
-        self.now_us = store.now_us  # safe in the event loop: reads no disk
+        self.now_us = store.now_us  # safe in the event loop, because it does not read from a disk
         self._failure: StorageFailed | None = None
 
     @property
     def failure(self) -> StorageFailed | None:
-        """The error of the last write; None if the write succeeded."""
+        """The error of the last write, or None if the write succeeded."""
         return self._failure
 
     async def call(self, method: Callable[Concatenate[S, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a method of the store in its thread, and return the result.
+        """Run a method of the store in the method's thread, and return the result.
 
-        method: a function of the store's class, such as JobStore.get. Raises the method's errors, and StorageFailed
-        after a timeout.
+        method: a function of the store's class, such as JobStore.get. Raises the errors of the method, and
+        StorageFailed after a timeout.
         """
         how, its_own = Call.of(method), cast(Callable[P, R], getattr(self._store, method.__name__))
         try:
@@ -103,24 +104,24 @@ class AsyncStore:
             async with asyncio.timeout(limit_s):
                 return await asyncio.shield(asyncio.wrap_future(call))
         except TimeoutError as error:
-            call.cancel()  # drop a call that has not started: other calls wait behind it
+            call.cancel()  # drop the call if it has not started, because other calls wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
         finally:
             if how.thread != "store":
-                call.cancel()  # the client may have left before the call started
+                call.cancel()  # drop the call if the client left before it started
 
     async def check(self) -> None:
-        """Check whether jobs can be stored. Writes only if the last write failed."""
+        """Raise StorageFailed if jobs cannot be stored. Try a write only if the last write failed."""
         await self.call(JobStore.check, write=self._failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
-        """Add a job. If the call times out, delete the job: the client is told that the job was not stored."""
+        """Add a job. After a timeout, delete the job, because the client is told that it was not stored."""
         self._adding.add(job.id)
         try:
             with traced("store add", {"tminus.job.id": job.id}):
                 return await self.call(JobStore.add, job, key, inputs, held=held)
         except StorageFailed as error:
-            # Keep a job with a key in a shared store: the client's retry finds it.
+            # In a shared store, keep a job with a key, because the client's retry finds it.
             if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
                 self._pool.submit(self._store.delete, job.id)  # runs right after the add, in the same thread
             raise
@@ -128,7 +129,7 @@ class AsyncStore:
             self._adding.discard(job.id)
 
     async def renew(self, fingerprint: str, pace: ReplicaPace) -> frozenset[str]:
-        """Renew the leases of the jobs of all `holders`, and of jobs being added."""
+        """Renew the leases of the jobs of all `holders`, and of the jobs that are being added."""
         known = self._adding.union(*(ids() for ids in self.holders))
         return await self.call(SharedStore.renew, fingerprint, pace, known)
 
@@ -159,13 +160,13 @@ class AsyncStore:
             return await self.call(JobStore.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some old jobs, see JobStore.sweep. Return whether to call again."""
+        """Delete some old jobs (see JobStore.sweep). Return whether to call this again."""
         return await self.call(JobStore.sweep, before_us, max_bytes, owed_after_us)
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> tuple[Exception | None, float]:
-        """Replace the jobs' snapshots. Blocks: for callers outside the event loop.
+        """Replace the jobs' snapshots. Blocks, so call it outside the event loop.
 
-        Returns the error, if there was one, and the CPU time in seconds.
+        Returns the error, if there was one, and the CPU time of the call in seconds.
         """
 
         def save() -> tuple[Exception | None, float]:
@@ -181,7 +182,7 @@ class AsyncStore:
         return self._pool.submit(save).result()
 
     def close(self) -> None:
-        """Close the store after all earlier calls. Blocks until the store is closed."""
+        """Close the store after all pending calls. Blocks until the store is closed."""
         for pool in {self._pixels, self._pools["reads"]} - {self._pool}:
             pool.shutdown()
         self._pool.submit(self._store.close)
@@ -191,7 +192,7 @@ class AsyncStore:
 def _submitted(pool: ThreadPoolExecutor, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
     try:
         return pool.submit(work, *args, **kwargs)
-    except RuntimeError as error:  # the store was closed while a request searched all stores
+    except RuntimeError as error:  # a request that searches all stores may reach a store that was just closed
         raise StorageFailed("the job store is closed") from error
 
 
@@ -202,15 +203,15 @@ AT_ONCE = 4  # maximum number of concurrent uploads
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The object store for large results, and the size above which a result is large."""
+    """The object store for large results, and the size above which a result counts as large."""
 
     objects: "S3Objects"
-    above_bytes: int = 256 * 1024  # bytes of pixels; smaller results stay in the database
+    above_bytes: int = 256 * 1024  # results with at most this many bytes of pixels stay in the database
 
 
 @dataclass(slots=True)
 class _Upload:
-    """The upload of one job's result. Exists until the job's outcome is stored."""
+    """The upload of one job's result. Kept until the job's outcome is stored."""
 
     key: str
     stored: StoredObject | None = None  # set when the object is written
@@ -220,20 +221,20 @@ class ResultStore(AsyncStore):
     """An AsyncStore that writes large results to an object store. Owns the uploads in progress."""
 
     def __init__(self, store: JobStore, results: Results, folder: str) -> None:
-        """folder: prefix of the objects' keys, from the hash of the weights."""
+        """folder: prefix of all object keys, taken from the hash of the weights."""
         super().__init__(store)
         self._objects, self._above_bytes, self._folder = results.objects, results.above_bytes, folder
         self._uploads: dict[str, _Upload] = {}  # keyed by job id
-        self._turns = asyncio.Semaphore(AT_ONCE)  # few at a time: packing holds a result in memory twice
+        self._turns = asyncio.Semaphore(AT_ONCE)  # limits uploads, because packing holds a result in memory twice
         self._objects_failure: StorageFailed | None = None  # error of the last write to the object store
 
     @property
     def failure(self) -> StorageFailed | None:
-        """The error of the last write to the database or the object store."""
+        """The error of the last write to the database, or else of the last upload. None if both succeeded."""
         return super().failure or self._objects_failure
 
     async def check(self) -> None:
-        """Check whether jobs and large results can be stored."""
+        """Raise StorageFailed if jobs cannot be stored. Check the object store too if the last upload failed."""
         await super().check()
         if self._objects_failure is not None:
             try:
@@ -255,7 +256,7 @@ class ResultStore(AsyncStore):
                     upload.stored = upload.stored or await self._uploaded(job.id, upload.key, images)
                     await super().finish(job, upload.stored)
                     break
-                except ObjectGone:  # a store was unreachable for so long that a sweep took the object
+                except ObjectGone:  # a store was unreachable for so long that a sweep gave the object up
                     log.warning("the images of job %s were given up before its end was kept: once more", job.id)
                     upload.key, upload.stored = f"{self._folder}/{job.id}/{uuid.uuid4().hex}", None
         except LeaseLost:
@@ -265,7 +266,7 @@ class ResultStore(AsyncStore):
         self._uploads.pop(job.id, None)
 
     async def _uploaded(self, job_id: str, key: str, images: Pixels) -> StoredObject:
-        """Upload images. The key is unique, so that replicas never overwrite each other's objects."""
+        """Upload images. The key is unique, so replicas never overwrite each other's objects."""
         await self.call(JobStore.note_object, job_id, key)
         try:
             async with self._turns:
@@ -281,7 +282,7 @@ class ResultStore(AsyncStore):
     async def _give_up(self, key: str) -> None:
         try:
             await self.call(JobStore.give_up_object, key)
-        except StorageFailed:  # the database knows the key: a sweep deletes the object after an hour
+        except StorageFailed:  # the database knows the key, so a sweep deletes the object after an hour
             log.warning("the object %s is not needed, and goes later", key)
 
     async def _packed_images(self, job_id: str) -> bytes | None:
@@ -290,7 +291,7 @@ class ResultStore(AsyncStore):
             return found
         with traced("store download", {"tminus.job.id": job_id}):
             data = await _logged(self._objects.get(found.key, found.bytes))
-        if data is None and await self._found(job_id) != found:  # the job was deleted in the meantime
+        if data is None and await self._found(job_id) != found:  # the job was deleted during the download
             return None
         with arrays.reading(f"the images of job {job_id}"):
             return await asyncio.to_thread(_checked, data, found)
@@ -323,7 +324,7 @@ def _packed(images: Pixels) -> tuple[bytes, str]:
 
 
 def _checked(data: bytes | None, stored: StoredObject) -> bytes:
-    """Return the data. Raises ValueError if the data are missing, or differ from the written object."""
+    """Return the data. Raises ValueError if the data is missing or differs from the data that was written."""
     if data is None:
         raise ValueError(f"the object {stored.key} is missing")
     if len(data) != stored.bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
@@ -332,9 +333,9 @@ def _checked(data: bytes | None, stored: StoredObject) -> bytes:
 
 
 class Stores:
-    """Owns the stores. Models with the same weights share a store, for example after a reload.
+    """Owns the stores. Models with the same weights share a store, as after a reload.
 
-    Each store counts the crashes of earlier processes once, before it resumes any job.
+    Crashes of earlier processes are counted in each store once, before any of its jobs is resumed.
     """
 
     def __init__(
@@ -344,25 +345,28 @@ class Stores:
         first: Mapping[str, JobStore] | None = None,
         crash_reports: Sequence[CrashReport] = (),
     ) -> None:
-        """open_store: opens the store for a hash of weights. results: the object store for large results, if any.
+        """open_store: opens the store for a weights hash. results: the object store for large results, if any.
 
-        first: stores that are already open, keyed by hash of weights. crash_reports: reports of earlier processes.
+        first: stores that are already open, keyed by weights hash. crash_reports: reports of earlier processes.
         """
         self._open, self._results, self._crash_reports = open_store, results, crash_reports
         self._counted: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._turn = asyncio.Lock()  # ensures that a file is closed before it is opened again
+        self._turn = asyncio.Lock()  # held so that a file is closed before it is opened again
         self._stores = {weights_hash: self._made(weights_hash, store) for weights_hash, store in (first or {}).items()}
 
     def take_first(self, weights_hash: str) -> AsyncStore:
-        """Return the store for these weights, opened if necessary. Blocks. Call `release` after use."""
+        """Return the store for these weights, and open it if necessary. Blocks. Call `release` after use."""
         if weights_hash not in self._stores:
             self._stores[weights_hash] = self._made(weights_hash, self._open(weights_hash))
         self._users[weights_hash] += 1
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Return the store for these weights without blocking the event loop. Raises ValueError if that fails."""
+        """Return the store for these weights without blocking the event loop.
+
+        Raises ValueError if it cannot be opened.
+        """
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 
@@ -376,7 +380,7 @@ class Stores:
         return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:
-        """Return whether several models use the store of these weights."""
+        """Return whether several models use the store for these weights."""
         return self._users[weights_hash] > 1
 
     async def release(self, weights_hash: str) -> None:
@@ -388,12 +392,12 @@ class Stores:
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
 
     async def count_crash(self, job_ids: Collection[str]) -> None:
-        """Count a crash of this process against jobs in any store. Errors are logged, not raised."""
+        """Count a crash of this process against these jobs, in any store. Errors are logged, not raised."""
         if job_ids:
             calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
             await asyncio.gather(*calls, return_exceptions=True)
 
     def close(self) -> None:
-        """Close all stores. Blocks. No model may use a store afterwards."""
-        for store in list(self._stores.values()):  # a copy, because a thread may still add the store that it opens
+        """Close all stores. Blocks. No model may use a store after this call."""
+        for store in list(self._stores.values()):  # a copy, because a thread may still add a store
             store.close()

@@ -30,13 +30,13 @@ from tminus.service.spec import Inputs, Pixels, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-# Limits of one sweep. Other calls wait for a sweep: about 30 ms, or 0.2 s and more on a slow disk.
+# Limits of one sweep. Other calls wait while it runs, for about 30 ms, or for 0.2 s and more on a slow disk.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
 # States of an object. Pending: its job has not ended. Kept: its job's outcome is stored. Unneeded: to be deleted.
 PENDING, KEPT, UNNEEDED = "pending", "kept", "unneeded"
-ORPHAN_US = 3600 * 10**6  # an object that is pending for longer counts as unneeded
-AGAIN_US = 60 * 10**6  # another replica may retry a deletion after this time
-MOST_KEYS = 100  # maximum number of keys that one call takes
+ORPHAN_US = 3600 * 10**6  # an object that has been pending for longer counts as unneeded
+AGAIN_US = 60 * 10**6  # time after which another replica may retry a deletion
+MOST_KEYS = 100  # maximum number of object keys that one call returns
 
 
 class Removal(DeliveryStore):
@@ -44,17 +44,21 @@ class Removal(DeliveryStore):
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before `before_us`, then the oldest until the rest takes at most `max_bytes`.
+        """Delete jobs that ended before `before_us`, then the oldest until the rest fits into `max_bytes`.
 
-        The newest job stays, whatever its size. A job with pending deliveries may be deleted for space, but not for its
-        age. Deliveries of events before `owed_after_us` do not count: without a secret to sign them, they are never
-        sent. The freed space is returned to the disk. One call does a part of the work, so that other calls do not wait
-        long. Return whether to call again.
+        The newest job is never deleted to free space. A job with pending deliveries may be deleted to free space, but
+        not because of its age. Deliveries of events before `owed_after_us` do not count as pending: without a secret to
+        sign them, they are never sent. The freed space is returned to the disk.
+
+        One call does only a part of the work, so that other calls do not wait long. Returns whether to call this again.
         """
 
     @Call(writes=True)
     def delete(self, job_id: str, owner: str | None = None) -> bool:
-        """Delete a job and all its data, even if damaged. Return False if the owner has no such job."""
+        """Delete a job and all its data, even damaged data.
+
+        Return False if there is no such job or it has another owner.
+        """
         jobs = self._tables.jobs
         mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
         with self._transaction() as run:
@@ -63,14 +67,15 @@ class Removal(DeliveryStore):
         return deleted
 
     # --- objects ---
-    # Each object has a row in this table, from before it is written until it is deleted. Find objects in the table
-    # and do not list the bucket: another database may share the bucket.
+    # Each object has a row in the table `objects`, from before it is written until after it is deleted. Objects are
+    # found in this table and not by listing the bucket, because another database may share the bucket.
 
     @Call(writes=True)
     def note_object(self, job_id: str, key: str) -> None:
-        """Record the key of an object before the object is written. An object without a job is deleted after an hour.
+        """Record the key of an object that is about to be written.
 
-        Raises LeaseLost if the job is not held, and ObjectGone if the key is no longer pending.
+        An object that no job refers to is deleted after an hour. Raises LeaseLost if this store does not hold the job,
+        and ObjectGone if the key is no longer pending.
         """
         jobs, objects, now_us = self._tables.jobs, self._tables.objects, self.now_us()
         again = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING).values(since_us=now_us)
@@ -85,16 +90,16 @@ class Removal(DeliveryStore):
 
     @Call(writes=True)
     def give_up_object(self, key: str) -> None:
-        """Mark a pending object as unneeded: no job will refer to it."""
+        """Mark a pending object as unneeded, because no job will refer to it."""
         objects = self._tables.objects
         noted = sa.update(objects).where(objects.c.key == key, objects.c.state == PENDING)
         with self._transaction() as run:
             run(noted.values(state=UNNEEDED, since_us=0))
 
     def take_unneeded_objects(self) -> list[str]:
-        """Return the keys of some unneeded objects, for deletion. No job can refer to these objects any more.
+        """Return the keys of some unneeded objects, to be deleted. No job can refer to them any more.
 
-        If the keys are not forgotten within a minute, another replica may take them.
+        Pass the keys to `forget_objects` within a minute. Otherwise, another replica may take the same keys.
         """
         objects, now_us = self._tables.objects, self.now_us()
         orphaned = sa.and_(objects.c.state == PENDING, objects.c.since_us < now_us - ORPHAN_US)
@@ -118,7 +123,10 @@ class Removal(DeliveryStore):
     def _sweep(
         self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
     ) -> int:
-        """Do one part of a sweep and return the number of deleted jobs. which: a filter; None for this store's jobs."""
+        """Do one part of a sweep, and return the number of deleted jobs.
+
+        which: a filter; None selects this store's jobs.
+        """
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._is_owed(owed_after_us)
@@ -147,31 +155,31 @@ class Removal(DeliveryStore):
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
 
-RECORD_BYTES = 1024  # approximate size of a job without its images and its webhook
+RECORD_BYTES = 1024  # approximate size of a job in bytes, without its images and its webhook
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
     "done": ("start", "output", "completed"),  # the job has begun, even if its start was not recorded
     "failed": ("completed",),
     "cancelled": ("completed",),
 }
-SIGNED = ("outcome", "finished_us", "fingerprint")  # columns that identify an outcome, to the microsecond
+SIGNED = ("outcome", "finished_us", "fingerprint")  # columns that identify an outcome; the time is in microseconds
 
 
 class JobStore(Removal):
-    """Stores jobs. Each call is one transaction, and is durable when it returns.
+    """Stores jobs. Each call is one transaction. Its changes are durable when it returns.
 
-    Only one thread at a time may call a store. A shared store may be called from the threads that `Call.thread` names,
-    one thread of each name at a time.
+    Only one thread at a time may call a store. A shared store may be called from each of the threads that `Call.thread`
+    names, but only from one thread of each name at a time.
 
-    A call that fails, or reads damaged data, raises StorageFailed and changes nothing.
+    A call that fails or reads damaged data raises StorageFailed and changes nothing.
 
-    A store holds the jobs that its server has added or claimed, until the jobs end. Only the holder writes a job's
-    snapshots and outcome. In a shared store, another replica may take over a job, see shared_store.py.
+    A store holds the jobs that its server has added or claimed, until they end. Only the holder of a job writes the
+    job's snapshots and outcome. In a shared store, another replica may take over a job (see shared_store.py).
 
-    A subclass creates the engine, and defines how jobs are claimed.
+    A subclass creates the engine and defines how jobs are claimed.
     """
 
     _engine: sa.Engine
-    _name = "the job store"  # name of the store in the log
+    _name = "the job store"  # name of the store in log messages
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
@@ -182,7 +190,7 @@ class JobStore(Removal):
 
     @abstractmethod
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Return the ids of unfinished jobs whose weights no running server serves, keyed by weights.
+        """Return the ids of unfinished jobs whose weights no running server serves, keyed by weights hash.
 
         served: hashes of the weights that this server serves.
         """
@@ -194,15 +202,15 @@ class JobStore(Removal):
 
     @abstractmethod
     def close(self) -> None:
-        """Release all jobs and close the store. No call may follow."""
+        """Release all jobs and close the store. No other call may follow."""
 
     # --- shared by all stores ---
 
     @Call(writes=True)
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
-        """Store a new job. held: hold the job; otherwise, leave it for a replica to claim.
+        """Store a new job. held: hold the job. If False, leave it for any replica to claim.
 
-        Return False and store nothing if another job has the key; `find` returns that job.
+        Return False and store nothing if the key already has a job, which `find` returns.
         """
         jobs = self._tables.jobs
         data = arrays.pack_inputs(inputs) if inputs is not None else None
@@ -223,7 +231,7 @@ class JobStore(Removal):
                     run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
         except StorageFailed as error:
             self._let_go(job.id)
-            # Another replica added a job with this key after the query above.
+            # Another replica added a job with this key between the query and the insert.
             if isinstance(error.__cause__, sa.exc.IntegrityError):
                 return False
             raise
@@ -231,7 +239,7 @@ class JobStore(Removal):
 
     @Call("reads")
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """Return the job that was added with this key, and whether its request was the same."""
+        """Return the job that was added with this key and whether its request was the same, or None."""
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
@@ -256,10 +264,12 @@ class JobStore(Removal):
         *,
         held: bool | None = None,
     ) -> list[JobRecord]:
-        """List jobs with these outcomes that are older than `before`, newest first. Skip jobs with damaged records.
+        """List jobs with these outcomes that were created before `before`, newest first.
 
-        outcomes: None selects unfinished jobs. owner: list only this owner's jobs. held: list only the unfinished jobs
-        that a live replica holds (True), or that no live replica holds (False).
+        Skip jobs with damaged records.
+
+        outcomes: None selects unfinished jobs. owner: list only this owner's jobs. held: list unfinished jobs only if a
+        live replica holds them (True), or only if none does (False).
         """
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []
@@ -282,11 +292,11 @@ class JobStore(Removal):
         return records
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Replace the snapshots of jobs. Ignore jobs that have ended, or that this store does not hold."""
+        """Replace the jobs' snapshots. Ignore jobs that have ended or that this store does not hold."""
         jobs, table = self._tables.jobs, self._tables.snapshots
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
-            # SQLite allows 32,766 variables in a statement. A server has at most MAX_JOBS jobs, so their ids fit.
+            # SQLite allows 32,766 variables in a statement, enough for the ids of MAX_JOBS jobs.
             held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
@@ -295,7 +305,7 @@ class JobStore(Removal):
                 run(sa.insert(table), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """Return a job's last snapshot. Return None if another build made the snapshot, or it is damaged."""
+        """Return a job's last snapshot. Return None if the snapshot is damaged or was made by another build."""
         table = self._tables.snapshots
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
@@ -327,10 +337,10 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def crashed(self, job_ids: Collection[str]) -> None:
-        """Count a crash of the server against these jobs, held or not.
+        """Count a crash of the server against these jobs, whether this store holds them or not.
 
-        If there are several jobs, count only against jobs without an earlier crash, because another job may be the
-        cause. Always count against a single job.
+        The crash is always counted against a single job. If there are several jobs, it is counted only against those
+        without an earlier crash, because another of the jobs may be the cause.
         """
         jobs = self._tables.jobs
         which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
@@ -341,10 +351,11 @@ class JobStore(Removal):
 
     @Call(writes=True)
     def finish(self, job: JobRecord, images: Pixels | StoredObject | None = None) -> None:
-        """Store a job's outcome and images, and delete its snapshot and inputs. The webhook event becomes due.
+        """Store a job's outcome and images, and delete its snapshot and inputs. Its webhook events become due.
 
-        images: an object must be passed to `note_object` before it is written. Raises LeaseLost if the job is not held,
-        and ObjectGone if the object was given up. In both cases, nothing is stored.
+        images: if stored as an object, its key must have been passed to `note_object` before it was written. Raises
+        LeaseLost if this store does not hold the job, and ObjectGone if the object was given up. In both cases, nothing
+        is stored.
         """
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         packed = images if images is None or isinstance(images, StoredObject) else arrays.pack_images(images)
@@ -371,7 +382,7 @@ class JobStore(Removal):
                 pending = [tables.objects.c.key == images.key, tables.objects.c.state == PENDING]
                 kept_as = {"state": KEPT, "bytes": images.bytes, "sha256": images.sha256}
                 if not run(sa.update(tables.objects).where(*pending).values(**kept_as)).rowcount:
-                    raise ObjectGone(images.key)  # the object was deleted, or will be
+                    raise ObjectGone(images.key)  # the object is deleted, or will be
             elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
@@ -379,11 +390,14 @@ class JobStore(Removal):
     # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Select jobs that a live replica holds (True), that no live replica holds (False), or all jobs (None)."""
+        """Return the condition for jobs that a live replica holds (True) or that none holds (False).
+
+        None: no condition.
+        """
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
-        """Return the columns of a new job that JobRecord does not have, such as its holder."""
+        """Return values for the columns of a new job that JobRecord lacks, such as its holder."""
         return {}
 
     # --- helpers ---
@@ -403,14 +417,14 @@ class JobStore(Removal):
             raise StorageFailed("the job store has no connection free") from None
 
     def _claimed(self, rows: Sequence[Any]) -> Claimed:
-        """Return the records of rows. End each job with a damaged record as failed."""
+        """Return the records of the rows. End a job as failed if its record is damaged."""
         records, damaged = [], 0
         for row in rows:
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
-                with suppress(StorageFailed, LeaseLost):  # the next replica that claims the job tries again
+                with suppress(StorageFailed, LeaseLost):  # if this fails, the next replica to claim the job retries
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
                     damaged += 1
         return Claimed(records, damaged)

@@ -1,7 +1,7 @@
-"""Objects in S3, or in a compatible service such as MinIO, Ceph or R2. Needs the extra `s3`.
+"""Objects in S3, or in a compatible service such as MinIO, Ceph or R2. Requires the extra `s3`.
 
-obstore reads the address and the credentials from the AWS_ variables. Plain HTTP is used only if the endpoint's URL
-begins with http://.
+obstore reads the address and the credentials from environment variables that begin with AWS_. Plain HTTP is used only
+if the endpoint's URL begins with http://.
 """
 
 import asyncio
@@ -24,24 +24,27 @@ from tminus.service.errors import StorageFailed
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
-CALL_S = 60.0  # timeout of a call, including the wait for other downloads
-BYTES_PER_S = 1e6  # lowest acceptable transfer rate: a call has this much more time for an object's bytes
-START_S = 15.0  # timeout of the check at the start
+CALL_S = 60.0  # timeout of a call in seconds, including the wait for other downloads
+BYTES_PER_S = 1e6  # lowest acceptable transfer rate: the timeout grows with the size of the object
+START_S = 15.0  # timeout of the check at startup in seconds
 CONNECT_S = 5.0
-RETRIES, RETRY_S = 3, 20.0  # no request is retried after RETRY_S
-AT_ONCE = 4  # maximum number of concurrent downloads: each object is in memory as a whole
+RETRIES, RETRY_S = 3, 20.0  # number of retries, and seconds after which nothing is retried
+AT_ONCE = 4  # maximum number of concurrent downloads, each of which is held in memory as a whole
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # in order of precedence
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 REGION = re.compile(r"[A-Za-z0-9-]+")
-METADATA = "169.254.169.254"  # Amazon's metadata service, which gives credentials if no variable has any
+METADATA = "169.254.169.254"  # Amazon's metadata service, which supplies credentials if no variable does
 
 
 class S3Objects:
-    """The objects below a prefix of a bucket. Each call has a timeout, and raises StorageFailed for any error."""
+    """The objects under a prefix in a bucket.
+
+    Each call has a timeout, and raises StorageFailed for any error.
+    """
 
     def __init__(self, url: str, folder: str) -> None:
-        """url: s3://bucket/prefix. folder: a folder below the prefix. Raises ValueError for an invalid address."""
+        """url: s3://bucket/prefix. folder: a folder under the prefix. Raises ValueError for an invalid URL."""
         match = URL.fullmatch(url)
         if match is None:
             got = "what has an @, as credentials have" if "@" in url else repr(url)
@@ -50,7 +53,7 @@ class S3Objects:
         client: ClientConfig = {
             "allow_http": _endpoint().startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(days=1),  # _asking sets the timeout, by the size of the data
+            "timeout": timedelta(days=1),  # effectively none: _asking sets a timeout that grows with the size
         }
         backoff: BackoffConfig = {
             "init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2,
@@ -64,16 +67,16 @@ class S3Objects:
         except BaseError as error:
             raise ValueError(_reason(error)) from None
         self._gets = asyncio.Semaphore(AT_ONCE)
-        self._check_key = f"check-{uuid.uuid4().hex}"  # one key for all checks, in case an object cannot be deleted
+        self._check_key = f"check-{uuid.uuid4().hex}"  # the same key for all checks: some deletions may fail
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object. The caller overwrites an object only with the same bytes."""
+        """Write an object. An existing object may be overwritten only with the same bytes."""
         async with _asking("write", len(data)):
-            # Use one request: an interrupted multipart upload would leave invisible parts in the bucket.
+            # Use one request, because an interrupted multipart upload would leave invisible parts in the bucket.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
-        """Read an object of this size. Return None if the object does not exist, b"" if it has another size."""
+        """Read an object of this size. Return None if the object does not exist, or b"" if its size differs."""
         async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
@@ -98,7 +101,7 @@ class S3Objects:
 
 
 def open_objects(url: str, folder: str) -> S3Objects:
-    """Open an object store. Raises ValueError if objects cannot be written, read and deleted."""
+    """Open an object store. Raises ValueError if a test object cannot be written, read and deleted."""
     objects = S3Objects(url, folder)
 
     try:
@@ -111,7 +114,10 @@ def open_objects(url: str, folder: str) -> S3Objects:
 
 
 def _endpoint() -> str:
-    """Return the endpoint's URL from the environment, empty for Amazon. Raises ValueError for an invalid variable."""
+    """Return the endpoint's URL from the environment, or an empty string for Amazon's own endpoint.
+
+    Raises ValueError for an invalid variable.
+    """
     for name in REGIONS:
         if (region := os.environ.get(name)) and not REGION.fullmatch(region):
             raise ValueError(f"{name} must be a region such as eu-central-1, got {region!r}")
@@ -126,14 +132,14 @@ def _endpoint() -> str:
     except ValueError:
         is_url = False
     if not is_url or parts.username is not None or parts.query or parts.fragment or re.search(r"\s", endpoint):
-        # Do not show the URL: it may contain a password.
+        # Do not show the URL, because it may contain a password.
         raise ValueError(f"{name} must be a URL such as http://minio:9000, without a password")
     return endpoint
 
 
 @asynccontextmanager
 async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
-    """Limit the time of a call, and raise StorageFailed for any error. size: bytes of the object."""
+    """Limit the duration of a call, and turn any error into StorageFailed. size: bytes to transfer."""
     limit_s = CALL_S + size / BYTES_PER_S
     try:
         async with asyncio.timeout(limit_s):
@@ -144,13 +150,13 @@ async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """Return the error code in a response of S3, empty if there is none."""
+    """Return the error code in a response from S3, or an empty string if there is none."""
     found = re.search(r"<Code>([^<]*)</Code>", str(error))
     return found[1] if found is not None else ""
 
 
 def _reason(error: Exception) -> str:
-    """Return the library's error in one line: the response's code and message, or why there was no response.
+    """Return a library error as one line: the response's code and message, or why there was none.
 
     The error's own text contains the whole response, which may repeat the signed request.
     """

@@ -1,4 +1,4 @@
-"""Durable jobs in PostgreSQL, shared by any number of replicas: connections with time limits, tables, and the store.
+"""Durable jobs in PostgreSQL, shared by any number of replicas.
 
 shared_store.py decides which replica holds which job.
 """
@@ -24,10 +24,10 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 
 log = logging.getLogger(__name__)
 
-STATEMENT_S = 10.0  # timeout of a statement; short, so that leases are renewed in time
+STATEMENT_S = 10.0  # timeout of a statement in seconds; short, so that leases are renewed in time
 CONNECT_S = 5
 VERSION = 4  # version of the tables in tables.py
-# Statements that upgrade each version to the next. Servers of the earlier version keep working.
+# Statements that upgrade each version to the next. Servers of the previous version keep working.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE jobs ADD COLUMN webhook TEXT",
@@ -50,9 +50,9 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
 
 
 def connect(url: str, namespace: str) -> sa.Engine:
-    """Create an engine for a PostgreSQL database, without connecting. Raises ValueError for another URL.
+    """Create an engine for a PostgreSQL database without connecting. Raises ValueError for any other URL.
 
-    Settings in the URL override the settings here; `options` in the URL are added.
+    Settings in the URL override the settings made here, and `options` in the URL are added to the options made here.
     """
     try:
         parsed = sa.make_url(url)
@@ -61,8 +61,8 @@ def connect(url: str, namespace: str) -> sa.Engine:
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
     limit_ms = round(1000 * STATEMENT_S)
-    # Set these timeouts in the database too. Otherwise, after a lost connection or a server stopped in a transaction,
-    # the database would keep the connection and its locks on jobs for two hours. No replica could claim these jobs.
+    # The database must have timeouts too. Otherwise, if a connection is lost or a server freezes in a transaction, the
+    # database keeps the connection and its locks on jobs for two hours, and no replica can claim these jobs.
     of_the_database = {
         "statement_timeout": limit_ms,
         "lock_timeout": limit_ms,
@@ -81,10 +81,10 @@ def connect(url: str, namespace: str) -> sa.Engine:
         "keepalives_count": 3,
         "tcp_user_timeout": limit_ms,
         "options": own_options,
-        "prepare_threshold": None,  # no prepared statements: a proxy may change the connection after a transaction
+        "prepare_threshold": None,  # no prepared statements, because a proxy may switch connections after a transaction
     }
     arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
-    if "options" in parsed.query:  # the last value of an option wins
+    if "options" in parsed.query:  # if an option is repeated, PostgreSQL uses the last value
         arguments["options"] = " ".join([own_options, *parsed.normalized_query["options"]])
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
@@ -93,12 +93,14 @@ def connect(url: str, namespace: str) -> sa.Engine:
 
 
 def prepare_schema(engine: sa.Engine, namespace: str) -> None:
-    """Create or upgrade the tables, in one transaction. Replicas that start together wait for each other.
+    """Create or upgrade the tables, in one transaction.
 
-    namespace: a schema of the database, so that several clusters can share a database. Raises ValueError if the
-    database cannot be reached or used, or its tables have a newer version.
+    Replicas that start at the same time wait for each other.
+
+    namespace: a schema of the database, so that several clusters can share the database. Raises ValueError if the
+    database cannot be reached or used, or if the version of its tables is unknown.
     """
-    # Earlier releases used Alembic. The version is still stored in Alembic's table.
+    # Earlier releases used Alembic, so the version is still stored in Alembic's table.
     versions = sa.table("alembic_version", sa.column("version_num"), schema=namespace)
     try:
         with engine.begin() as connection:
@@ -130,10 +132,11 @@ def prepare_schema(engine: sa.Engine, namespace: str) -> None:
 
 
 def own_address(url: str, host: str, port: int) -> str | None:
-    """Return the URL at which other replicas reach this server, or None if it is unknown.
+    """Return the URL at which other replicas reach this server, or None if there is none or it is unknown.
 
     A server that listens on all addresses uses the local address of its route to the database. A server that listens
-    only on loopback is reached by replicas on the same machine, if the database is on that machine too.
+    only on loopback is reachable only from its own machine, so it has no URL unless the database is on that machine
+    too.
     """
     try:
         towards = _towards(sa.make_url(url).host or "localhost")
@@ -153,8 +156,8 @@ def _towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-GONE = timedelta(hours=1)  # a replica's row is deleted this long after its lease has expired
-# Format of the jobs' requests. Increase it for a new sampler or field of the spec, and extend `format_of`. A server
+GONE = timedelta(hours=1)  # a replica's row is deleted this long after its lease expired
+# Format of job requests. Increase it for a new sampler or a new field of the spec, and extend `format_of`. A server
 # leaves jobs of a higher format to newer servers.
 JOB_FORMAT = 4
 
@@ -187,9 +190,9 @@ class PostgresStore(SharedStore):
         return found
 
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Sweep as JobStore does. Only one replica sweeps at a time; the call does nothing in other replicas.
+        """Sweep as JobStore does, but do nothing if another replica is sweeping.
 
-        Also delete old jobs of weights that no replica serves, whatever space they take.
+        Also delete old jobs of weights that no replica serves, regardless of the space that they take.
         """
         jobs, replicas = self._tables.jobs, self._replicas
         with self._transaction() as run:
@@ -198,9 +201,9 @@ class PostgresStore(SharedStore):
             run(sa.delete(replicas).where(replicas.c.lease_until < sa.func.clock_timestamp() - GONE))
             if self._sweep(run, before_us, max_bytes, owed_after_us):
                 return True
-            # A replica that ended within the last hour may be restarting, so its weights count as served.
+            # A replica that ended within the last hour may be restarting, so its weights still count as served.
             unserved = jobs.c.weights.not_in(sa.select(replicas.c.weights))
-            ended = jobs.c.outcome.is_not(None)  # the condition of the index jobs_by_end
+            ended = jobs.c.outcome.is_not(None)  # lets the database use the index jobs_by_end
             old = [jobs.c.finished_us < before_us, ~self._is_owed(owed_after_us)]
             weights = run(sa.select(jobs.c.weights).where(ended, *old, unserved).limit(1)).scalar_one_or_none()
             if weights is None or not self._may_sweep(run, weights):
@@ -208,7 +211,10 @@ class PostgresStore(SharedStore):
             return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
 
     def _may_sweep(self, run: Run, weights: str) -> bool:
-        """Lock the sweep of these weights until the transaction ends. Return False if another replica has the lock."""
+        """Lock the sweep of these weights until the transaction ends.
+
+        Return False if another replica has the lock.
+        """
         key = sa.func.hashtext(f"tminus sweep {self._schema} {weights}")
         return bool(run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one())
 
@@ -225,7 +231,7 @@ class PostgresStore(SharedStore):
         try:
             with suppress(StorageFailed), self._transaction() as run:
                 run(sa.update(jobs).where(*self._mine()).values(replica=None, lease_until=None))
-                # Keep the replica's row: the next sweep sees that these weights were served until now.
+                # Keep the replica's row, which tells the next sweep that these weights were served until now.
                 mine = [self._replicas.c.id == self._replica, *self._its_weights()]
                 run(sa.update(self._replicas).where(*mine).values(lease_until=sa.func.clock_timestamp()))
         finally:
@@ -252,7 +258,7 @@ class PostgresStore(SharedStore):
 def open_postgres(
     url: str, namespace: str, lease_s: float, address: str | None = None
 ) -> Callable[[str], PostgresStore]:
-    """Upgrade the database, and return a function that opens the store for a hash of weights.
+    """Upgrade the database, and return a function that opens the store for a weights hash.
 
     Raises ValueError if the database cannot be reached or used. The message does not contain the URL's password.
     """
@@ -278,7 +284,7 @@ def open_postgres(
 def format_of(job: JobRecord) -> int:
     """Return the lowest format that supports a job's request.
 
-    Format 2 added webhooks, format 3 added noise between two seeds, format 4 added pndm and bit depths.
+    Format 2 added webhooks, format 3 noise between two seeds, and format 4 the sampler pndm and bit depths.
     """
     if job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
         return 4

@@ -1,4 +1,4 @@
-"""The arguments and results of a store of durable jobs, and the options of its calls."""
+"""The arguments and results of a job store's calls, and the options of these calls."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,23 @@ from tminus.service.spec import SampleSpec
 
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
-Place = tuple[int, str]  # created_us and id: the order of creation
-MOST_LISTED = 20  # maximum number of jobs in a message
+Place = tuple[int, str]  # created_us and id: sorts jobs in order of creation
+MOST_LISTED = 20  # maximum number of job ids in a message
 Thread = Literal["store", "reads", "pixels"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Options for AsyncStore's call of a method. Decorates the method; an undecorated method has the defaults."""
+    """How AsyncStore runs a method of the store.
 
-    thread: Thread = "store"  # used in a shared store; calls outside "store" are dropped if the client leaves
-    writes: bool = False  # the result shows whether jobs can be stored
+    Decorates the method; an undecorated method has the defaults.
+    """
+
+    thread: Thread = "store"  # thread in a shared store; unless it is "store", a call is dropped if the client leaves
+    writes: bool = False  # success or failure of the call shows whether jobs can be stored
     owes: bool = False  # a webhook event may be due after the call
-    quick: bool = False  # short timeout: a request can be answered without the result
+    quick: bool = False  # short timeout, because a request can be answered without the result
 
     def __call__(self, method: F) -> F:
         vars(method)["call"] = self
@@ -45,15 +48,15 @@ class JobRecord:
     deadline_us: int | None = None
     outcome: Outcome | None = None  # None while the job is unfinished
     finished_us: int | None = None
-    fingerprint: str | None = None  # fingerprint of the build that made the images
-    problem: Mapping[str, Any] | None = None  # details of the error, if the job failed
+    fingerprint: str | None = None  # build that made the images
+    problem: Mapping[str, Any] | None = None  # details of the error if the job failed
     owner: str = ""  # name of the API key
-    crashes: int = 0  # crashes of the worker, or of the whole process, during this job
+    crashes: int = 0  # crashes of the worker or of the whole process that count against this job
     webhook: Webhook | None = None  # receiver of the job's events
-    # A live replica held the job when it was read. Set only in a shared store.
+    # A live replica held the job when this record was read. Set only by a shared store.
     held: bool = field(default=False, compare=False)
     suspect: bool = field(default=False, compare=False)  # set by a claim: a replica was lost while it held this job
-    ahead_us: int = field(default=0, compare=False)  # the store's clock minus this machine's
+    ahead_us: int = field(default=0, compare=False)  # the store's clock minus this machine's, in microseconds
 
     @property
     def place(self) -> Place:
@@ -67,7 +70,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The client's Idempotency-Key and a hash of the request. Makes a retry of the request safe."""
+    """The client's Idempotency-Key and a hash of the request, which make it safe to retry the request."""
 
     name: str
     request_hash: str
@@ -75,7 +78,7 @@ class Key:
 
     @property
     def kept_as(self) -> str:
-        """The key's name in the store. The separator is a character that no client can send."""
+        """The name under which the store keeps the key. No client can send the separator."""
         return f"{self.owner}\x1f{self.name}" if self.owner else self.name
 
 
@@ -86,15 +89,15 @@ def now_us() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPace:
-    """The speed and load that replicas of one store report to each other."""
+    """The speed and load that a replica reports to the other replicas of a store."""
 
     places_per_s: float
-    backlog_s: float  # all work of the replica, durable or not
+    backlog_s: float  # seconds of work in the replica, durable or not
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """Claimed jobs, and the number of jobs that the claim ended as failed because of damaged records."""
+    """The result of a claim: claimed jobs, and the number of jobs that failed because of a damaged record."""
 
     jobs: Sequence[JobRecord] = ()
     damaged: int = 0
@@ -110,13 +113,19 @@ class StoredObject:
 
 
 class ObjectGone(Exception):
-    """Raised when an object was given up before its job's outcome was stored. The object must be written again."""
+    """Raised when an object was given up before its job's outcome was stored.
+
+    The object must be written again.
+    """
 
 
 class LeaseLost(Exception):
-    """Raised when another replica holds or has ended a job, or the job was deleted. Discard the results made here."""
+    """Raised when another replica holds or has ended a job, or the job was deleted.
+
+    Discard the job's results.
+    """
 
 
 def listed(job_ids: Sequence[str]) -> str:
-    """Join job ids for a message, at most MOST_LISTED."""
+    """Join at most MOST_LISTED job ids for a message."""
     return ", ".join(job_ids[:MOST_LISTED]) + (", …" if len(job_ids) > MOST_LISTED else "")

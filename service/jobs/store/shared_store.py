@@ -1,7 +1,8 @@
-"""Assigns the jobs of a shared store to replicas: claims, leases by the database's clock, and fencing tokens.
+"""Assigns the jobs of a shared store to replicas, by claims, leases and fencing tokens.
 
-Each claim increases the job's fence. A replica that lost its lease, while suspended or cut off, still has the old
-fence, so its writes change nothing (Kleppmann 2016, "How to do distributed locking").
+Each claim increases the job's fence. A replica that lost its lease because it was suspended or cut off still has the
+old fence, so its writes change nothing (Kleppmann 2016, "How to do distributed locking"). Leases expire by the
+database's clock.
 """
 
 import math
@@ -24,19 +25,22 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, kept_bytes, 
 from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
-CLAIM_JOBS = 32  # maximum number of jobs that each query of a claim returns
-MOST_DOUBLINGS = 8  # limits the wait of a job that repeatedly loses its replica
-AWAY = timedelta(minutes=5)  # jobs that only a lost replica can run wait this long for its restart
+CLAIM_JOBS = 32  # maximum number of jobs returned by each query of a claim
+MOST_DOUBLINGS = 8  # limits the wait of a job that loses its replica again and again
+AWAY = timedelta(minutes=5)  # how long jobs that only a lost replica can run wait for its restart
 DATABASE_S = sa.func.extract("epoch", sa.func.clock_timestamp())
 
 
 class SharedStore(JobStore):
-    """One replica's access to the jobs of one set of weights, in PostgreSQL's SQL. A subclass has the connection."""
+    """One replica's access to the jobs of one set of weights.
+
+    Uses PostgreSQL's SQL; a subclass has the connection.
+    """
 
     def __init__(
         self, namespace: str, weights_hash: str, replica: str, lease_s: float, address: str | None = None
     ) -> None:
-        """replica: unique name of this replica. lease_s: seconds that a job is held without a renewal.
+        """replica: unique name of this replica. lease_s: seconds until the lease of a job expires unless it is renewed.
 
         address: the URL at which other replicas reach this replica.
         """
@@ -45,21 +49,21 @@ class SharedStore(JobStore):
         self._weights, self._replica, self._address, self.lease_s = weights_hash[:16], replica, address, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # For a job without a live lease: its replica was lost. A replica that releases a job or shuts down clears the
-        # column.
+        # True for a job without a live lease if its replica was lost: a replica that releases a job or shuts down
+        # clears the column.
         self._left_behind = tables.jobs.c.replica.is_not(None)
-        # A suspect may have caused the loss of its replica. It stays a suspect until it ends.
+        # A suspect is a job that may have caused the loss of its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # fences of the held jobs, keyed by job id
-        self._unsure: set[str] = set()  # ids of jobs to delete: the add failed, but may have been committed
-        self._ahead_us = now_us() - _steady_us()  # the database's clock minus the monotonic clock
+        self._unsure: set[str] = set()  # ids of jobs to delete: adding them failed, but may have been committed
+        self._ahead_us = now_us() - _steady_us()  # the database's clock minus this machine's monotonic clock
 
     def _now(self) -> sa.ColumnElement[int]:
         return sa.cast(DATABASE_S * 1_000_000, sa.BigInteger)
 
     def read_clock(self) -> None:
-        """Read the database's time, as each renewal does. Raises StorageFailed."""
+        """Read the database's clock, as each renewal also does. Raises StorageFailed."""
         asked_us = _steady_us()
         with self._transaction() as run:
             self._know_time(run(sa.select(DATABASE_S)).scalar_one(), asked_us)
@@ -68,29 +72,32 @@ class SharedStore(JobStore):
         self._ahead_us = round(float(database_s) * 1e6) - (asked_us + _steady_us()) // 2
 
     def now_us(self) -> int:
-        """Return the database's time, estimated from the clock difference at the last renewal."""
+        """Return the database's time, estimated from the difference between the clocks at the last renewal."""
         return _steady_us() + self._ahead_us
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         try:
             return super().add(job, key, inputs, held=held)
         except StorageFailed:
-            if key is None:  # with a key, the client's retry finds the job
+            if key is None:  # otherwise, the client's retry finds the job
                 self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
     def claim(
         self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
     ) -> Claimed:
-        """Claim unfinished jobs that no replica holds and that have at most `rows` rows.
+        """Claim unfinished jobs that no replica holds and that have at most `rows` rows, in this order:
 
-        First come jobs that were held before, up to `begun_places`, because their clients wait for the next step. Among
-        these jobs, one suspect comes first: the shortest, unless another suspect is on trial here. A suspect is a job
-        whose replica was lost. Released jobs follow, by arrival. Then come new jobs that the intake accepts, the
-        shortest first. Last comes the oldest new job, if the intake accepts it.
+        1. One suspect, the shortest, unless a suspect is on trial in this replica. A suspect is a job whose replica was
+           lost.
+        2. Released jobs, by arrival, until the jobs of 1 and 2 reach `begun_places` places. They come before new jobs,
+           because their clients wait for the next step.
+        3. New jobs that the intake accepts, the shortest first.
+        4. The oldest new job, if the intake accepts it.
 
-        Skip a job that another build began, while a replica of that build lives. Skip a job whose table's hash is not
-        in `tables`, while another build lives or may be restarting. End a job with a damaged record as failed.
+        Skip a job that another build began, as long as a replica of that build is alive. Skip a job that uses a table
+        whose hash is not in `tables`, as long as another build is alive or may be restarting. End a job as failed if
+        its record is damaged.
         """
         jobs = self._tables.jobs
         now = sa.func.clock_timestamp()
@@ -112,7 +119,7 @@ class SharedStore(JobStore):
             shortest = run(free(new, length, arrival)).all()
             chosen += [row for row in shortest if intake.offer(row.places)]
             if intake.refused < math.inf:
-                oldest = run(free(new, arrival).limit(1)).first()  # None if a replica with the job's table just started
+                oldest = run(free(new, arrival).limit(1)).first()  # None if a replica with its table has just started
                 is_next = oldest is not None and oldest not in chosen
                 if is_next and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
@@ -124,7 +131,10 @@ class SharedStore(JobStore):
     def _free(
         self, can: tuple[str, int, Collection[str]], which: sa.ColumnElement[bool], *order: Any
     ) -> sa.Select[Any]:
-        """Select and lock the first jobs that this replica may claim. can: its fingerprint, rows and tables."""
+        """Select and lock the first jobs that this replica may claim.
+
+        can: the replica's fingerprint, rows and tables.
+        """
         fingerprint, rows, tables = can
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
@@ -140,10 +150,10 @@ class SharedStore(JobStore):
         return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def _may_be_tried(self) -> sa.ColumnElement[bool]:
-        """Select the suspects whose wait is over, if no suspect is on trial here. A trial lasts at most one lease.
+        """Select the suspects whose wait is over, unless a suspect is on trial in this replica.
 
-        So a job that crashes its server does not delay other jobs, and a restarted server can count the crash before
-        the next trial.
+        A trial lasts at most one lease. Because of the waits, a job that crashes its server does not delay other jobs,
+        and a restarted server can count the crash before the next trial.
         """
         jobs, now = self._tables.jobs, sa.func.clock_timestamp()
         free_for_s = sa.func.extract("epoch", now - jobs.c.lease_until)
@@ -151,7 +161,7 @@ class SharedStore(JobStore):
         is_due = sa.or_(jobs.c.takeovers == 0, ~self._left_behind, free_for_s > wait_s)
         here = jobs.alias()
         on_trial = [here.c.replica == self._replica, here.c.outcome.is_(None), here.c.on_trial_at > now - self._lease]
-        # Exclude this replica's own expired jobs: the next renewal takes them back or releases them.
+        # Exclude this replica's own jobs with expired leases: the next renewal renews or releases them.
         not_mine = jobs.c.replica.is_distinct_from(self._replica)
         return sa.and_(jobs.c.fence > 0, self._suspect, not_mine, is_due, ~sa.exists(here.c.id).where(*on_trial))
 
@@ -167,9 +177,12 @@ class SharedStore(JobStore):
 
     @Call(writes=True)
     def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
-        """Renew the leases of the held jobs, report the pace to other replicas, and return the ids of the held jobs.
+        """Renew the leases of the held jobs, and report the pace.
 
-        known: ids of the jobs in progress here. Other held jobs are released: the response to their claim was lost.
+        Return the ids of the jobs that are still held.
+
+        known: ids of the jobs in progress in this replica. Any other held job is released, because the response to its
+        claim was lost.
         """
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
@@ -179,7 +192,7 @@ class SharedStore(JobStore):
         worked_on = jobs.c.id == sa.any_(_texts(known))
         longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
-        # Clients were told that these jobs were not stored, and have no key to find them.
+        # Clients were told that these jobs were not stored, and have no key with which to find them.
         unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = _steady_us()
         with self._transaction() as run:
@@ -194,12 +207,12 @@ class SharedStore(JobStore):
         return frozenset(self._fences)
 
     def load(self) -> ClusterLoad:
-        """Return the load of all replicas and of the unclaimed jobs."""
+        """Return the load of all replicas and of the jobs that no replica holds."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
-        # Count a replica once, even if it serves two builds of the same weights during a reload.
+        # Count a replica only once, even if it serves two builds of the same weights during a reload.
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
         # Seconds since a replica reported its backlog.
         told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
@@ -222,14 +235,17 @@ class SharedStore(JobStore):
 
     @Call(writes=True)
     def release(self, job_id: str) -> None:
-        """Release a job. Until another replica claims the job, this replica can still store its snapshot."""
+        """Release a job. This replica can still store the job's snapshot until another replica claims the job."""
         free = sa.update(self._tables.jobs).where(*self._held([job_id])).values(replica=None, lease_until=None)
         with self._transaction() as run:
             run(free)
 
     @Call(writes=True, owes=True)
     def cancel(self, job_id: str) -> bool:
-        """End a job as cancelled. Return False if the job has ended. The holder learns this at the next renewal."""
+        """End a job as cancelled. Return False if the job has ended.
+
+        The holder learns of this at its next renewal.
+        """
         tables, jobs = self._tables, self._tables.jobs
         mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
         ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())
@@ -240,7 +256,7 @@ class SharedStore(JobStore):
             self._owe(run, job_id, webhook, ["completed"])
             for table in (tables.snapshots, tables.inputs):
                 run(sa.delete(table).where(table.c.job_id == job_id))
-            left = RECORD_BYTES + kept_bytes(webhook)  # the inputs are deleted
+            left = RECORD_BYTES + kept_bytes(webhook)  # without the inputs, which were deleted above
             run(sa.update(jobs).where(jobs.c.id == job_id).values(bytes=left))
         self._let_go(job_id)
         return True
@@ -277,7 +293,10 @@ class SharedStore(JobStore):
         self._fences.pop(job_id, None)
 
     def _lease_of_new(self, job_id: str, held: bool) -> dict[str, Any]:
-        """Hold a new job, or leave it to other replicas. Return the values of the job's lease columns."""
+        """Return the values of a new job's lease columns. held: hold the job.
+
+        If False, leave it to other replicas.
+        """
         if not held:
             return {"fence": 0}
         self._fences[job_id] = 1
@@ -285,7 +304,7 @@ class SharedStore(JobStore):
 
 
 def _first(rows: Sequence[Any], places: float) -> list[Any]:
-    """Return the first rows that together have at least `places` places, or all rows if there are fewer places."""
+    """Return the first rows that together reach this number of places, or all rows if they do not."""
     before = accumulate((row.places for row in rows), initial=0)
     return [row for row, passed in zip(rows, before, strict=False) if passed < places]
 
@@ -295,11 +314,11 @@ def _steady_us() -> int:
 
 
 def _texts(each: Collection[str]) -> sa.ColumnElement[Any]:
-    """Make an array parameter. An array may have more members than a statement may have parameters."""
+    """Pass texts as one array parameter, because the number of parameters in a statement is limited."""
     return sa.literal(list(each), ARRAY(sa.Text))
 
 
 def _lacks_table(spec: sa.ColumnElement[str], tables: Collection[str]) -> sa.ColumnElement[bool]:
-    """Select jobs whose spec, as JSON text, names a table with a hash that is not in `tables`."""
-    named = sa.func.substring(spec, '"table": ?"([^"]*)"')  # not parsed: a damaged spec must not fail a claim
+    """Select jobs whose spec, in JSON, names a table whose hash is not in `tables`."""
+    named = sa.func.substring(spec, '"table": ?"([^"]*)"')  # not parsed, so that a damaged spec does not fail a claim
     return named.isnot(None) & (named != sa.all_(_texts(tables)))

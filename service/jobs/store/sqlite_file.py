@@ -1,4 +1,7 @@
-"""Check a file before the job store opens it. A rejected file stays unchanged. The error says why in one line."""
+"""Checks a store file before the store opens it. A rejected file stays unchanged.
+
+The error says why in one line.
+"""
 
 import errno
 import logging
@@ -41,22 +44,25 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
     ),
     4: ("ALTER TABLE jobs ADD COLUMN background BOOLEAN DEFAULT 0 NOT NULL",),
 }
-# A row in this table means that a WAL belongs to the file. The first transaction of that WAL deletes the row.
-# Earlier versions can ignore the table, so VERSION did not change.
+# A row in this table means that a WAL belongs to the file. The first transaction of the WAL deletes the row. Earlier
+# versions ignore the table, so VERSION did not change.
 FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
-HEADER, FRAME = 32, 24  # bytes of a WAL's header, and of a frame's header; a page follows each frame's header
+HEADER, FRAME = 32, 24  # sizes in bytes of a WAL's header and of a frame's header; a page follows each frame's header
 WAL_MAGIC = 0x377F0683  # the lowest bit gives the byte order of the checksums
 JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
-APPLICATION_ID = 0x746D696E  # "tmin"; identifies our files in SQLite's header, also for file(1)
+APPLICATION_ID = 0x746D696E  # spells "tmin"; marks our files in SQLite's header, also for file(1)
 IN_MEMORY = ":memory:"
-BUSY_S = 2.0  # timeout for another process's lock; a killed server's lock is released at once
+BUSY_S = 2.0  # seconds to wait for another process's lock; a killed server's lock is released at once
 UNTOUCHED = "; nothing was changed"
-LEAST_FREE_BYTES = 2**20  # space for a WAL and its index
-CHECK_S = 10.0  # time limit of the check for damage; 1 GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
+LEAST_FREE_BYTES = 2**20  # space that a WAL and its index need
+CHECK_S = 10.0  # longest check for damage in seconds; 1 GiB takes 0.2 s from memory, 2.3 s from a disk with 450 MB/s
 
 
 def prepare(file: Path) -> None:
-    """Create the file if it does not exist. Raises ValueError if the file is damaged, in use, newer or not ours."""
+    """Check the file, or create it if it does not exist.
+
+    Raises ValueError if the file is damaged, in use, newer than this version, or not ours.
+    """
     _check_header(file)
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # SQLite gives the WAL the same mode
@@ -65,10 +71,10 @@ def prepare(file: Path) -> None:
     except OSError as error:
         raise cannot_be_used(file, error) from None
     wal = beside(file, "wal")
-    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection below creates an empty WAL
+    wal_bytes = wal.stat().st_size if wal.exists() else 0  # read now, because the connection below creates an empty WAL
     try:
         with _reading(file, BUSY_S) as connection:
-            new = is_new(file, connection)  # also True if all content is in a WAL that SQLite ignores
+            new = is_new(file, connection)  # also True if everything is in a WAL that SQLite ignores
             tells = _check_wal(file, connection)
             lost = _kept_before(file)
             if not new:
@@ -81,7 +87,8 @@ def prepare(file: Path) -> None:
             if tells:
                 log.warning("%s", "; ".join(tells))
     except sqlite3.Error as error:
-        # SQLITE_READONLY_ROLLBACK: a first start was interrupted. The store's own connection may write, and rolls back.
+        # SQLITE_READONLY_ROLLBACK: the first start was interrupted. The store's own connection may write, so it rolls
+        # back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
             if isinstance(cannot := cannot_be_used(file, error), DiskFull):
                 raise cannot from None
@@ -90,10 +97,10 @@ def prepare(file: Path) -> None:
 
 @contextmanager
 def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
-    """Open a read-only connection that leaves the file and its WAL unchanged.
+    """Open a read-only connection, which leaves the file and its WAL unchanged.
 
-    When it closes, a connection that may write would copy a killed server's WAL into the file, even into a file that
-    was just rejected.
+    A connection that may write would copy a killed server's WAL into the file when it closes, even if the file was just
+    rejected.
     """
     index, wal = beside(file, "shm"), beside(file, "wal")
     was_there, had_wal = index.exists(), wal.exists()
@@ -103,25 +110,28 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             finally:
-                if not had_wal:  # this connection created the WAL: no server could open the file meanwhile
+                if not had_wal:  # this connection created the WAL, and no server could open the file since then
                     with suppress(OSError, sqlite3.Error):  # sqlite3.Error: a server has the file open
                         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
                         if mode == "wal" and not wal.stat().st_size:
                             wal.unlink()
     finally:
         if not was_there:
-            with suppress(OSError):  # in a read-only folder, no index was created
+            with suppress(OSError):  # no index was created if the folder is read-only
                 index.unlink(missing_ok=True)
 
 
 def number_of_jobs(connection: sqlite3.Connection) -> int:
-    """Return the number of jobs that a file has ever had."""
+    """Return the number of jobs that the file has ever had."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone()
     return int(row[0]) if row is not None else 0
 
 
 def kept(file: Path) -> Path:
-    """Return the path of the file that counts accepted jobs. It exists while a database is open, and after a crash."""
+    """Return the path of the file that counts accepted jobs.
+
+    It exists while a server has the store open, or after a crash.
+    """
     return file.with_name(f"kept-{file.stem}")
 
 
@@ -133,7 +143,10 @@ def _kept_before(file: Path) -> int:
 
 
 def unended(file: Path) -> list[str]:
-    """Return the ids of a file's unfinished jobs; none if a server has the file open, or the file cannot be read."""
+    """Return the ids of a file's unfinished jobs.
+
+    Return none if a server has the file open or it cannot be read.
+    """
     try:
         with _reading(file, 0) as connection:
             query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
@@ -144,7 +157,8 @@ def unended(file: Path) -> list[str]:
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
     """Return whether the file has no tables yet. Raises ValueError if the version of its tables is unknown."""
-    # Do not use a transaction: BEGIN IMMEDIATE writes a new file's header, and auto_vacuum must be set before.
+    # Do not use a transaction: BEGIN IMMEDIATE writes the header of a new file, but auto_vacuum must be set before
+    # that.
     version, schema_version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
     )
@@ -169,7 +183,10 @@ class DiskFull(ValueError):
 
 
 def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
-    """Return an error that says why a file cannot be used. error: from SQLite or the operating system."""
+    """Return an error that says why a file cannot be used.
+
+    error: the error from SQLite or the operating system.
+    """
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
     full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
@@ -179,7 +196,10 @@ def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError
 
 
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
-    """Return a message: why a file cannot be used, and what the user can do. done: what was done to a damaged file."""
+    """Return a message that says why a file cannot be used and what the user can do.
+
+    done: added for a damaged file.
+    """
     reason = " ".join(reason.split())
     if "locked" in reason:
         return f"{file} is in use by another server; give this one a --state-dir of its own"
@@ -200,9 +220,9 @@ def _check_header(file: Path) -> None:
         header = b""
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    if not header:  # a first start, or a start that wrote nothing
+    if not header:  # the first start, or an earlier start wrote nothing
         wal = beside(file, "wal")
-        if wal.exists() and wal.stat().st_size:  # SQLite would delete the WAL
+        if wal.exists() and wal.stat().st_size:  # SQLite would delete this WAL
             raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
         return
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
@@ -215,22 +235,24 @@ def _check_header(file: Path) -> None:
 
 
 def _check_wal(file: Path, connection: sqlite3.Connection) -> list[str]:
-    """Raise ValueError if more than the last transaction of the WAL is damaged. Return warnings about a truncated WAL.
+    """Raise ValueError if more than the WAL's last transaction is damaged.
+
+    Return warnings about a truncated WAL.
 
     connection: must have read from the file.
 
-    SQLite silently ignores everything from the first frame with a wrong checksum. A crash can damage only the last
-    transaction, which was being written. If more transactions follow the wrong frame, the file was damaged, and
-    accepted jobs would be lost silently. If the WAL ends inside a frame, nothing in the WAL tells whether a crash or
-    something else truncated it.
+    SQLite silently ignores everything from the first frame with a wrong checksum onward. A crash can damage only the
+    last transaction, because that one was being written. If more transactions follow the damaged frame, the file itself
+    was damaged, and accepted jobs would be lost silently. If the WAL ends inside a frame, nothing shows whether a crash
+    or something else truncated it.
     Formats: sqlite.org/fileformat.html, section 4; sqlite.org/walformat.html, section 2.1.
     """
     wal, index = beside(file, "wal"), beside(file, "shm")
     data = wal.read_bytes() if wal.exists() else b""
-    if len(data) < HEADER or not index.exists():  # SQLite has read no WAL
+    if len(data) < HEADER or not index.exists():  # SQLite has not read a WAL
         return []
     size = FRAME + int(connection.execute("PRAGMA page_size").fetchone()[0])
-    # The index has the number of valid frames, up to the last commit.
+    # The index contains the number of valid frames up to the last commit.
     sound = HEADER + int.from_bytes(index.read_bytes()[16:20], sys.byteorder) * size
     header_verifies = _wal_header_verifies(data)
     salts = data[16:24] if header_verifies else data[HEADER + 8 : HEADER + 16]
@@ -260,14 +282,14 @@ def _wal_header_verifies(data: bytes) -> bool:
 
 
 def _lacks_wal(connection: sqlite3.Connection) -> bool:
-    """Return whether the row "a WAL follows" exists. That WAL's first transaction deletes it, see SqliteStore."""
+    """Return True if `wal_follows` has a row. The WAL's first transaction deletes it (see SqliteStore)."""
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
         return False
     return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError if the file is damaged. A check that takes longer than CHECK_S stops and accepts the file."""
+    """Raise ValueError if the file is damaged. After CHECK_S seconds, stop the check and accept the file."""
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:

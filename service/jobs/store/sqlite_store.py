@@ -1,4 +1,7 @@
-"""Durable jobs in one SQLite file, in WAL mode. A commit is on the disk when its call returns."""
+"""Durable jobs in one SQLite file, in WAL mode.
+
+A commit is on the disk when the call that made it returns.
+"""
 
 import logging
 import os
@@ -40,14 +43,14 @@ log = logging.getLogger(__name__)
 
 SWEEP_PAGES = 512  # maximum number of pages that one call returns to the disk
 SPARE_PAGES = 256  # free pages that stay in the file for reuse
-WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new WAL begins
-SPARE_BYTES = 8 * 2**20  # unused bytes of the file and the WAL above which the WAL is copied too
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a WAL above this size is copied into the file, and a new WAL begins
+SPARE_BYTES = 8 * 2**20  # the WAL is also copied if the file and the WAL have more unused bytes than this
 
 
 class SqliteStore(JobStore):
     """Stores jobs in a file. Owns the file's only connection, whose lock excludes other processes.
 
-    Raises ValueError for an unusable file.
+    Raises ValueError if the file cannot be used.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -56,7 +59,7 @@ class SqliteStore(JobStore):
         self._file, self._name = file, f"the job store {file}"
         self._wal = None if file is None else beside(file, "wal")
         self._most_wal_bytes = WAL_BYTES
-        self._begun_at, self._swept_at = 0, 0  # number of changes when the WAL began, and at the last sweep
+        self._begun_at, self._swept_at = 0, 0  # number of changes when the WAL began and at the last sweep
         self._identity: tuple[int, int] | None = None  # device and inode; None until the file is open
         if file is not None:
             prepare(file)
@@ -71,10 +74,10 @@ class SqliteStore(JobStore):
             for pragma in (
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
-                "synchronous = FULL",  # an accepted job also survives a power failure
+                "synchronous = FULL",  # an accepted job survives even a power failure
                 "wal_autocheckpoint = 0",  # see _begin_wal
-                f"journal_size_limit = {WAL_BYTES}",  # size to which a longer WAL is truncated for a new WAL
-                "secure_delete = FAST",  # the default of Debian's SQLite overwrites deleted pages with zeros
+                f"journal_size_limit = {WAL_BYTES}",  # a longer WAL is truncated to this size when a new WAL begins
+                "secure_delete = FAST",  # by default, Debian's SQLite overwrites deleted pages with zeros
             ):
                 self._pragma(pragma)
             if new:
@@ -84,9 +87,9 @@ class SqliteStore(JobStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self._driver.execute(FOLLOWS)
-            self._unended()  # the first read: if it fails, the server must not start
+            self._unended()  # the first read; if it fails, the server must not start
             attempted = self._deliveries.c.held_until_us.is_not(None)
-            with self._transaction() as run:  # no delivery attempt is running: this is the only process
+            with self._transaction() as run:  # no delivery attempt is running, because this is the only process
                 run(sa.update(self._deliveries).where(attempted).values(held_until_us=None))
             self._begin_wal()
             if file is not None:
@@ -123,7 +126,10 @@ class SqliteStore(JobStore):
         return added
 
     def _note_kept(self) -> None:
-        """Write the number of jobs so far to the file `kept`. A start that finds fewer jobs in the database warns."""
+        """Write the number of jobs so far to the file `kept`.
+
+        The next start warns if the database has fewer jobs.
+        """
         if self._file is None:
             return
         with suppress(OSError):  # harmless: the jobs are in the database
@@ -134,7 +140,10 @@ class SqliteStore(JobStore):
                 os.close(descriptor)
 
     def claim_all(self) -> Claimed:
-        """Claim all unfinished jobs: no other server has the file open. End jobs with damaged records as failed."""
+        """Claim all unfinished jobs, because no other server has the file open.
+
+        End jobs with damaged records as failed.
+        """
         return self._claimed(self._unended())
 
     def _unended(self) -> Sequence[Any]:
@@ -145,7 +154,7 @@ class SqliteStore(JobStore):
         return rows
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """Return the unfinished jobs of other files in the folder that no server has open."""
+        """Return the unfinished jobs of the folder's other files, except files that a server has open."""
         if self._file is None:
             return {}
         hashes = {each[:16] for each in served}
@@ -159,11 +168,11 @@ class SqliteStore(JobStore):
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:
-        """Return some free pages of the file to the disk. Return whether more free pages are left."""
+        """If the file has many free pages, return some of them to the disk. Return True if this freed any."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
-                # Use executescript: `execute` steps a statement without rows only once, which frees one page.
+                # Do not use `execute`, which steps a statement without rows only once and so frees only one page.
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
             if self._file is not None:
@@ -173,9 +182,9 @@ class SqliteStore(JobStore):
         return False
 
     def _shorten(self, file: Path) -> None:
-        """Copy the WAL into the file if both take much more space than their content, or if the store is idle.
+        """Copy the WAL into the file if the two waste much space, or if the store is idle.
 
-        A vacuum alone does not shorten the file. One bad byte may destroy data that are only in the WAL.
+        A vacuum alone does not shorten the file. As long as data is only in the WAL, one bad byte may destroy it.
         """
         changes = self._driver.total_changes
         spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
@@ -190,15 +199,15 @@ class SqliteStore(JobStore):
     def _begin_wal(self) -> None:
         """Copy the WAL into the file and begin a new WAL.
 
-        A row that means "a WAL follows" is written before the copy. The first transaction of the new WAL deletes the
-        row. If a start still finds the row, the WAL was lost.
+        A row in `wal_follows` is written before the copy, and the first transaction of the new WAL deletes it. If a
+        start still finds the row, the new WAL was lost.
         """
         try:
             self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
             self._pragma("wal_checkpoint(RESTART)")
             self._driver.execute("DELETE FROM wal_follows")
             self._most_wal_bytes = WAL_BYTES
-        except sqlite3.Error as error:  # harmless: the WAL keeps everything, and grows
+        except sqlite3.Error as error:  # harmless: the WAL keeps everything, but grows
             log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
             self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
         self._begun_at = self._driver.total_changes
@@ -207,11 +216,11 @@ class SqliteStore(JobStore):
         self._check_there()
         if write:
             with self._transaction() as run:
-                # The value does not change, but the statement writes one page to the disk.
+                # The value does not change, but the statement writes a page to the disk.
                 run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))
 
     def _check_there(self) -> None:
-        """Raise StorageFailed if the file was deleted or replaced: writes would be lost."""
+        """Raise StorageFailed if the file was deleted or replaced, because writes would be lost."""
         if self._file is None:
             return
         try:
@@ -226,7 +235,7 @@ class SqliteStore(JobStore):
 
     def close(self) -> None:
         if not self._connection.closed:
-            with suppress(sqlite3.Error):  # a row is left only if the disk had no space for a new WAL
+            with suppress(sqlite3.Error):  # the row still exists only if the disk had no space for a new WAL
                 self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
@@ -243,9 +252,12 @@ class SqliteStore(JobStore):
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Lock out other processes: two servers would run the same jobs. Disable implicit transactions."""
+    """Lock out other processes, because two servers would run the same jobs.
+
+    Disable implicit transactions.
+    """
     connection.isolation_level = None
-    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
+    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not make a whole list fail
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
 
 
@@ -254,10 +266,11 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def open_store(state_dir: str, weights_hash: str) -> JobStore:
-    """Open the file with the jobs of these weights. Each set of weights has its own file.
+    """Open the file that contains the jobs of these weights. Each set of weights has its own file.
 
-    state_dir: a folder; "" for the default folder in the user's home, ":memory:" for no file. If the disk is full, each
-    call tries to open the file again. Raises ValueError for an unusable folder or file; the message says what to do.
+    state_dir: a folder, "" for the default folder in the user's home, or ":memory:" for no file. If the disk is full,
+    each call to the returned store tries to open the file again. Raises ValueError if the folder or the file cannot be
+    used. The message says what to do.
     """
     folder = state_folder(state_dir)
     if folder is None:
@@ -271,11 +284,14 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 
 
 def state_folder(state_dir: str) -> Path | None:
-    """Create the state folder and return its path, None for ":memory:". Raises ValueError as open_store does."""
+    """Create the state folder and return its path, or None for ":memory:".
+
+    Raises ValueError if that fails.
+    """
     if state_dir == IN_MEMORY:
         return None
     try:
-        # See the XDG base directory specification. Path.home raises RuntimeError if the user has no home.
+        # As in the XDG Base Directory Specification. Path.home raises RuntimeError if the user has no home.
         state_home = os.environ.get("XDG_STATE_HOME")
         folder = Path(state_dir or Path(state_home or Path.home() / ".local" / "state") / "tminus")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -287,9 +303,9 @@ def state_folder(state_dir: str) -> Path | None:
 
 
 class LateStore:
-    """A JobStore whose file cannot be opened, because the disk is full.
+    """A JobStore whose file could not be opened because the disk was full.
 
-    Each call tries to open the file again, and raises StorageFailed if that fails.
+    Each call tries to open the file, and raises StorageFailed if it still cannot be opened.
     """
 
     def __init__(self, open_file: Callable[[], JobStore]) -> None:

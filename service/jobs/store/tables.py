@@ -1,6 +1,6 @@
 """The tables of a job store, in SQLAlchemy. New databases are created from these tables.
 
-A change needs a new VERSION and an upgrade from the version before, in sqlite_file.py and in postgres_store.py.
+A change needs a new VERSION, and an upgrade from the previous version, in both sqlite_file.py and postgres_store.py.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Tables:
 def make_tables(
     schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
 ) -> Tables:
-    """Make the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indices."""
+    """Make the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indexes."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
@@ -48,7 +48,8 @@ def make_tables(
         sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # used only by earlier versions
         *of_jobs,
         sqlite_autoincrement=True,
-        # Leases change every few seconds. Free space in a page keeps a row's new version there, so no index changes.
+        # Leases change every few seconds. Free space in a page leaves room for a row's new version, so no index
+        # changes.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
@@ -88,7 +89,7 @@ def make_tables(
         sa.Column("event", sa.Text, nullable=False),
         sa.Column("receiver", sa.Text, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of the current attempt
+        sa.Column("attempts", sa.Integer, nullable=False),  # number of attempts; also the fence of the current attempt
         sa.Column("since_us", sa.BigInteger, nullable=False),
         sa.Column("due_us", sa.BigInteger, nullable=False),
         sa.Column("held_until_us", sa.BigInteger),  # null if no attempt is running
@@ -100,7 +101,7 @@ def make_tables(
 
 
 def make_sqlite_tables() -> Tables:
-    """Make the tables of a file. All jobs of a file have the same weights."""
+    """Make the tables of a store file. All jobs in a file have the same weights."""
     of_jobs = (
         sa.UniqueConstraint("key"),
         sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
@@ -119,17 +120,17 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
     new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
     pending = sa.text("state = 'pending'")
     of_jobs = (
-        sa.Column("weights", sa.Text, nullable=False),  # first 16 digits of the weights' hash
+        sa.Column("weights", sa.Text, nullable=False),  # first 16 hex digits of the weights' hash
         sa.Column("format", sa.Integer, nullable=False),  # lowest JOB_FORMAT that can run the job
-        sa.Column("places", sa.BigInteger, nullable=False),  # total cost of the job, in forward passes of a row
+        sa.Column("places", sa.BigInteger, nullable=False),  # total cost in forward passes of one row
         sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("replica", sa.Text),  # current or last holder
         sa.Column("fence", sa.BigInteger, nullable=False),  # increases with each new holder
         sa.Column("lease_until", sa.DateTime(timezone=True)),  # database time; null if no replica holds the job
         sa.Column("takeovers", sa.Integer, nullable=False, server_default="0"),  # takeovers from lost replicas
-        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # time of the last claim; null if the job was no suspect
+        sa.Column("on_trial_at", sa.DateTime(timezone=True)),  # time of the last claim as a suspect, else null
         sa.UniqueConstraint("weights", "key"),
-        # Earlier versions need this index: they look up a client's UUID among the jobs of all weights.
+        # Earlier versions need this index, because they look up a client's UUID among the jobs of all weights.
         sa.Index("jobs_by_key", "key", postgresql_where=sa.text("key IS NOT NULL")),
         sa.Index("jobs_new", "weights", "arrival", postgresql_where=new),
         sa.Index("jobs_begun", "weights", "arrival", postgresql_where=begun),
