@@ -33,10 +33,7 @@ class Allowance:
 
 @dataclass(slots=True)
 class Usage:
-    """Usage under one API key name.
-
-    The bucket of row-steps refills at a steady rate, from empty to full in a minute.
-    """
+    """Usage under one API key name. An empty bucket of row-steps refills evenly within a minute."""
 
     at_s: float
     row_steps: float = 0.0  # missing from the bucket at `at_s`; may exceed a full bucket after one large job
@@ -134,7 +131,7 @@ class Access:
         """is_open: give callers without a key the role `sample`."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
-        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # counts, by address
+        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # keyed by address
 
     @property
     def keys_up(self) -> bool:

@@ -1,10 +1,10 @@
 """API keys: the format of a key file, and the keys in force.
 
-Changes to a key file take effect within a second.     NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N]
-[connections=N]
+    NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N] [connections=N]
 
 A line holds only the hash of a secret. A secret has 256 random bits, so it cannot be guessed, and its SHA-256 hash does
-not reveal it. Only passwords chosen by people need a salt and a slow hash.
+not reveal it. Only passwords chosen by people need a salt and a slow hash. Changes to a key file take effect within a
+second.
 """
 
 import hashlib
@@ -45,10 +45,7 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One line of a key file.
-
-    Several keys may share a name, so that a secret can be replaced without downtime.
-    """
+    """One line of a key file. Keys may share a name, so that a secret can be replaced without downtime."""
 
     name: str
     role: Role

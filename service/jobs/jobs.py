@@ -388,10 +388,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
 async def _kept_views(
     lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
 ) -> list[JobView]:
-    """Return views of a store's ended jobs and, if the store is shared, its unfinished jobs.
-
-    Raises StorageFailed.
-    """
+    """Return views of a store's ended jobs and, if shared, its unfinished jobs. Raises StorageFailed."""
     outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
     is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
     if is_open:

@@ -1,4 +1,4 @@
-"""Job leases in a cluster, which decide which replica of a shared store works on which job.
+"""Leases of jobs, which assign each job in a shared store to one replica.
 
 A replica claims new jobs that no replica holds, unless too much shorter work goes first. The jobs of a dead replica are
 claimed one at a time. A replica renews the leases of its jobs, and drops a job whose lease is lost. A new job that
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 AHEAD_S = 8.0  # a job is left to other replicas if this many seconds of work are ahead of it in this replica
 LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # seconds: maximum age of the cluster's load, longest wait of a request to read it
-LIMITS = ("backlog_s", "jobs", "rows")  # limits that this server may have reached, but another server not
+LIMITS = ("backlog_s", "jobs", "rows")  # limits that other servers may not have reached
 CLAIM_S = 1.0  # seconds between searches for jobs that no replica holds
 RENEWALS = 3  # renewals during one lease
 
@@ -136,7 +136,7 @@ class Leases:
             log.exception("jobs could not be claimed")
 
     async def _claim_after(self, suspect: HeldJob) -> None:
-        """Claim again as soon as this suspect is over, because the next suspect waits for that."""
+        """Claim again as soon as this suspect has ended or is lost, because the next suspect waits for that."""
         await suspect.over.wait()
         await self._claim()
 

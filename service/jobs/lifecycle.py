@@ -44,7 +44,7 @@ class Lifecycle:
             self.leases = Leases(
                 store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
-        self._taken_on = asyncio.Event()  # clear while the jobs of an earlier process cannot be read
+        self._taken_on = asyncio.Event()  # not set while the jobs of an earlier process cannot be read
         self._taken_on.set()
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:

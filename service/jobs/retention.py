@@ -36,7 +36,7 @@ class Retention:
     @property
     def cannot_keep(self) -> bool:
         """True while ended jobs have outcomes that cannot be stored."""
-        fails = self._fails or self._store.failure  # a stored small result clears `_fails`, even if large results fail
+        fails = self._fails or self._store.failure  # storing a small result clears `_fails`, even if large ones fail
         return bool(fails) and any(job.state is HeldState.ENDING for job in self._held)
 
     async def keep_end(self, job: HeldJob, ended: JobRecord, images: Pixels | None) -> None:
@@ -112,10 +112,7 @@ class SnapshotKeeper:
         return not self._busy and now_s >= self._next_s
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Store a round of snapshots, keyed by job id.
-
-        cost_s: seconds already spent on it in the worker's thread.
-        """
+        """Store a round of snapshots, keyed by job id. cost_s: seconds used so far in the worker's thread."""
         self._busy = True
         self._thread.submit(self._keep, snapshots, began_s, cost_s)
 

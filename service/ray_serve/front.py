@@ -14,8 +14,8 @@ REQUEST_ID = b"x-request-id"
 class Front:
     """An ASGI app for Serve that handles lifespan events itself and passes requests to the replica's app.
 
-    If `anybody` is False, only requests to a loopback address are answered, because the place where Ray's proxies
-    listen depends on Ray's settings and not on the server's. Used in one event loop only.
+    If `anybody` is False, only requests to a loopback address are answered, because Ray's settings decide where Ray's
+    proxies listen. Used in one event loop only.
     """
 
     def __init__(self, app: ASGIApp, *, anybody: bool) -> None:

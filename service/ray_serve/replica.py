@@ -136,10 +136,7 @@ class Replica:
         os._exit(1)
 
     async def _end_crashed(self) -> None:
-        """Let the responses finish.
-
-        Then close the stores, which record the jobs that were running at the crash.
-        """
+        """Let the responses finish, then close the stores, which record the jobs running at the crash."""
         await asyncio.sleep(FAILED_S)
         self._front.end_streams()
         await self._peers.stop()

@@ -1,4 +1,4 @@
-"""Packs a job's arrays as safetensors, for a store. Reading safetensors runs no code."""
+"""Packs a job's arrays into bytes, as safetensors. Reading safetensors runs no code."""
 
 import logging
 import zlib
@@ -51,7 +51,7 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises one of the errors in UNREADABLE, also if the snapshot has another format."""
+    """Unpack a snapshot. Raises one of the errors in UNREADABLE if it is damaged or of another format."""
     arrays = safetensors.numpy.load(data)
     made_as = int(arrays["format"][0]) if "format" in arrays else 1
     if made_as != SNAPSHOT_FORMAT:

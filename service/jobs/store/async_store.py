@@ -2,8 +2,8 @@
 
 A method's `Call` names its thread. A shared store has three threads. Thread "store" also renews the leases. Thread
 "reads" serves clients, so that their reads do not delay a renewal. Thread "pixels" reads and unpacks images. A store
-file is locked by a single connection, so one thread makes all calls. It reads even the packed images, which takes
-milliseconds, and thread "pixels" only unpacks them.
+file is locked by a single connection, so one thread makes all calls. That thread reads even the packed images, which
+takes milliseconds, and thread "pixels" only unpacks them.
 
 Large results may go to an object store, in three steps. First, the database stores the object's key. Then the object is
 written. Last, the database stores the job's outcome with a reference to the object. The job's fence guards both writes
@@ -52,7 +52,7 @@ CALL_S = 30.0  # timeout of a call in seconds
 QUICK_S = 1.0  # timeout in seconds of a call with `quick`
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S", bound=DeliveryStore)  # any store
+S = TypeVar("S", bound=DeliveryStore)  # DeliveryStore is the base class of all stores
 
 
 class AsyncStore:
@@ -363,10 +363,7 @@ class Stores:
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Return the store for these weights without blocking the event loop.
-
-        Raises ValueError if it cannot be opened.
-        """
+        """Do the same as `take_first` without blocking the event loop. Raises ValueError on failure."""
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 

@@ -44,7 +44,7 @@ class Removal(DeliveryStore):
 
     @abstractmethod
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete jobs that ended before `before_us`, then the oldest until the rest fits into `max_bytes`.
+        """Delete jobs that ended before `before_us`, then the oldest until at most `max_bytes` are left.
 
         The newest job is never deleted to free space. A job with pending deliveries may be deleted to free space, but
         not because of its age. Deliveries of events before `owed_after_us` do not count as pending: without a secret to
@@ -390,10 +390,7 @@ class JobStore(Removal):
     # --- overridden by a shared store ---
 
     def _if_held(self, _held: bool | None) -> Conditions:
-        """Return the condition for jobs that a live replica holds (True) or that none holds (False).
-
-        None: no condition.
-        """
+        """Select jobs that a live replica holds (True), jobs that none holds (False), or all jobs (None)."""
         return ()
 
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class S3Objects:
         except BaseError as error:
             raise ValueError(_reason(error)) from None
         self._gets = asyncio.Semaphore(AT_ONCE)
-        self._check_key = f"check-{uuid.uuid4().hex}"  # the same key for all checks: some deletions may fail
+        self._check_key = f"check-{uuid.uuid4().hex}"  # one key for all checks, because a deletion may fail
 
     async def put(self, key: str, data: bytes) -> None:
         """Write an object. An existing object may be overwritten only with the same bytes."""

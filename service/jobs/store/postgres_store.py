@@ -284,7 +284,8 @@ def open_postgres(
 def format_of(job: JobRecord) -> int:
     """Return the lowest format that supports a job's request.
 
-    Format 2 added webhooks, format 3 noise between two seeds, and format 4 the sampler pndm and bit depths.
+    Webhooks were added in format 2, noise between two seeds in format 3, and the sampler pndm and bit depths in format
+    4.
     """
     if job.spec.sampler == "pndm" or job.spec.bit_depth is not None:
         return 4

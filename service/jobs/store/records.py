@@ -18,12 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """How AsyncStore runs a method of the store.
+    """How AsyncStore runs a method of the store. Decorates the method; without it, the defaults apply."""
 
-    Decorates the method; an undecorated method has the defaults.
-    """
-
-    thread: Thread = "store"  # thread in a shared store; unless it is "store", a call is dropped if the client leaves
+    thread: Thread = "store"  # thread in a shared store; except in "store", the call is dropped if the client leaves
     writes: bool = False  # success or failure of the call shows whether jobs can be stored
     owes: bool = False  # a webhook event may be due after the call
     quick: bool = False  # short timeout, because a request can be answered without the result
@@ -92,7 +89,7 @@ class ReplicaPace:
     """The speed and load that a replica reports to the other replicas of a store."""
 
     places_per_s: float
-    backlog_s: float  # seconds of work in the replica, durable or not
+    backlog_s: float  # seconds of work in this replica, including non-durable jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +110,11 @@ class StoredObject:
 
 
 class ObjectGone(Exception):
-    """Raised when an object was given up before its job's outcome was stored.
-
-    The object must be written again.
-    """
+    """Raised when an object was given up before its job's outcome was stored. Write the object again."""
 
 
 class LeaseLost(Exception):
-    """Raised when another replica holds or has ended a job, or the job was deleted.
-
-    Discard the job's results.
-    """
+    """Raised when a job was deleted, or another replica holds or ended it. Discard the job's results."""
 
 
 def listed(job_ids: Sequence[str]) -> str:

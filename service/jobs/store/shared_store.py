@@ -49,14 +49,14 @@ class SharedStore(JobStore):
         self._weights, self._replica, self._address, self.lease_s = weights_hash[:16], replica, address, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        # True for a job without a live lease if its replica was lost: a replica that releases a job or shuts down
-        # clears the column.
+        # If a job without a live lease still names a replica, that replica was lost: a replica that releases a job or
+        # shuts down clears the column.
         self._left_behind = tables.jobs.c.replica.is_not(None)
         # A suspect is a job that may have caused the loss of its replica. It stays a suspect until it ends.
         self._suspect = sa.or_(self._left_behind, tables.jobs.c.takeovers > 0)
         self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # fences of the held jobs, keyed by job id
-        self._unsure: set[str] = set()  # ids of jobs to delete: adding them failed, but may have been committed
+        self._unsure: set[str] = set()  # ids of jobs to delete: the add failed, but may have been committed
         self._ahead_us = now_us() - _steady_us()  # the database's clock minus this machine's monotonic clock
 
     def _now(self) -> sa.ColumnElement[int]:
@@ -177,9 +177,7 @@ class SharedStore(JobStore):
 
     @Call(writes=True)
     def renew(self, fingerprint: str, pace: ReplicaPace, known: Collection[str]) -> frozenset[str]:
-        """Renew the leases of the held jobs, and report the pace.
-
-        Return the ids of the jobs that are still held.
+        """Renew the leases of the held jobs, and report the pace. Return the ids of the jobs still held.
 
         known: ids of the jobs in progress in this replica. Any other held job is released, because the response to its
         claim was lost.
@@ -293,10 +291,7 @@ class SharedStore(JobStore):
         self._fences.pop(job_id, None)
 
     def _lease_of_new(self, job_id: str, held: bool) -> dict[str, Any]:
-        """Return the values of a new job's lease columns. held: hold the job.
-
-        If False, leave it to other replicas.
-        """
+        """Return a new job's lease columns. held: hold the job. If False, leave it to other replicas."""
         if not held:
             return {"fence": 0}
         self._fences[job_id] = 1

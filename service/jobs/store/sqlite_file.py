@@ -1,6 +1,6 @@
 """Checks a store file before the store opens it. A rejected file stays unchanged.
 
-The error says why in one line.
+The error gives the reason in one line.
 """
 
 import errno
@@ -143,10 +143,7 @@ def _kept_before(file: Path) -> int:
 
 
 def unended(file: Path) -> list[str]:
-    """Return the ids of a file's unfinished jobs.
-
-    Return none if a server has the file open or it cannot be read.
-    """
+    """Return the ids of a file's unfinished jobs, or none if a server has it open or it is unreadable."""
     try:
         with _reading(file, 0) as connection:
             query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
@@ -198,7 +195,7 @@ def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
     """Return a message that says why a file cannot be used and what the user can do.
 
-    done: added for a damaged file.
+    done: text to add if the file is damaged.
     """
     reason = " ".join(reason.split())
     if "locked" in reason:
@@ -282,7 +279,7 @@ def _wal_header_verifies(data: bytes) -> bool:
 
 
 def _lacks_wal(connection: sqlite3.Connection) -> bool:
-    """Return True if `wal_follows` has a row. The WAL's first transaction deletes it (see SqliteStore)."""
+    """Return True if `wal_follows` has a row, which the WAL's first transaction deletes (see SqliteStore)."""
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
         return False
     return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None

@@ -132,7 +132,7 @@ class Deliverer:
         document: Callable[[JobView], Mapping[str, Any]],
         metrics: Metrics,
     ) -> None:
-        """view: returns the view of a job id; raises ServiceError. document: makes the request body from a view."""
+        """view: makes the view of a job from its id; raises ServiceError. document: makes the request body."""
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._slots = Slots()

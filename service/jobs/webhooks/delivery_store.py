@@ -95,7 +95,7 @@ class DeliveryStore(ABC):
 
     @Call(writes=True, owes=True)
     def started(self, job: JobRecord) -> None:
-        """Add the event "start" if the webhook wants it, and the job is held and has not ended."""
+        """Add the event "start" if the webhook wants it and the job is held and unfinished."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
@@ -157,7 +157,7 @@ class DeliveryStore(ABC):
         """
         table = self._deliveries
         held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
-        held.append(table.c.held_until_us.is_not(None))  # `attempts` is not enough: counts=False lowers it again
+        held.append(table.c.held_until_us.is_not(None))  # `attempts` may repeat, because counts=False lowers it
         due_us = self._now() + round(again_in_s * 1e6)
         ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
         ending["attempts"] = table.c.attempts - (0 if counts else 1)
@@ -209,10 +209,7 @@ def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
 
 
 def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
-    """Return the webhook in a job's row, or None.
-
-    damaged: return None if the webhook is unreadable, do not raise.
-    """
+    """Return the webhook in a job's row, or None. damaged: if the webhook is unreadable, return None."""
     try:
         return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
     except UNREADABLE:

@@ -43,9 +43,9 @@ SECRET_FORM = f"{WHSEC} and base64 of {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES
 
 
 def read_secrets(text: str) -> tuple[bytes, ...]:
-    """Parse secrets, one per line, newest first. All of them sign each body.
+    """Parse secrets, one per line, newest first. Each body is signed with all of them.
 
-    Raises ValueError, which shows no secret.
+    Raises ValueError, whose message shows no secret.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if not 1 <= len(lines) <= MOST_SECRETS:
