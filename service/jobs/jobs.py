@@ -532,7 +532,7 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Store a new job, and submit it or leave it to other replicas. Return None if its key already has a job."""
+        """Store a new job, then submit it or leave it to other replicas. Return None if its key has a job."""
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store until the model is loaded
             self._worker.state.check_open()

@@ -245,7 +245,7 @@ class ResultStore(AsyncStore):
                 self._objects_failure = None
 
     async def finish(self, job: JobRecord, images: Pixels | StoredObject | None) -> None:
-        """Store a job's outcome. If the database fails after an upload, the next attempt reuses the uploaded object."""
+        """Store a job's outcome. If the database fails after an upload, the next attempt reuses the object."""
         if images is None or isinstance(images, StoredObject) or images.nbytes <= self._above_bytes:
             await super().finish(job, images)
             return

@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A stored durable job. Times are Unix times in microseconds: every database sorts integers the same way."""
+    """A stored durable job. Times are Unix times in microseconds, because all databases sort integers alike."""
 
     id: str
     spec: SampleSpec

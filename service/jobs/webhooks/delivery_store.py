@@ -72,10 +72,10 @@ class DeliveryStore(ABC):
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[Run]:
-        """Run statements in one transaction. If a statement fails, undo the transaction and raise StorageFailed."""
+        """Run statements in one transaction. If one fails, undo the transaction and raise StorageFailed."""
 
     def _now(self) -> sa.ColumnElement[int]:
-        """Return the store's time as an SQL expression. A store shared by several servers uses the database's clock."""
+        """Return the store's time as an SQL expression. A shared store uses the database's clock."""
         return sa.literal(self.now_us(), sa.BigInteger)
 
     def _here(self) -> Conditions:
