@@ -1,4 +1,4 @@
-"""Callers of the server: finds the caller of a request by its secret, and counts the caller's usage."""
+"""Identifies the caller of a request by its secret, and tracks each caller's usage."""
 
 import asyncio
 import math
@@ -14,51 +14,51 @@ from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLog
 
 ANYBODY = ""  # name of callers without a key
 WINDOW_S = 60
-PIXELS_PER_ROW_STEP = 2**20  # pixels of a decoded upload per row-step
-# After this number of wrong keys from one address, /login refuses the address for WINDOW_S. Wrong keys in headers are
-# not limited: one program with a wrong key would lock out all clients of its address.
+PIXELS_PER_ROW_STEP = 2**20  # decoding this many pixels of an upload costs one row-step
+# After this many wrong keys from one address, /login refuses the address for WINDOW_S seconds. Wrong keys in headers
+# are not limited, because one program with a wrong key would lock out all clients at its address.
 MOST_WRONG_LOGINS = 10
-MOST_ADDRESSES = 4096  # remembered addresses with wrong logins
-AT_ONCE = 4  # requests for job images at once per name; further requests wait
+MOST_ADDRESSES = 4096  # addresses whose wrong logins are remembered
+AT_ONCE = 4  # concurrent requests for job images per name; further requests wait
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The remaining row-steps of a quota, row_steps_per_minute, at one moment."""
+    """What is left of a name's row-step quota at one moment."""
 
     quota: int
     left: int
-    full_in_s: int  # seconds until the quota is full again without further usage
+    full_in_s: int  # seconds until the quota is full again if nothing more is used
 
 
 @dataclass(slots=True)
 class Usage:
-    """The usage of one name. Row-steps come from a bucket that refills evenly within a minute."""
+    """Usage under one API key name. An empty bucket of row-steps refills evenly within a minute."""
 
     at_s: float
-    row_steps: float = 0.0  # missing in the bucket at `at_s`; more than a full bucket after one large job
+    row_steps: float = 0.0  # missing from the bucket at `at_s`; may exceed a full bucket after one large job
     connections: int = 0
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # bounds requests for images
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))  # limits requests for images
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The caller of a request and the caller's limits. Used in the event loop's thread only."""
+    """The caller of a request, and the caller's limits. Used only in the event loop's thread."""
 
     name: str
     role: Role
     limits: KeyLimits
-    usage: Usage  # shared by all callers of this name
+    usage: Usage  # shared by all callers with this name
     clock: Callable[[], float]
 
     @property
     def sees(self) -> str | None:
-        """The owner whose jobs the caller may see: the caller's name, or None for the jobs of all owners."""
+        """Owner whose jobs the caller may see: the caller's own name, or None for every owner."""
         return None if self.role == "admin" else self.name
 
     @property
     def allowance(self) -> Allowance | None:
-        """The row-steps that are left now; None without a limit."""
+        """Row-steps that are left now, or None if there is no limit."""
         if (quota := self.limits.row_steps_per_minute) is None:
             return None
         used = self._used(quota)
@@ -66,10 +66,10 @@ class Caller:
 
     @contextmanager
     def charged(self, row_steps: int, jobs: int) -> Iterator[None]:
-        """Charge the row-steps of a job. An exception in the block undoes the charge. Raises QuotaExceeded.
+        """Charge a job's row-steps. Refund them if the `with` block raises. Raises QuotaExceeded.
 
-        jobs: number of unfinished jobs of this name. A job above the quota needs a full bucket, and the excess is
-        a debt. So every job can start, and the average usage stays within the quota.
+        jobs: number of unfinished jobs under this name. A job that costs more than the whole quota needs a full bucket,
+        and leaves the bucket in debt. Every job can thus start, and the average usage stays within the quota.
         """
         self.check(row_steps, jobs)
         if self.limits.row_steps_per_minute is None:
@@ -83,12 +83,12 @@ class Caller:
             raise
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Charge the decoding of an upload as row-steps, even if decoding fails. Raises QuotaExceeded."""
+        """Charge row-steps for decoding an upload, even if the decoding fails. Raises QuotaExceeded."""
         with self.charged(math.ceil(pixels / PIXELS_PER_ROW_STEP), 0):
             pass
 
     def check(self, row_steps: int, jobs: int) -> None:
-        """Raise QuotaExceeded if `charged` would."""
+        """Raise QuotaExceeded if `charged` would raise it. Charge nothing."""
         if (most := self.limits.jobs) is not None and jobs >= most:
             raise QuotaExceeded("jobs", f"at most {most} jobs that have not ended", jobs, 1)
         if (quota := self.limits.row_steps_per_minute) is None:
@@ -101,7 +101,7 @@ class Caller:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Count a connection during the block. Raises QuotaExceeded."""
+        """Count a connection for the duration of the `with` block. Raises QuotaExceeded."""
         usage, most = self.usage, self.limits.connections
         if most is not None and usage.connections >= most:
             raise QuotaExceeded("connections", f"at most {most} connections at once", usage.connections + 1, 1)
@@ -112,7 +112,7 @@ class Caller:
             usage.connections -= 1
 
     def _used(self, quota: int) -> float:
-        """Refill the bucket up to now. Return the row-steps that are missing in the bucket."""
+        """Refill the bucket up to the current time. Return how many row-steps it lacks."""
         usage, now_s = self.usage, self.clock()
         usage.row_steps = max(0.0, usage.row_steps - max(0.0, now_s - usage.at_s) * quota / WINDOW_S)
         usage.at_s = now_s
@@ -120,19 +120,22 @@ class Caller:
 
 
 class Access:
-    """Owns the usage of each name and the addresses that tried wrong keys. Used in the event loop's thread only."""
+    """Owns the usage of each name, and the addresses that sent wrong keys.
+
+    Used only in the event loop's thread.
+    """
 
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """is_open: allow callers without a key to sample."""
+        """is_open: give callers without a key the role `sample`."""
         self._keys, self.is_open, self._clock = keys or KeyRing(), is_open, clock
         self._usage: dict[str, Usage] = {}
-        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # counts by address
+        self._wrong_logins: TTLCache[str, int] = TTLCache(MOST_ADDRESSES, WINDOW_S, clock)  # keyed by address
 
     @property
     def keys_up(self) -> bool:
-        """True if the keys in force match their file."""
+        """False while the key file is unreadable or invalid."""
         return self._keys.up
 
     @property
@@ -141,7 +144,7 @@ class Access:
         return bool(self._keys.keys)
 
     def with_secret(self, secret: str) -> Caller:
-        """Return the caller with this secret. Raises Unauthorized."""
+        """Return the caller who has this secret. Raises Unauthorized if no key matches."""
         if (key := self._keys.find(secret)) is None:
             raise Unauthorized("the server does not know this key")
         return self._caller(key.name, key.role, key.limits)

@@ -1,9 +1,10 @@
-"""API keys: the line format of keys, and the keys in force. Changes of a key file apply within a second.
+"""API keys: the format of a key file, and the keys in force.
 
     NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N] [connections=N]
 
-A line has the hash of a secret; only the owner has the secret. A secret has 256 random bits, so guessing is infeasible
-and the SHA-256 hash reveals nothing. Only passwords that people choose need a salt and a slow hash.
+A line holds only the hash of a secret. A secret has 256 random bits, so it cannot be guessed, and its SHA-256 hash does
+not reveal it. Only passwords chosen by people need a salt and a slow hash. Changes to a key file take effect within a
+second.
 """
 
 import hashlib
@@ -27,24 +28,24 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASH = re.compile(r"sha256:([0-9a-f]{64})")
-MOST_KEYS, MOST_BYTES = 1000, 2**20  # every request compares its secret with all keys
-MOST = 10**12  # largest value of a limit
-LOOK_S = 1.0  # seconds between checks for changes of a key file
-PREFIX = "tm_"  # prefix of secrets, by which scanners for leaked secrets can find them
+MOST_KEYS, MOST_BYTES = 1000, 2**20  # limits on a key file: every request compares its secret with all keys
+MOST = 10**12  # upper bound of each limit in a key
+LOOK_S = 1.0  # seconds between checks of the key file for changes
+PREFIX = "tm_"  # prefix of every secret, so that scanners for leaked secrets can recognize it
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """Limits of one name. None means no limit."""
+    """Limits of one API key name, the same for all its keys. None means no limit."""
 
     row_steps_per_minute: int | None = None  # a guided step counts twice
-    jobs: int | None = None  # jobs that are accepted and have not ended
-    connections: int | None = None  # requests in progress; a stream counts while it has a job
+    jobs: int | None = None  # accepted jobs that have not ended
+    connections: int | None = None  # requests in progress; a stream counts only while it has a job
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One line of a key file. Several keys may have the same name, so a secret can be replaced without a gap."""
+    """One line of a key file. Keys may share a name, so that a secret can be replaced without downtime."""
 
     name: str
     role: Role
@@ -58,12 +59,12 @@ def new_secret() -> str:
 
 
 def digest_of(secret: str) -> bytes:
-    """Return the stored hash of a secret. Any text has a hash, even text that is not a valid secret."""
+    """Return the hash that is stored for a secret. Accepts any text, even an invalid secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def to_line(key: Key) -> str:
-    """Return the line for a key."""
+    """Return the line of a key file for a key."""
     limits = [
         f"{field.replace('_', '-')}={value}"
         for field in KeyLimits.__dataclass_fields__
@@ -75,7 +76,7 @@ def to_line(key: Key) -> str:
 def parse_keys(text: str) -> tuple[Key, ...]:
     """Parse keys, one per line. Ignore empty lines and text after #.
 
-    Raises ValueError with the number of the line. The error never contains a possible secret.
+    Raises ValueError with the line number. The message never contains text that may be a secret.
     """
     if len(text.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(f"keys may take at most {MOST_BYTES} bytes")
@@ -135,12 +136,12 @@ def _check_together(keys: list[Key]) -> None:
 
 
 class KeyRing:
-    """Owns the keys in force. Used in the event loop's thread only, except `up`."""
+    """Owns the keys in force. Used only in the event loop's thread, except for `up`."""
 
     def __init__(
         self, text: str | None = None, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """text: keys that never change. file: key file that may change. Neither: no keys. Raises ValueError."""
+        """text: keys that never change. file: a key file that may change. Give at most one. Raises ValueError."""
         assert text is None or file is None
         self._file, self._clock = file, clock
         self._keys = parse_keys(text) if text is not None else ()
@@ -152,18 +153,18 @@ class KeyRing:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """The keys in force. Reads the file again if it has changed."""
+        """The keys in force. The file is read again if it has changed."""
         self._look()
         return self._keys
 
     @property
     def up(self) -> bool:
-        """False while the file cannot be read or has a mistake. The earlier keys then stay in force. Thread-safe."""
+        """False while the key file is unreadable or invalid. The earlier keys stay in force. Thread-safe."""
         self._look()
         return self._up
 
     def find(self, secret: str) -> Key | None:
-        """Return the key of a secret, or None. The time taken does not depend on the result."""
+        """Return the key with this secret, or None. The time taken does not depend on whether a key matches."""
         digest, found = digest_of(secret), None
         for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
@@ -186,9 +187,12 @@ class KeyRing:
                 log.info("%s has %d keys now", self._file, len(self._keys))
 
     def _read(self, file: Path) -> bool:
-        """Read the file and return True if it has changed. For a bad file, keep the keys and raise ValueError."""
+        """Read the file if it has changed, and return whether it has.
+
+        On failure, keep the keys and raise ValueError.
+        """
         try:
-            state = os.stat(file)  # stat before reading: the next check finds a change between the two
+            state = os.stat(file)  # before the read, so that the next check notices a change during the read
             seen = state.st_mtime_ns, state.st_size, state.st_ino
             if seen == self._seen:
                 return False

@@ -1,6 +1,6 @@
 """Durable jobs that this process holds: their states, state transitions and tasks.
 
-job_runner.py moves the jobs from state to state. Used in the event loop's thread only.
+job_runner.py moves the jobs from state to state. Used only in the event loop's thread.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from tminus.service.worker.worker import Worker
 
 
 class HeldState(Enum):
-    """State of a job between its acceptance or claim and its end."""
+    """State of a job from its acceptance or claim until its end."""
 
     WAITING = auto()  # the worker has no room for the job yet, or the model is not loaded
-    IN_WORKER = auto()  # the worker has the job, or the job's images are being read
-    LEFT = auto()  # this process cannot end the job; another replica or a later start does
+    IN_WORKER = auto()  # the worker has the job, or its images are being read
+    LEFT = auto()  # this process cannot finish the job, but another replica or a later start can
     ENDING = auto()  # the job has ended, but its outcome is not stored yet
     ENDED = auto()  # the outcome is stored
     LOST = auto()  # another replica holds the job, or has cancelled or deleted it
@@ -39,7 +39,7 @@ LAST_STATES = {state for state, following in TRANSITIONS.items() if not followin
 
 @dataclass(slots=True)
 class ModelOfJobs:
-    """The model that a job belongs to. `info` and `limits` may change while no job runs."""
+    """The model that jobs belong to. `info` and `limits` change only while no job runs."""
 
     number: int
     info: ModelInfo
@@ -58,15 +58,18 @@ class HeldJob:
     record: JobRecord
     model: ModelOfJobs
     state: HeldState = HeldState.WAITING
-    ending: JobRecord | None = None  # record with the outcome, set in ENDING
-    over: asyncio.Event = field(default_factory=asyncio.Event)  # set in ENDED and LOST
+    ending: JobRecord | None = None  # record with the outcome, set when the state becomes ENDING
+    over: asyncio.Event = field(default_factory=asyncio.Event)  # set when the state becomes ENDED or LOST
     viewers: dict[Watch, Mailbox] = field(default_factory=dict)
 
     def may_become(self, state: HeldState) -> bool:
         return state in TRANSITIONS[self.state]
 
     def become(self, state: HeldState) -> None:
-        """Enter the next state. Close the viewers' mailboxes if the job takes no more steps in this process."""
+        """Enter the next state.
+
+        Close the viewers' mailboxes if the job will take no more steps in this process.
+        """
         assert self.may_become(state), f"{self.state} -> {state}"
         self.state = state
         if state in LAST_STATES:
@@ -82,7 +85,7 @@ class HeldJobs:
     def __init__(self, worker: Worker, model: ModelOfJobs) -> None:
         self._worker, self._model = worker, model
         self._jobs: dict[str, HeldJob] = {}
-        self.idle = asyncio.Event()  # set if every held job is LEFT, or if no job is held
+        self.idle = asyncio.Event()  # set while no job is held or every held job is LEFT
         self.idle.set()
 
     def __iter__(self) -> Iterator[HeldJob]:
@@ -103,7 +106,7 @@ class HeldJobs:
         return job
 
     def move(self, job: HeldJob, state: HeldState) -> None:
-        """Move a job to its next state. Jobs in ENDED or LOST are no longer held."""
+        """Move a job to its next state. A job in ENDED or LOST is no longer held."""
         job.become(state)
         if state is HeldState.IN_WORKER:
             for watch in job.viewers:
@@ -114,7 +117,7 @@ class HeldJobs:
             self.idle.set()
 
     def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        """Add a viewer to a job. The mailbox closes when the job takes no more steps in this process."""
+        """Add a viewer to a job. Its mailbox closes once the job will take no more steps in this process."""
         job.viewers[watch] = mailbox
         if job.state is HeldState.IN_WORKER:
             self._worker.watch(job.record.id, watch)
@@ -144,7 +147,7 @@ class Tasks:
         task.add_done_callback(self._given_up.discard)
 
     async def pause(self, seconds: float) -> None:
-        """Sleep. Raises Draining as soon as `close` is called."""
+        """Sleep, but raise Draining as soon as `close` is called."""
         try:
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
@@ -155,6 +158,6 @@ class Tasks:
     async def close(self) -> None:
         """End all pauses, cancel the tasks of `spawn_until_closed`, and wait until all tasks have ended."""
         self._closing.set()
-        for task in self._given_up:  # a task may wait for an object store or a receiver that does not answer
+        for task in self._given_up:  # these tasks may wait for an object store or a receiver that never answers
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,13 +1,14 @@
-"""Runs each durable job of a model from its acceptance or claim to its end. jobs.py handles clients' commands.
+"""Runs each durable job of a model from its acceptance or claim to its end.
 
-Each job has a task that waits for the worker's result and stores the outcome, even if the client disconnects.
+jobs.py handles the clients' commands. Each job has a task that waits for the worker's result and stores the outcome,
+even if the client disconnects.
 
-A job may crash the worker or the whole process. The store counts each crash against the jobs in progress. A job with
-a crash count runs in ticks of its own, so the next crash shows whether this job is the cause. A kill from outside does
-not count, unless the server hung.
+A job may crash the worker or the whole process. The store counts each crash against the jobs in progress. A job with a
+crash count runs alone in its ticks (a tick is one batched step), so that another crash shows whether this job is the
+cause. Being killed from outside does not count, unless the server had hung.
 
-Servers that share a store may take over jobs of a dead server before a restart counts the crash. Jobs taken over are
-suspects: they also run in ticks of their own, and a server takes on one suspect at a time (shared_store.py).
+Servers that share a store may take over a dead server's jobs before a restart counts the crash. A job taken over is a
+suspect: it also runs alone in its ticks, and a server takes on only one suspect at a time (shared_store.py).
 """
 
 import asyncio
@@ -46,15 +47,15 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 ROOM_S = 0.2  # seconds between attempts to submit a job to a full worker
-LOAD_RETRY_S = 15.0  # seconds until a failed load of the model is retried
-READ_RETRY_S = 1.0  # seconds until a failed read of a resumed job is retried
-FILE_AWAY_S = 60.0  # longest wait for a store in a file: other jobs of the earlier process wait behind this job
-MOST_CRASHES = 2  # crashes of the server after which a job fails
+LOAD_RETRY_S = 15.0  # seconds before a failed load of the model is retried
+READ_RETRY_S = 1.0  # seconds before a failed read of a resumed job is retried
+FILE_AWAY_S = 60.0  # longest wait for an unreachable store file; the other resumed jobs wait behind this job
+MOST_CRASHES = 2  # a job fails after this many crashes of the server
 FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
 
 
 class JobRunner:
-    """Moves each held job from state to state. Used in the event loop's thread only."""
+    """Moves each held job from state to state. Used only in the event loop's thread."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class JobRunner:
     ) -> None:
         self._store, self._worker, self._model, self._held = store, worker, model, held
         self._retention, self._tasks, self._metrics, self._load_queue = retention, tasks, metrics, load_queue
-        self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
+        self._resuming = asyncio.Lock()  # resumed jobs enter the worker one at a time, in order of arrival
 
     # --- accept, resume, cancel and leave jobs ---
 
@@ -79,7 +80,10 @@ class JobRunner:
         return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
-        """Return the outlook of a job that waits until the model is loaded. Raises Overloaded if too many jobs wait."""
+        """Return the outlook of a job that waits for its model to load.
+
+        Raises Overloaded if too many jobs wait.
+        """
         left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:
@@ -90,9 +94,9 @@ class JobRunner:
         return Outlook(waiting, left_s)
 
     def accept(self, record: JobRecord, ticket: Ticket | None) -> None:
-        """Run a job that is in the store.
+        """Run a job that is already in the store.
 
-        ticket: the worker's ticket. A job without a ticket enters the worker when the model is in memory.
+        ticket: the worker's ticket. Without one, the job enters the worker once the model is in memory.
         """
         job = self._hold(record)
         if ticket is not None:
@@ -100,7 +104,7 @@ class JobRunner:
         self._tasks.spawn(self._run(job, ticket))
 
     def take_on(self, claimed: Claimed) -> list[HeldJob]:
-        """Run claimed jobs from their last snapshots. Return the jobs that were not held before."""
+        """Run claimed jobs, each from its last snapshot. Return the jobs that were not held before."""
         if claimed.damaged:
             self._metrics.count("tminus_durable_jobs_ended_total", "failed", by=claimed.damaged)
         found = [self._hold(record) for record in claimed.jobs if self._held.find(record.id) is None]
@@ -140,12 +144,12 @@ class JobRunner:
         return job
 
     async def _leave(self, job: HeldJob) -> None:
-        """Leave a job that this process cannot end to another replica or a later start."""
+        """Leave a job that this process cannot finish to another replica or a later start."""
         if not job.may_become(HeldState.LEFT):  # a client cancelled the job, or the job is no longer held
             return
         self._held.move(job, HeldState.LEFT)
         if self._store.shared:
-            with suppress(StorageFailed):  # without a release, the lease expires
+            with suppress(StorageFailed):  # if the release fails, the lease expires
                 await self._store.call(SharedStore.release, job.record.id)
             if job.may_become(HeldState.ENDING):  # the job is still LEFT
                 self._held.move(job, HeldState.LOST)
@@ -164,7 +168,7 @@ class JobRunner:
                 async with self._resuming:
                     ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
-            images = await asyncio.to_thread(result.read)  # waits for a GPU: must not block the store's thread
+            images = await asyncio.to_thread(result.read)  # waits for a GPU, so it must not run in the store's thread
             await self._end(job, "done", images, fingerprint=self._model.info.fingerprint)
         except JobCancelled:
             await self._end(job, "cancelled")
@@ -178,15 +182,15 @@ class JobRunner:
             await self._fail(job, ServiceError())
 
     async def _resume(self, job: HeldJob) -> Ticket:
-        """Submit a job to the worker when there is room. Raises the error that ends the job."""
+        """Submit a job to the worker once there is room. Raises the error that ends the job."""
         record = job.record
         isolated = record.crashes > 0 or record.suspect
-        # Load first: snapshots are found by the model's fingerprint, which is unknown until the model is loaded.
+        # Load first: snapshots are looked up by the model's fingerprint, which is unknown before the model is loaded.
         await self._ensure_loaded(job)
         check_table(record.spec, self._model.info)
         work = work_of(record.spec, self._model.info, self._model.number)
         snapshot, inputs = await self._read(record)
-        while record.id in self._worker.jobs:  # the job was lost here before, and the worker has not dropped it yet
+        while record.id in self._worker.jobs:  # the job was lost earlier, and the worker has not dropped it yet
             await self._tasks.pause(ROOM_S)
         while True:
             if job.state is not HeldState.WAITING:
@@ -219,7 +223,7 @@ class JobRunner:
     async def _ensure_loaded(self, job: HeldJob) -> None:
         """Wait until the model is in memory or the job has left WAITING. Raises Draining or EngineFailed.
 
-        Retry after any other failure to load the checkpoint.
+        Any other failure to load the checkpoint is retried.
         """
         while self.is_unloaded and job.state is HeldState.WAITING:
             try:
@@ -233,10 +237,10 @@ class JobRunner:
                 await self._tasks.pause(LOAD_RETRY_S)
 
     async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
-        """Read a job's inputs and its last snapshot by this build. Raises StorageFailed if they cannot be read.
+        """Read a job's inputs, and its last snapshot made by this build.
 
-        Retry while the store is away: without limit for a shared store, for FILE_AWAY_S for a file. Do not retry if the
-        stored data is damaged.
+        Raises StorageFailed if they cannot be read. An unreachable store is retried: a shared store indefinitely, a
+        store file for FILE_AWAY_S. Damaged data is not retried.
         """
         until_s = math.inf if self._store.shared else time.monotonic() + FILE_AWAY_S
         call, has_inputs = self._store.call, record.spec.image_sha256 is not None
@@ -252,19 +256,19 @@ class JobRunner:
     async def _fail(self, job: HeldJob, error: ServiceError) -> None:
         """Record a job as failed.
 
-        After a crash of the worker, leave the job for the next start unless the job causes the crashes.
+        If the worker crashed and this job is not known to be the cause, leave the job for the next start instead.
         """
         if isinstance(error, EngineFailed) and self._worker.state.crashed and not await self._causes_crashes(job):
             if job.may_become(HeldState.LEFT):
-                job.become(HeldState.LEFT)  # the job stays held, so it does not run again before the next start
+                job.become(HeldState.LEFT)  # the job stays held, so that only the next start runs it again
             return
         await self._end(job, "failed", problem=error.problem())
 
     async def _causes_crashes(self, job: HeldJob) -> bool:
-        """Count the crash of the worker. Return True if this job causes the crashes and must fail.
+        """Return True if this job causes crashes and must fail.
 
-        Each job of the crash reports the crash for all of these jobs, because a call of the store may fail. The store
-        counts the crash once.
+        Otherwise count the worker's crash in the store. Each job that ran at the crash reports the crash for all of
+        these jobs, because a call to the store may fail. The store counts the crash only once.
         """
         crashed = self._worker.state.jobs_of_the_crash
         if job.record.id not in crashed:
@@ -276,7 +280,10 @@ class JobRunner:
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
-        """Store the outcome of a job. Do nothing if another task stores it or the job is no longer held."""
+        """Store the outcome of a job.
+
+        Do nothing if another task already stores it or the job is no longer held.
+        """
         if not job.may_become(HeldState.ENDING):
             return
         finished_us = self._store.now_us()
@@ -285,7 +292,7 @@ class JobRunner:
             await self._retention.keep_end(job, ended, images)
         except LeaseLost:
             self.lose(job)
-        except Draining:  # a restart runs the job again
+        except Draining:  # the job runs again after a restart
             pass
         else:
             self._metrics.count("tminus_durable_jobs_ended_total", outcome)

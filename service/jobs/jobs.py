@@ -1,4 +1,4 @@
-"""Operations on jobs for clients: accept, find, watch, cancel and delete.
+"""Client operations on jobs: accept, find, watch, cancel and delete.
 
 An accepted durable job runs to its end, even if the client disconnects or this process ends (lifecycle.py).
 """
@@ -39,43 +39,42 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 STATES = ("waiting", "running", *OUTCOMES)
-FORECAST_S = 1.0  # maximum age of a forecast
-POLL_INTERVAL_S = 1.0  # seconds between look-ups of a job that another server may hold
-CANCEL_S = 10.0  # longest wait until the tick ends and the cancellation is stored
-RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # cache of images for repeated requests of the same job
-# Bound the undelivered events: each search for due events reads all undelivered events of a receiver.
-MOST_OWED = 10_000  # limit of undelivered events per owner and receiver
+FORECAST_S = 1.0  # maximum age of a forecast in seconds
+POLL_INTERVAL_S = 1.0  # seconds between lookups of a job that another server may hold
+CANCEL_S = 10.0  # longest wait for the tick to end and the cancellation to be stored
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0  # size and lifetime of the cache of recently read images
+# Undelivered events are limited because each search for due events reads all undelivered events of a receiver.
+MOST_OWED = 10_000  # maximum number of undelivered events per owner and receiver
 OWED_S = 60  # Retry-After in seconds when MOST_OWED is reached
 
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as clients see it. A job that is not durable has no view after its end."""
+    """A job as clients see it. A non-durable job has no view after it has ended."""
 
     record: JobRecord
     model: int  # model number
     model_name: str
     state: str  # one of STATES
     durable: bool
-    step: int | None  # mean number of steps taken by the job's rows; None if unknown
+    step: int | None  # number of steps taken, averaged over the job's rows; None if unknown
     position: int | None = None  # number of jobs ahead; None if unknown
     eta_s: float | None = None
-    deliveries: tuple[Delivery, ...] = ()  # deliveries to the webhook; empty without a webhook or if unknown
+    deliveries: tuple[Delivery, ...] = ()  # webhook deliveries; empty if there is no webhook or they are unknown
 
 
 def kept_view(record: JobRecord, model: ModelOfJobs) -> JobView:
-    """Return the view of a durable job, made from its record alone."""
-    # An unfinished job that this server does not hold is held by another replica, waits for a replica, or is being
-    # accepted.
+    """Return the view of a durable job, based on its record alone."""
+    # If the job is unfinished, either another replica holds it, or it waits for a replica or is being accepted.
     step = record.spec.num_passes if record.outcome == "done" else None if record.outcome or record.held else 0
     state = record.outcome or ("running" if record.held else "waiting")
     return JobView(record, model.number, model.name, state, True, step)
 
 
 def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
-    """Return the view of a durable job that this server held when `status` was read from the worker."""
+    """Return the view of a durable job that this server held when it read `status` from the worker."""
     record, model = job.record, (job.model.number, job.model.name)
-    if record.outcome is not None:  # the job has ended since the read
+    if record.outcome is not None:  # the job has ended since `status` was read
         return kept_view(record, job.model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
@@ -86,17 +85,17 @@ def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
 
 
 def passing_view(status: JobStatus) -> JobView:
-    """Return the view of a job that only the worker knows."""
+    """Return the view of a job that is known only from its status in the worker."""
     record = JobRecord(status.id, status.spec, status.created_us, owner=status.owner)
     stands = (status.state, status.durable, status.step, status.position, status.eta_s)
     return JobView(record, status.model, status.model_name, *stands)
 
 
 class JobStatuses:
-    """Owns the last forecast of waiting and running jobs. Used in the event loop's thread only.
+    """Owns the last forecast for waiting and running jobs. Used only in the event loop's thread.
 
-    Each call reads state and step from the worker, which is cheap. A forecast over many jobs is slow, so another thread
-    makes one forecast for all jobs, at most once a second. All requests share this forecast.
+    Each call reads a job's state and step from the worker, which is cheap. A forecast for many jobs is slow, so another
+    thread makes one for all jobs, at most once a second. All requests share this forecast.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -107,7 +106,7 @@ class JobStatuses:
 
     async def of(self, job_id: str) -> JobStatus | None:
         """Return the status of one job, or None if the worker does not have the job."""
-        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # an unknown job needs no new forecast
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # an unknown job needs no forecast
             return None
         return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
 
@@ -125,16 +124,16 @@ class JobStatuses:
 
 
 class Jobs:
-    """Looks up running jobs in the worker and ended jobs in the stores.
+    """Looks up running jobs in the worker, and ended jobs in the stores.
 
-    Owns the lifecycles of all models with jobs: loaded models, and earlier models with stored jobs. Used in the event
-    loop's thread only.
+    Owns the lifecycles of all models that have jobs: loaded models, and earlier models whose jobs are still stored.
+    Used only in the event loop's thread.
     """
 
     def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
         self._worker, self._statuses = worker, statuses
         self._lifecycles: dict[int, Lifecycle] = {}  # keyed by model number
-        # Locks that are held while a job's images are read, keyed by job id.
+        # Each lock is held while a job's images are read. Keyed by job id.
         self._readings: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._recent: TTLCache[str, Pixels] = TTLCache(RECENT_BYTES, RECENT_S, getsizeof=lambda images: images.nbytes)
 
@@ -151,9 +150,9 @@ class Jobs:
         del self._lifecycles[model]
 
     def store_failure(self, *, of_shared: bool = True) -> StorageFailed | None:
-        """Return the current failure of a served model's store, or None if all these stores can be written.
+        """Return a failure of any served model's store, or None if all these stores can be written.
 
-        of_shared: include stores that other servers share.
+        of_shared: also check stores that are shared with other servers.
         """
         stores = [each.store for each in list(self._lifecycles.values()) if not each.served.retired]
         served = (store.failure for store in stores if of_shared or not store.shared)
@@ -164,16 +163,18 @@ class Jobs:
         return next((job for job in found if sees in (None, job.record.owner)), None)
 
     def by_store(self, job_id: str = "") -> list[Lifecycle]:
-        """Return the latest lifecycle of each store. After a reload of the same weights, two lifecycles share a store.
+        """Return the latest lifecycle of each store.
 
-        job_id: the job to look for. The result is empty if the id has a NUL character, which no database accepts.
+        Two lifecycles share a store after a reload of the same weights.
+
+        job_id: the job to look for. If the id has a NUL character, which no database accepts, the list is empty.
         """
         if "\x00" in job_id:
             return []
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
-    # In the methods below, `sees` is the owner whose jobs are visible; None makes all jobs visible. A job that is not
-    # visible is not found.
+    # In the methods below, `sees` is the only owner whose jobs are visible; None makes all jobs visible. A job that is
+    # not visible is reported as not found.
 
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
         """Return the view of a durable job whose record was just read from its store."""
@@ -192,7 +193,7 @@ class Jobs:
         return told
 
     async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
-        """Add webhook deliveries to the views. Views stay unchanged if their store cannot be read."""
+        """Add webhook deliveries to the views. If a store cannot be read, its views stay unchanged."""
         known: dict[str, tuple[Delivery, ...]] = {}
         for model in {view.model for view in views if view.record.webhook is not None}:
             asked = [view.record.id for view in views if view.record.webhook is not None and view.model == model]
@@ -203,13 +204,13 @@ class Jobs:
         return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
 
     async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
-        """Return the view of a job for its webhook. Raises JobNotFound and StorageFailed."""
+        """Return the view of a job, to be sent to its webhook. Raises JobNotFound and StorageFailed."""
         record = await lifecycle.store.call(JobStore.get, job_id)
         if record is None:
             raise _not_found(job_id)
         if record.outcome is None:
             return await self.find(job_id, None)
-        # Do not call `find` here: it may still show a job that has just ended as running.
+        # Do not call `find`, which may still show a job that has just ended as running.
         (view,) = await self.with_deliveries([kept_view(record, lifecycle.served)])
         return view
 
@@ -235,7 +236,7 @@ class Jobs:
         return view
 
     async def ended(self, job_id: str, sees: str | None) -> JobView:
-        """Wait until a durable job has ended. Raises JobNotFound, and Draining if this server shuts down first."""
+        """Wait until a durable job has ended. Raises JobNotFound, or Draining if this server shuts down first."""
         while (view := await self.find_durable(job_id, sees)).record.outcome is None:
             if self._worker.state.draining:
                 raise Draining
@@ -248,7 +249,7 @@ class Jobs:
     async def page(
         self, before: Place | None, states: Collection[str], limit: int, sees: str | None, model_name: str | None = None
     ) -> list[JobView]:
-        """Return at most `limit` jobs in these states that are older than `before`, newest first.
+        """Return at most `limit` jobs in these states that were created before `before`, newest first.
 
         model_name: return only jobs of models with this name.
         """
@@ -262,7 +263,7 @@ class Jobs:
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
                 for view in await _kept_views(lifecycle, before, states, limit, sees):
-                    # Until a held job ends, its view in `found` has more details.
+                    # As long as a held job has not ended, its view in `found` has more details.
                     if view.record.id not in found or view.record.outcome is not None:
                         found[view.record.id] = view
         views = [
@@ -290,17 +291,17 @@ class Jobs:
             images = self._recent.get(job_id)
             if images is None and lifecycle is not None:
                 images = await lifecycle.store.images(job_id)
-            if images is None:  # the job was deleted after its look-up
+            if images is None:  # the job was deleted after it was looked up
                 raise _not_found(job_id)
-            with suppress(ValueError):  # raised if the images are larger than the cache
+            with suppress(ValueError):  # the images may be larger than the cache
                 self._recent[job_id] = images
         return images
 
     async def cancel(self, job_id: str, sees: str | None) -> JobView:
-        """Cancel a durable job. A job that has ended does not change.
+        """Cancel a durable job. Do nothing if the job has ended.
 
-        Raises JobNotFound. Raises StorageFailed if the cancellation cannot be stored: the job may then continue at the
-        next start.
+        Raises JobNotFound. Raises StorageFailed if the cancellation cannot be stored. In that case, the job may
+        continue at the next start.
         """
         job = self._held(job_id, sees)
         if job is None:
@@ -311,7 +312,7 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await job.over.wait()
         except TimeoutError:
-            # The job ended before the cancellation, but its result is not stored yet.
+            # The job ended before it was cancelled, but its result is not stored yet.
             if job.ending is not None and job.ending.outcome != "cancelled":
                 if lifecycle.leases is not None:
                     await lifecycle.leases.cancel(job.record)
@@ -348,17 +349,17 @@ class Jobs:
         raise _not_found(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """Return the address of another replica that works on the job, or None. Raises StorageFailed."""
+        """Return the address of the other replica that works on a job, or None. Raises StorageFailed."""
         lifecycle = self._lifecycles.get(view.model)
-        # A file store never marks a record as held.
+        # A file store never marks records as held.
         if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
         return await lifecycle.store.call(SharedStore.holder, view.record.id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
-        """Add a viewer to a job and return the job, or None if the job is not held here any more.
+        """Add a viewer to a job and return the job. Return None if this process no longer holds the job.
 
-        The mailbox closes when the job takes no more steps in this process.
+        The mailbox closes once the job will take no more steps in this process.
         """
         job = self._held(job_id)
         if job is not None:
@@ -366,13 +367,16 @@ class Jobs:
         return job
 
     def unwatch(self, job: HeldJob, watch: Watch) -> None:
-        job.viewers.pop(watch, None)  # the job's lifecycle may already be removed
+        job.viewers.pop(watch, None)  # the job's lifecycle may have been removed already
         self._worker.unwatch(job.record.id, watch)
 
 
 @contextmanager
 def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
-    """Log StorageFailed if the store's model is no longer served, so jobs of other models stay reachable."""
+    """Log StorageFailed instead of raising it if the store's model is no longer served.
+
+    Jobs of other models thus stay reachable.
+    """
     try:
         yield
     except StorageFailed as error:
@@ -384,7 +388,7 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
 async def _kept_views(
     lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
 ) -> list[JobView]:
-    """Return views of one store's ended jobs and, if the store is shared, unfinished jobs. Raises StorageFailed."""
+    """Return views of a store's ended jobs and, if shared, its unfinished jobs. Raises StorageFailed."""
     outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
     is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
     if is_open:
@@ -397,7 +401,7 @@ async def _kept_views(
 
 
 async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> None:
-    """Cancel an unfinished job of a shared store. Do nothing if the job does not exist or its data is damaged."""
+    """Cancel an unfinished job in a shared store. Do nothing if the job is missing or damaged."""
     if lifecycle.leases is None:
         return
     try:
@@ -416,23 +420,24 @@ def _not_found(job_id: str) -> JobNotFound:
 
 
 class _KeyTaken(Exception):
-    """Raised if another job has the Idempotency-Key. The exception leaves `charged`, so no quota is used."""
+    """Raised if another job has the Idempotency-Key. Makes `charged` refund the quota."""
 
 
 class NewJobs:
-    """Accepts jobs, or leaves jobs to a replica with room. Used in the event loop's thread only."""
+    """Accepts jobs, or leaves them to a replica with room. Used only in the event loop's thread."""
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
-        self._entering: dict[str, str] = {}  # owners of jobs that are being accepted, keyed by job id
-        # One lock per Idempotency-Key, held while its job is looked up and added. A slow store blocks no other keys.
+        self._entering: dict[str, str] = {}  # owners of jobs that are being accepted, by job id
+        # One lock per Idempotency-Key, held while the key's job is looked up and added. A slow store thus delays only
+        # requests with the same key.
         self._keyed = WeakValueDictionary[str, asyncio.Lock]()
-        self._counts: list[tuple[str, set[str]]] = []  # counts in progress: the owner and the ids found so far
+        self._counts: list[tuple[str, set[str]]] = []  # running counts of `open_jobs`: owner, and job ids found so far
 
     async def open_jobs(self, owner: str, most: int | None) -> int:
-        """Count an owner's unfinished jobs; 0 if `most` is None.
+        """Count an owner's unfinished jobs. Return 0 if `most` is None.
 
-        Other replicas' jobs are counted only while fewer than `most` are here. Stores that are away are skipped.
+        Other replicas' jobs are counted only if this server has fewer than `most`. Unreachable stores are skipped.
         """
         if most is None:
             return 0
@@ -465,8 +470,8 @@ class NewJobs:
     ) -> tuple[JobView, bool]:
         """Accept a durable job. Return its view and False, or the view of the key's earlier job and True.
 
-        charged: context entered for a new job, but not for a repeat. If the job is not accepted, an exception leaves
-        the context. Raises KeyReused, StorageFailed and the errors of Worker.submit.
+        charged: makes the context in which a new job is accepted. A repeated request does not enter it. If the job is
+        not accepted, the context gets the exception. Raises KeyReused, StorageFailed and the errors of Worker.submit.
         """
         lifecycle = self._jobs.of_model(new.work.model)
 
@@ -476,7 +481,7 @@ class NewJobs:
 
         if key is None:
             return await create(), False
-        # Lock here and not in the stores: stores of different weights do not share keys.
+        # A lock in each store would not be enough, because stores of different weights do not share keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
@@ -489,7 +494,7 @@ class NewJobs:
         return found, True
 
     async def soonest(self, error: Overloaded, new: NewJob) -> Overloaded:
-        """Return `error` with the shortest Retry-After of all servers of the store. For jobs that are not durable."""
+        """Return `error` with the shortest Retry-After of all servers of the store. For non-durable jobs."""
         leases = self._jobs.of_model(new.work.model).leases
         return error if leases is None else await leases.soonest(error, new.work)
 
@@ -505,10 +510,10 @@ class NewJobs:
             new.id, new.spec, created_us, deadline_us,
             owner=new.owner, webhook=webhook, ahead_us=created_us - now_us(),
         )  # fmt: skip
-        self._entering[new.id] = new.owner  # set before the first await, so every count includes the job
+        self._entering[new.id] = new.owner  # set before the first await, so that every count includes the job
         try:
             if webhook is not None:
-                receiver = webhook.receiver  # events of other owners do not count
+                receiver = webhook.receiver  # only this owner's events count
                 if await lifecycle.store.call(JobStore.number_owed, new.owner, receiver, MOST_OWED) >= MOST_OWED:
                     raise Overloaded(
                         f"{MOST_OWED} events wait for the receiver {receiver} to take them",
@@ -519,7 +524,7 @@ class NewJobs:
             del self._entering[new.id]
         if outlook is None:
             raise _KeyTaken
-        if new.id not in self._known(new.owner):  # left to other replicas: a count in progress may miss this job
+        if new.id not in self._known(new.owner):  # left to other replicas, so a running count may miss this job
             for whose, found in self._counts:
                 if whose == new.owner:
                     found.add(new.id)
@@ -527,7 +532,7 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Store a new job, and submit it or leave it to other replicas. Return None if its key already has a job."""
+        """Store a new job, then submit it or leave it to other replicas. Return None if its key has a job."""
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store until the model is loaded
             self._worker.state.check_open()
@@ -557,7 +562,10 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Return the job that was created with a key. Raises KeyReused if the request or the model differs."""
+        """Return the job that was created with this key, or None.
+
+        Raises KeyReused if the request or the model differs.
+        """
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):

@@ -1,8 +1,8 @@
-"""Leases of jobs in a cluster: decides which replica of a shared store works on which job.
+"""Leases of jobs, which assign each job in a shared store to one replica.
 
-A replica claims new jobs that no replica holds, unless they would wait too long behind shorter jobs here. The jobs of
-a dead replica are claimed one at a time. A replica renews the leases of its jobs, and drops jobs whose leases are
-lost. A new job that would wait here stays in the store for the first replica with room.
+A replica claims new jobs that no replica holds, unless too much shorter work goes first. The jobs of a dead replica are
+claimed one at a time. A replica renews the leases of its jobs, and drops a job whose lease is lost. A new job that
+would wait in this replica stays in the store for the first replica with room.
 """
 
 import asyncio
@@ -27,18 +27,18 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-AHEAD_S = 8.0  # seconds of work: a job with as much work ahead of it here is left to other replicas
+AHEAD_S = 8.0  # a job is left to other replicas if this many seconds of work are ahead of it in this replica
 LOAD_S, LOAD_WAIT_S = 1.0, 1.0  # seconds: maximum age of the cluster's load, longest wait of a request to read it
-LIMITS = ("backlog_s", "jobs", "rows")  # limits of one server that another server may not have reached
+LIMITS = ("backlog_s", "jobs", "rows")  # limits that other servers may not have reached
 CLAIM_S = 1.0  # seconds between searches for jobs that no replica holds
-RENEWALS = 3  # renewals per lease duration
+RENEWALS = 3  # renewals during one lease
 
 
 class Leases:
-    """Claims one model's jobs from a shared store and renews their leases. Used in the event loop's thread only.
+    """Claims one model's jobs from a shared store, and renews their leases.
 
-    While the database is away, work on held jobs goes on: no other replica can claim these jobs. When the database is
-    back, the next renewal returns the jobs that are still held.
+    Used only in the event loop's thread. While the database is unreachable, held jobs continue, because no other
+    replica can claim them. Once the database is reachable again, the next renewal returns the jobs that are still held.
     """
 
     def __init__(
@@ -60,29 +60,29 @@ class Leases:
         store.holders.append(held.ids)
         self._ended = False  # claiming and renewing have stopped
         self._renewing: asyncio.Task[None] | None = None
-        # Last known load of all replicas; None while the database is away.
+        # Last known load of all replicas; None while the database is unreachable.
         self.load: ClusterLoad | None = None
         self._asked_s = -math.inf  # time of the last attempt to read the load
-        self._retry_queue = RetryQueue()  # clients that got another replica's Retry-After since the load was read
+        self._retry_queue = RetryQueue()  # clients given another replica's Retry-After since the load was read
         # Length of the shortest job that the last claim left in the store. Only shorter jobs may overtake it.
-        self._least_waiting = math.inf  # places (forward passes of one row)
+        self._least_waiting = math.inf  # in places (forward passes of one row)
 
     # --- renew and claim until the model is unloaded ---
 
     async def start(self) -> None:
-        """Renew once, so other replicas know this replica. Then renew and claim until `end`."""
+        """Renew once, so that other replicas learn of this replica. Then renew and claim until `end`."""
         with suppress(StorageFailed):
             await self._renew()
         self._renewing = asyncio.create_task(self._renew_until_ended())
         self._tasks.spawn(self._claim_until_ended())
 
     def end(self) -> None:
-        """Stop claiming and renewing when the model is unloaded."""
+        """Stop claiming and renewing, because the model is unloaded."""
         self._ended, self.load = True, None
         self._store.holders.remove(self._held.ids)
 
     async def close(self) -> None:
-        """Stop renewing. Call this when all results are stored."""
+        """Stop renewing. Call this after all results are stored."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
@@ -95,7 +95,7 @@ class Leases:
                     await self._renew()
             except StorageFailed:
                 self.load = None
-            except Exception:  # continue: a replica that does not renew loses its jobs
+            except Exception:  # continue, because a replica that does not renew loses its jobs
                 log.exception("the leases of jobs could not be renewed")
 
     async def _renew(self) -> None:
@@ -122,7 +122,7 @@ class Leases:
                 await self._tasks.pause(CLAIM_S)
 
     async def _claim(self) -> None:
-        """Claim and run jobs that no replica holds, if their results can be stored."""
+        """Claim and run jobs that no replica holds, unless results cannot be stored at the moment."""
         try:
             if not (self._ended or self._retention.cannot_keep or (self._model.retired and self._others_serve)):
                 async with self._store.turn:
@@ -136,14 +136,14 @@ class Leases:
             log.exception("jobs could not be claimed")
 
     async def _claim_after(self, suspect: HeldJob) -> None:
-        """Claim again when a suspect is over: the next suspect waits for this suspect to end."""
+        """Claim again as soon as this suspect has ended or is lost, because the next suspect waits for that."""
         await suspect.over.wait()
         await self._claim()
 
     async def claim(self) -> Claimed:
         """Claim jobs that no replica holds, while there is room.
 
-        The caller holds the lock `turn` of the store and runs the claimed jobs at once.
+        The caller must hold the store's lock `turn`, and run the claimed jobs at once.
         """
         if not self._worker.state.ready or any(job.state is HeldState.WAITING for job in self._held):
             return Claimed()
@@ -157,11 +157,11 @@ class Leases:
 
     @property
     def _others_serve(self) -> bool:
-        """True if these weights are loaded twice, as after a reload of the same weights."""
+        """True if another loaded model has the same weights, as after a reload."""
         return len(self._store.holders) > 1
 
     async def last_is_claimed(self) -> bool:
-        """Return True if no job is left for this model to claim. Used when the weights are no longer served."""
+        """Return True if no jobs are left for this model to claim. Used when the weights are no longer served."""
         try:
             return self._others_serve or (await self._store.call(SharedStore.load)).jobs == 0
         except StorageFailed:
@@ -172,7 +172,7 @@ class Leases:
     async def cancel(self, record: JobRecord) -> bool:
         """Cancel a job in the store. Return False if the job has ended.
 
-        Another replica that holds the job notices the cancellation at its next renewal.
+        If another replica holds the job, it notices the cancellation at its next renewal.
         """
         if not await self._store.call(SharedStore.cancel, record.id):
             return False
@@ -185,12 +185,15 @@ class Leases:
     # --- new jobs ---
 
     def takes(self, work: Work) -> bool:
-        """Return True if this replica takes a new job. Otherwise the job is left to the first replica with room."""
+        """Return True if this replica takes a new job. Otherwise, the first replica with room takes it."""
         intake = self._admission.intake(self._model.number, AHEAD_S)
         return work.places < self._least_waiting and intake.has_room(work.places)
 
     async def leave_to_any(self, record: JobRecord, key: Key | None, new: NewJob) -> Outlook | None:
-        """Store a job that any replica may claim. Return None if its key has a job. Raises as Admission.enter does."""
+        """Store a job for any replica to claim. Return None if its key has a job.
+
+        Raises the errors of Admission.enter.
+        """
         self._worker.state.check_open()
         load, has_picture = await self._store.call(SharedStore.load), new.inputs is not None
         outlook = self._admission.leave_to_any(
@@ -199,8 +202,8 @@ class Leases:
         return outlook if await self._store.add(record, key, new.inputs, held=False) else None
 
     async def soonest(self, error: Overloaded, work: Work) -> Overloaded:
-        """Return `error` with the shortest Retry-After of all replicas. For jobs that are not durable."""
-        if error.of_owner or error.field not in LIMITS:  # other replicas do not report these limits
+        """Return `error` with the shortest Retry-After of all replicas. For non-durable jobs."""
+        if error.of_owner or error.field not in LIMITS:  # other replicas do not report this limit
             return error
         now_s = time.perf_counter()
         if now_s > self._asked_s + LOAD_S:  # read at most once per LOAD_S

@@ -18,7 +18,10 @@ from tminus.service.worker.worker import Worker
 
 
 class Lifecycle:
-    """Starts, updates and stops the parts that handle one model's jobs. Used in the event loop's thread only."""
+    """Starts, updates and stops the parts that handle one model's jobs.
+
+    Used only in the event loop's thread.
+    """
 
     def __init__(
         self,
@@ -41,23 +44,26 @@ class Lifecycle:
             self.leases = Leases(
                 store, worker, admission, self.served, self.held, self.runner, self.retention, self.tasks, metrics
             )
-        self._taken_on = asyncio.Event()  # cleared until the jobs of an earlier process can be read
+        self._taken_on = asyncio.Event()  # not set while the jobs of an earlier process cannot be read
         self._taken_on.set()
 
     def change(self, info: ModelInfo, limits: Limits | None = None) -> None:
-        """Change the model. Jobs that end from now on get the new fingerprint."""
+        """Update the model's info and limits. Jobs that end from now on get the new fingerprint."""
         self.served.info, self.served.limits = info, limits or self.served.limits
 
     @property
     def needs_model(self) -> bool:
-        """True if a job is in the worker or waits for room there. Jobs that wait for the model's load do not count."""
+        """True if a job is in the worker or waits for room in it.
+
+        A job that waits for the model to load does not count.
+        """
         states = (HeldState.IN_WORKER,) if self.runner.is_unloaded else (HeldState.IN_WORKER, HeldState.WAITING)
         return any(job.state in states for job in self.held)
 
     async def start(self, *, take_on: bool = True) -> None:
-        """Resume the stored jobs. If a file store cannot be opened yet, retry in the background.
+        """Resume the stored jobs. If a store file cannot be opened yet, retry in the background.
 
-        take_on: False if another Lifecycle has the unfinished jobs of this store.
+        take_on: False if another Lifecycle has the store's unfinished jobs.
         """
         if self.leases is not None:
             await self.leases.start()
@@ -80,7 +86,7 @@ class Lifecycle:
                 self._taken_on.set()
 
     async def idle(self) -> None:
-        """Wait until all jobs have ended, except jobs that this process cannot end."""
+        """Wait until all jobs have ended, except those that this process cannot finish."""
         await self._taken_on.wait()
         with suppress(Draining):
             while True:
@@ -90,7 +96,7 @@ class Lifecycle:
                 await self.tasks.pause(CLAIM_S)
 
     async def close(self) -> None:
-        """Finish storing outcomes, without retries. Call this after the worker has ended or when no jobs are left."""
+        """Finish storing outcomes, without retries. Call this once the worker has ended or no jobs are left."""
         await self.tasks.close()
-        if self.leases is not None:  # close the leases last: storing a result may take longer than a lease
+        if self.leases is not None:  # last, because storing a result may take longer than a lease
             await self.leases.close()

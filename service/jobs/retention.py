@@ -21,13 +21,13 @@ from tminus.service.worker.loaded_model import ReadSnapshot
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0  # seconds until a failed call of the store is retried
+RETRY_S = 5.0  # seconds before a failed call to the store is retried
 SWEEP_S = 10.0
-LATE_S = 60.0  # seconds for the last attempt to deliver an event
+LATE_S = 60.0  # extra seconds for the last attempt to deliver an event
 
 
 class Retention:
-    """Stores the outcomes of jobs, and deletes old jobs. Used in the event loop's thread only."""
+    """Stores the outcomes of jobs, and deletes old jobs. Used only in the event loop's thread."""
 
     def __init__(self, store: AsyncStore, held: HeldJobs, tasks: Tasks) -> None:
         self._store, self._held, self._tasks = store, held, tasks
@@ -35,14 +35,14 @@ class Retention:
 
     @property
     def cannot_keep(self) -> bool:
-        """True if ended jobs have outcomes that cannot be stored at the moment."""
-        fails = self._fails or self._store.failure  # while the object store fails, small results may still be stored
+        """True while ended jobs have outcomes that cannot be stored."""
+        fails = self._fails or self._store.failure  # storing a small result clears `_fails`, even if large ones fail
         return bool(fails) and any(job.state is HeldState.ENDING for job in self._held)
 
     async def keep_end(self, job: HeldJob, ended: JobRecord, images: Pixels | None) -> None:
-        """Store the outcome of a job. Retry until this succeeds. Raises LeaseLost, and Draining at shutdown.
+        """Store a job's outcome, and retry until this succeeds. Raises LeaseLost, or Draining at shutdown.
 
-        Clients get the outcome only after it is stored, because a restart before that runs the job again.
+        Clients get the outcome only after it is stored, because a restart before that would run the job again.
         """
         job.ending = ended
         self._held.move(job, HeldState.ENDING)
@@ -62,40 +62,41 @@ class Retention:
         self._held.move(job, HeldState.ENDED)
 
     def owe_start(self, job: HeldJob) -> None:
-        """Add the event "start" for the job's webhook after the job's first step here."""
+        """Add the event "start" for the job's webhook after the job's first step in this process."""
         mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
         watch = Watch(Pace(every=1), (), mailbox.put)
         self._held.watch(job, watch, mailbox)
         self._tasks.spawn_until_closed(self._owe_start(job, watch, mailbox))
 
     async def _owe_start(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
-        begun = await mailbox.take() is not None  # None if the job took no step here
+        begun = await mailbox.take() is not None  # None if the job took no step in this process
         self._held.unwatch(job, watch)
         if begun:
-            with suppress(StorageFailed):  # the event is then added when the job is done
+            with suppress(StorageFailed):  # if this fails, the event is added when the job is done
                 await self._store.call(JobStore.started, job.record)
 
     async def sweep(self, limits: Limits) -> None:
-        """Delete jobs that are too old or take too much space, every SWEEP_S seconds until cancelled."""
+        """Delete jobs that are too old or take too much space. Repeat every SWEEP_S seconds until cancelled."""
         keep_us, owed_us = round(limits.keep_jobs_s * 1e6), round((DELIVERY_S + LATE_S) * 1e6)
         while True:
             with suppress(StorageFailed):
                 await self._store.check()
                 now_us, again = self._store.now_us(), True
-                while again:  # sweep in parts, so other calls of the store can run in between
+                while again:  # in parts, so that other calls to the store can run in between
                     again = await self._store.sweep(now_us - keep_us, limits.keep_jobs_bytes, now_us - owed_us)
             await asyncio.sleep(SWEEP_S)
 
 
-SHARE = 0.005  # largest share of time that snapshots may take
-LEAST_S = 2.0  # minimum seconds between the starts of two rounds
+SHARE = 0.005  # largest share of time to spend on snapshots
+LEAST_S = 2.0  # minimum seconds between the starts of two rounds of snapshots
 
 
 class SnapshotKeeper:
-    """Implements the worker's Keeper. A separate thread waits for copies from the GPU and for the store.
+    """Implements the worker's Keeper. Its own thread waits for copies from the GPU and for the store.
 
-    The cost of a round is wall time of the worker's thread plus CPU time of this thread and the store's thread. Waits
-    for the GPU or the disk do not count, because they delay no tick.
+    A round stores the snapshots of several jobs. Its cost is the wall time in the worker's thread, plus the CPU time in
+    this keeper's thread and in the store's thread. Waiting for the GPU or the disk costs nothing, because it delays no
+    tick.
     """
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
@@ -111,12 +112,12 @@ class SnapshotKeeper:
         return not self._busy and now_s >= self._next_s
 
     def keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
-        """Store a round of snapshots, keyed by job id. cost_s: seconds spent in the worker's thread so far."""
+        """Store a round of snapshots, keyed by job id. cost_s: seconds used so far in the worker's thread."""
         self._busy = True
         self._thread.submit(self._keep, snapshots, began_s, cost_s)
 
     def close(self) -> None:
-        """Store all pending snapshots. Blocks. Call this before the store is closed."""
+        """Wait until all pending snapshots are stored. Call this before the store is closed."""
         self._thread.shutdown()
 
     def _keep(self, snapshots: Mapping[str, ReadSnapshot], began_s: float, cost_s: float) -> None:
@@ -126,7 +127,7 @@ class SnapshotKeeper:
         except Exception:
             log.exception("snapshots could not be read")
         else:
-            # If this fails, a crash repeats the steps since the last stored snapshot.
+            # If this fails, a crash will repeat the steps since the last stored snapshot.
             error, save_s = self._store.save(read_snapshots, self._fingerprint)
             cost_s += save_s
             if error is None:
@@ -135,4 +136,4 @@ class SnapshotKeeper:
                 log.error("snapshots could not be kept", exc_info=error)
         cost_s += time.thread_time() - started_s
         self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
-        self._busy = False  # set last: the worker's thread reads _next_s when this is False
+        self._busy = False  # set last, because the worker's thread reads _next_s once this is False

@@ -1,4 +1,5 @@
-"""Replicas of the server on a Ray cluster, by Ray Serve. Some modules of this package need the extra `ray`.
+"""Replicas of the server on a Ray cluster, run by Ray Serve.
 
-Ray starts the replicas, routes requests to them and ends them. Ray knows nothing of jobs: the jobs are in PostgreSQL.
+Some modules of this package need the extra `ray`. Ray starts and stops the replicas, and routes requests to them. Ray
+knows nothing about jobs, which are in PostgreSQL.
 """

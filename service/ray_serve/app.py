@@ -1,4 +1,7 @@
-"""Application for Ray Serve: `tminus.service.ray_serve.app:app`, for `tminus ray serve` and Serve config files."""
+"""Application for Ray Serve, used by `tminus ray serve` and by Serve config files.
+
+Its import path is `tminus.service.ray_serve.app:app`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +17,12 @@ from tminus.service.ray_serve.settings import RaySettings
 
 NAME = "tminus"
 TOLD_EVERY_S = 0.5  # seconds between reports of a replica
-ON_ITS_WAY_S = 0.25  # seconds for a report to reach the proxies through Serve's controller
+ON_ITS_WAY_S = 0.25  # seconds that a report takes to reach the proxies through Serve's controller
 TRIES = 3  # attempts to start a replica
 
 
 def app(args: RaySettings) -> Application:
-    """Return the application, with replicas for the cluster that this process is connected to."""
+    """Return the application, with replicas sized for the cluster that this process is connected to."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     settings = placed(args, [node["Resources"] for node in nodes if node["Alive"]])
     deployment: Any = serve.deployment(serve.ingress()(Replica), name=NAME, **options(settings))
@@ -28,13 +31,13 @@ def app(args: RaySettings) -> Application:
 
 
 def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
-    """Return settings with the GPUs, cores, device and threads of a replica on a cluster with these nodes.
+    """Return settings that include a replica's GPUs, cores, device and threads on these nodes.
 
     A replica without a GPU runs on the CPU, with one thread per core.
     """
     gpus = settings.replica_gpus
     if gpus is None:
-        # With cuda, Ray waits for a node with a GPU, as for any resource.
+        # With cuda, a replica gets a GPU even if no node has one yet, because Ray waits for such a node.
         there = settings.device.startswith("cuda") or any(node.get("GPU", 0) for node in nodes)
         gpus = 1.0 if settings.device != "cpu" and there else 0.0
     cpus = settings.replica_cpus
@@ -47,7 +50,7 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
 
 
 def cores_each(nodes: Sequence[float], replicas: int) -> int:
-    """Return the largest whole number of cores per replica with which all replicas fit on the nodes, at least 1."""
+    """Return the most cores per replica, but at least 1, with which all replicas fit on the nodes."""
     for cores in range(int(max(nodes, default=1)), 1, -1):
         if sum(node // cores for node in nodes) >= replicas:
             return cores

@@ -1,4 +1,4 @@
-"""ASGI app between Ray's proxies and the app of a replica."""
+"""ASGI app that stands between Ray's proxies and the app of a replica."""
 
 import asyncio
 from ipaddress import ip_address
@@ -12,19 +12,19 @@ REQUEST_ID = b"x-request-id"
 
 
 class Front:
-    """An ASGI app for Serve that handles lifespan events itself and passes requests to the app.
+    """An ASGI app for Serve that handles lifespan events itself and passes requests to the replica's app.
 
-    If `anybody` is False, only requests to a loopback address are answered: Ray's settings, not the server's, decide
-    where Ray's proxies listen. Used in one event loop only.
+    If `anybody` is False, only requests to a loopback address are answered, because Ray's settings decide where Ray's
+    proxies listen. Used in one event loop only.
     """
 
     def __init__(self, app: ASGIApp, *, anybody: bool) -> None:
-        """anybody: answer requests to any address. The app checks keys."""
+        """anybody: answer requests to any address, not only loopback. The app itself checks keys."""
         self._app, self._anybody = app, anybody
         self._ending = asyncio.Event()
 
     def end_streams(self) -> None:
-        """Close the open WebSockets. Call this when no job runs on them."""
+        """Close the open WebSockets. Call this when no more jobs run on them."""
         self._ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +40,7 @@ class Front:
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app on a WebSocket. If the replica ends first, close with the code "try again later"."""
         ending = asyncio.ensure_future(self._ending.wait())
-        receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, to avoid losing a message
+        receiving: asyncio.Future[Message] | None = None  # kept if the app stops waiting, so that no message is lost
         ended = False
 
         async def receive_until_the_end() -> Message:
@@ -86,7 +86,7 @@ def _asked_here(scope: Scope) -> bool:
 
 
 def _without_id(send: Send) -> Send:
-    """Remove X-Request-ID from responses: Ray's proxy adds this header with the same id."""
+    """Remove X-Request-ID from responses, because Ray's proxy adds the same header."""
 
     async def send_without(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""One server as a replica of Ray Serve: start, reports to Ray, and shutdown."""
+"""One server as a replica in Ray Serve: startup, reports to Ray, and shutdown."""
 
 import asyncio
 import errno
@@ -38,8 +38,8 @@ from tminus.service.worker.worker import CLOSE_S, CRASHED
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.05
-LEAVE_S = 2.0  # seconds until every proxy knows that this replica ends
-FAILED_S = 0.5  # seconds after a crash for sending the error responses
+LEAVE_S = 2.0  # seconds until every proxy knows that this replica is ending
+FAILED_S = 0.5  # seconds to send the error responses after a crash
 
 
 def ending_s(grace_s: float) -> float:
@@ -48,7 +48,7 @@ def ending_s(grace_s: float) -> float:
 
 
 class Replica:
-    """Owns the application and the replica's own port. Serve calls the methods in one event loop."""
+    """Owns the application and the replica's own port. Serve calls its methods in one event loop."""
 
     def __init__(self, settings: RaySettings) -> None:
         self._settings = settings
@@ -57,10 +57,13 @@ class Replica:
         self._following: asyncio.Task[None] | None = None  # None until the replica has started
         self._ending: asyncio.Task[None] | None = None
         self._is_listed = False  # Serve sends requests to this replica
-        self._waiting_s = 0.0  # last known work of jobs that no replica holds
+        self._waiting_s = 0.0  # seconds of work in jobs that no replica holds, when last known
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Load and measure the models. Return the app when it accepts jobs. Raises the error of a failed start."""
+        """Load and measure the models, and return the app once it accepts jobs.
+
+        Raises the error of a failed start.
+        """
         self._loop, settings = asyncio.get_running_loop(), self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
@@ -116,10 +119,10 @@ class Replica:
     # --- shutdown ---
 
     def _watch(self) -> None:
-        """End the process if the worker crashes. Serve sends no requests to a dead actor and starts a new one.
+        """End the process if the worker crashes.
 
-        A live process would get requests until three health checks of Serve have failed, and would renew the leases of
-        its jobs.
+        Serve then sends it no more requests, and starts a new replica. If the process stayed alive, it would get
+        requests until three of Serve's health checks had failed, and would keep renewing the leases of its jobs.
         """
         worker = self._served.worker
         worker.join()
@@ -133,24 +136,25 @@ class Replica:
         os._exit(1)
 
     async def _end_crashed(self) -> None:
-        """Finish the responses. Then close the stores, which record the jobs of the crash."""
+        """Let the responses finish, then close the stores, which record the jobs running at the crash."""
         await asyncio.sleep(FAILED_S)
         self._front.end_streams()
         await self._peers.stop()
         await self._stack.aclose()
 
     async def is_there(self) -> None:
-        """Do nothing. The first call through a handle makes the handle's router."""
+        """Do nothing. The first call through a handle creates the handle's router."""
 
     async def _follow(self) -> None:
-        """Make this deployment's router in this process. The router gets the list of replicas and passes it on.
+        """Create this deployment's router in this process, so that the replica learns when Serve removes it.
 
-        Serve itself calls a removed replica only after the last request, and a WebSocket may never end.
+        The router gets the list of replicas and passes it on. Serve itself tells a removed replica only after its last
+        request, but a WebSocket may never end.
         """
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
-            await self._handle.is_there.remote()  # makes the router
+            await self._handle.is_there.remote()
         except Exception:
             log.exception("this replica will learn late that it is to end")
 
@@ -202,7 +206,7 @@ def _build(settings: RaySettings, address: tuple[str, int]) -> Application:
 def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
     """Listen on the first free port. Raises OSError, or ValueError if no port is free.
 
-    Call listen() right after bind(): an address that is bound without a listener can be bound again.
+    listen() must directly follow bind(), because until then another socket can bind the same address.
     """
     for port in ports:
         try:
@@ -221,7 +225,7 @@ def listen_on_one(host: str, ports: Sequence[int]) -> socket.socket:
 
 
 class PeerServer(uvicorn.Server):
-    """A uvicorn server in an event loop of Ray."""
+    """A uvicorn server that runs in one of Ray's event loops."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)

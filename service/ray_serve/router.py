@@ -1,6 +1,6 @@
-"""Routing of requests and number of replicas, both by predicted work.
+"""Routing of requests and the number of replicas, both based on predicted work.
 
-`BacklogRouter` runs in Ray's proxies, `BacklogPolicy` in Serve's controller.
+`BacklogRouter` runs in Ray's proxies, and `BacklogPolicy` in Serve's controller.
 """
 
 import math
@@ -21,11 +21,11 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The work of a replica, as last reported."""
+    """A replica's work, as last reported."""
 
-    backlog_s: float = 0.0  # predicted duration of all jobs
+    backlog_s: float = 0.0  # predicted seconds of work in all jobs
     jobs: int = 0
-    ready: bool = True  # accepts more jobs
+    ready: bool = True  # the replica accepts more jobs
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Standing":
@@ -45,8 +45,8 @@ class _Sent:
 class Balance:
     """Owns the recent requests to each replica.
 
-    A replica's last report may miss these requests. Each unanswered request within the age of a report counts as a
-    job of mean size, so a burst does not go to one replica as a whole.
+    A replica's last report may not include these requests. Each unanswered request that is younger than `report_age_s`
+    therefore counts as a job of average size, so that a burst is spread over the replicas.
     """
 
     def __init__(self, report_age_s: float) -> None:
@@ -59,7 +59,7 @@ class Balance:
         self._last_s[replica] = now_s
 
     def accepted(self, replica: str, request: str) -> None:
-        """Set the id of the oldest request to this replica that has no id."""
+        """Give this id to the oldest request to this replica that has no id yet."""
         for each in self._sent[replica]:
             if each.request is None:
                 each.request = request
@@ -69,7 +69,7 @@ class Balance:
         self._sent[replica] = [each for each in self._sent[replica] if each.request != request]
 
     def order(self, replicas: Mapping[str, Standing], now_s: float) -> list[str]:
-        """Return the replicas, best first: by predicted work, then by the oldest last request.
+        """Return the replicas, best first: by least predicted work, then by longest time without a request.
 
         Replicas that would refuse a job come last.
         """
@@ -95,7 +95,7 @@ class Balance:
 class BacklogRouter(RequestRouter):
     """Routes requests by predicted work, and owns the requests that this proxy has sent.
 
-    Serve's controller sends the reports of the replicas.
+    The reports of the replicas arrive through Serve's controller.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -119,7 +119,10 @@ class BacklogRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,  # noqa: ARG002
     ) -> list[list[RunningReplica]]:
-        """Return the replicas in order of predicted work. Serve takes the first replica with room for a request."""
+        """Return the replicas, least predicted work first.
+
+        Serve takes the first replica with room for the request.
+        """
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
         standings = {name: Standing.of(each.routing_stats) for name, each in replicas.items()}
         return [[replicas[name]] for name in self._balance.order(standings, time.monotonic())]
@@ -127,7 +130,7 @@ class BacklogRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Route requests to these replicas. In a replica's own process, pass the list to the replica.
 
-        Serve does not notify a replica of its removal.
+        Serve itself does not tell a replica that it was removed.
         """
         super().update_replicas(replicas)
         try:
@@ -139,16 +142,16 @@ class BacklogRouter(RequestRouter):
 
 
 class BacklogPolicy:
-    """Decides the number of replicas: enough to bring the work of each replica down to the target.
+    """Chooses how many replicas are needed to keep the work of each replica at or below the target.
 
-    Serve calls the policy several times a second, and applies its result after the delays of the settings.
+    Serve calls the policy several times a second, and applies the result after the delays in its settings.
     """
 
     def __init__(self, target_backlog_s: float) -> None:
         self._target_s = target_backlog_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return the number of replicas, and no state. Without a report, the number stays."""
+        """Return the number of replicas and an empty state. Without reports, the number stays the same."""
         reports = context.aggregated_metrics or {}
         if not (backlogs_s := reports.get(BACKLOG_S)):
             return context.target_num_replicas, {}

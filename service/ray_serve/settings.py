@@ -1,4 +1,4 @@
-"""Settings of `tminus ray serve`: the settings of `tminus serve`, and settings for Ray's replicas."""
+"""Settings of `tminus ray serve`: the settings of `tminus serve`, and those of Ray's replicas."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ MOST_PORT = 65_535
 
 
 class RaySettings(Settings):
-    """Settings of replicas on Ray. In a Serve config file, the same settings are the arguments of the application."""
+    """Settings of replicas on Ray.
+
+    In a Serve config file, these settings are the arguments of the application.
+    """
 
     ray_address: str | None = Field(
         None,
@@ -111,7 +114,7 @@ class RaySettings(Settings):
 
     @property
     def own_ports(self) -> Sequence[int]:
-        """The ports from which a replica takes its own; 0 means any port."""
+        """The ports from which a replica chooses its own port; 0 means any port."""
         if self.replica_ports is None:
             return (0,)
         first, last = map(int, self.replica_ports.split("-"))

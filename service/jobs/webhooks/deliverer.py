@@ -1,12 +1,12 @@
-"""Sends webhook deliveries, with growing waits between attempts, until each is delivered or given up.
+"""Sends webhook deliveries, and retries with growing waits until each is delivered or given up.
 
-Deliveries are kept in the store. A server claims a delivery for each attempt. If the server dies, another server claims
-the delivery when the claim expires. So a receiver gets each event at least once, always with the same id.
+Deliveries are kept in the store. A server claims a delivery for each attempt. If the server dies, the claim expires and
+another server claims the delivery. A receiver thus gets each event at least once, always with the same id.
 
-Receivers that do not answer delay no other receivers. An owner may have as many attempts as there are free slots
-(dynamic thresholds, Choudhury & Hahne 1998): a single owner gets half of the slots, two owners get a third each, and
-there is always room for another owner. Receivers whose last attempt failed share half of the slots in the same way.
-The other half is reserved for receivers that answer.
+Receivers that do not answer do not delay other receivers. An owner may have as many attempts running as there are free
+slots (dynamic thresholds, Choudhury & Hahne 1998). A single owner thus gets half of the slots, two owners get a third
+each, and there is always room for another owner. Receivers whose last attempt failed share half of the slots by the
+same rule. The other half is reserved for receivers that answer.
 """
 
 import asyncio
@@ -34,21 +34,21 @@ from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-HELD_S = ATTEMPT_S + 5.0  # duration of a claim
-POLL_INTERVAL_S = 5.0  # seconds between searches for deliveries that other servers or an earlier start have left
+HELD_S = ATTEMPT_S + 5.0  # duration of a claim in seconds
+POLL_INTERVAL_S = 5.0  # seconds between searches for deliveries left by other servers or by an earlier start
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
-JITTER = 0.25  # random part of a wait, up or down, so simultaneous failures are not retried together
+JITTER = 0.25  # a wait varies by this fraction, up or down, so that simultaneous failures are not retried together
 MOST_ATTEMPTS = 200
-NOT_THERE_S = 5.0  # wait if the job cannot be read or too many names are being looked up
+NOT_THERE_S = 5.0  # seconds to wait if the job cannot be read or too many names are being looked up
 
-AT_ONCE, FAILING_AT_ONCE = 256, 128  # limits per model: attempts at once, attempts to receivers that failed last
-BEGUN_AT_ONCE = 32  # attempts to start before the event loop runs other tasks
-MOST_FAILING = 256  # failing receivers to remember
+AT_ONCE, FAILING_AT_ONCE = 256, 128  # per model: concurrent attempts in total, and to receivers that failed last
+BEGUN_AT_ONCE = 32  # attempts that start before the event loop runs other tasks
+MOST_FAILING = 256  # number of failing receivers to remember
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Holds the sender, the allowed receivers and the time limit of a delivery."""
+    """The sender, the allowed receivers, and the time limit of a delivery."""
 
     sender: Sender
     allowed: AllowedReceivers
@@ -56,22 +56,23 @@ class Rules:
 
     @classmethod
     def of(cls, secrets: tuple[bytes, ...], allow: str) -> "Rules":
-        """Create rules. Trust the certificates of SSL_CERT_FILE if set, otherwise those of certifi, as httpx does.
+        """Create rules.
 
-        Raises OSError if the certificates cannot be read, and ValueError for a bad `allow`.
+        Trust the certificates in SSL_CERT_FILE if it is set, otherwise those of certifi, as httpx does. Raises OSError
+        if the certificates cannot be read, and ValueError if `allow` is malformed.
         """
         allowed = AllowedReceivers.parse(allow)
         return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed)
 
 
 def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
-    """Return the seconds to wait after this number of failed attempts."""
+    """Return how many seconds to wait after this number of failed attempts."""
     longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
     return longest * (1 - JITTER + 2 * JITTER * draw())
 
 
 class Slots:
-    """Owns the running attempts and remembers the receivers that failed last."""
+    """Owns the running attempts, and remembers the receivers whose last attempt failed."""
 
     def __init__(self) -> None:
         # Running attempts, keyed by delivery id. The bool is True if the receiver was known to fail.
@@ -79,7 +80,7 @@ class Slots:
         self._failing: dict[Whose, None] = {}  # newest last
 
     def room(self) -> Room | None:
-        """Return the room for new attempts, or None if all slots are taken."""
+        """Return the limits for new attempts, or None if all slots are taken."""
         free = AT_ONCE - len(self._taken)
         if free <= 0:
             return None
@@ -102,7 +103,10 @@ class Slots:
         del self._taken[delivery.id]
 
     def sharer(self, delivery: Delivery) -> str:
-        """Return the key of the attempt's share of look-ups. An owner's failing receivers have a separate share."""
+        """Return the key that an attempt's name lookups count against.
+
+        An owner's failing receivers have their own key.
+        """
         _, is_failing = self._taken[delivery.id]
         return f"{delivery.owner}\x1ffailing" if is_failing else delivery.owner
 
@@ -118,7 +122,7 @@ class Slots:
 
 
 class Deliverer:
-    """Sends the deliveries of one store. Used in the event loop's thread only."""
+    """Sends the deliveries of one store. Used only in the event loop's thread."""
 
     def __init__(
         self,
@@ -128,15 +132,15 @@ class Deliverer:
         document: Callable[[JobView], Mapping[str, Any]],
         metrics: Metrics,
     ) -> None:
-        """view: returns the view of a job id; raises ServiceError. document: makes the request body from a view."""
+        """view: makes the view of a job from its id; raises ServiceError. document: makes the request body."""
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._slots = Slots()
-        self._due_s: list[float] = []  # heap: times of this server's next attempts on the event loop's clock
+        self._due_s: list[float] = []  # heap of the times of this server's next attempts, on the event loop's clock
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        async with asyncio.TaskGroup() as attempts:  # the claim of a cancelled attempt expires
+        async with asyncio.TaskGroup() as attempts:  # if an attempt is cancelled, its claim expires
             while True:
                 try:
                     self._store.owes.clear()
@@ -149,7 +153,7 @@ class Deliverer:
                 await self._wait()
 
     async def _look(self, attempts: asyncio.TaskGroup) -> None:
-        """Start due attempts while there is room. The end of an attempt triggers another search."""
+        """Start due attempts while there is room. When an attempt ends, it triggers another search."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
             heapq.heappop(self._due_s)
@@ -163,7 +167,7 @@ class Deliverer:
             attempts.create_task(self._attempt(delivery))
 
     async def _wait(self) -> None:
-        """Wait until a delivery may be due: after a new event, the end of an attempt, or the wait of a retry."""
+        """Wait until a delivery may be due: after a new event or an attempt's end, or when a retry is due."""
         until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else POLL_INTERVAL_S
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, min(POLL_INTERVAL_S, until_due_s))):
@@ -185,7 +189,10 @@ class Deliverer:
             self._store.owes.set()
 
     async def _ended(self, delivery: Delivery) -> tuple[Delivery, float, bool]:
-        """Attempt a delivery. Return its new state, seconds until the next attempt, and whether this attempt counts."""
+        """Attempt a delivery.
+
+        Return its new state, the seconds until the next attempt, and whether this attempt counts.
+        """
         began_s = time.perf_counter()
         try:
             view = await self._view(delivery.job_id)
@@ -195,7 +202,7 @@ class Deliverer:
         except NotDelivered as error:
             self._slots.failed(delivery)
             return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)
-        except InvalidField:  # --webhook-allow has changed
+        except InvalidField:  # the setting --webhook-allow has changed
             return self._failed(delivery, "this receiver is not allowed any more", 0.0)
         except StorageFailed as error:
             if not error.damaged:
@@ -222,7 +229,8 @@ class Deliverer:
     ) -> tuple[Delivery, float, bool]:
         """Return the result of `_ended` for a failure.
 
-        counts: False if nothing was attempted. Then the receiver has not failed, and the next wait does not grow.
+        counts: False if nothing was attempted. Then the receiver does not count as failing, and the next wait does not
+        grow.
         """
         if counts:
             self._metrics.observe("tminus_webhook_attempt_duration_seconds", took_s, "failed")

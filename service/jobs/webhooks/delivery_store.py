@@ -1,6 +1,6 @@
-"""Deliveries of a job store: messages to the webhooks of jobs, from the event until each is delivered or given up.
+"""The webhook deliveries in a job store, from the event until each is delivered or given up.
 
-store/job_store.py has the other calls of a store.
+store/job_store.py has the store's other calls.
 """
 
 import json
@@ -21,29 +21,29 @@ from tminus.service.jobs.webhooks.webhook import EVENTS, Event, Webhook
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
 DELIVERY_S = 86_400.0  # seconds from an event to its last delivery attempt
-DELIVERY_BYTES = 512  # estimated size of an event
-AT_ONCE_EACH = 4  # attempts at once for one owner's jobs to one receiver
+DELIVERY_BYTES = 512  # estimated size of an event in bytes
+AT_ONCE_EACH = 4  # concurrent attempts for one owner's jobs to one receiver
 DeliveryState = Literal["pending", "delivered", "given_up"]
 Whose = tuple[str, str]  # (owner, receiver)
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One event of a job for its receiver, delivered or not."""
+    """One event of a job, to be delivered to the job's receiver."""
 
-    id: str  # value of the header webhook-id, the same in each attempt
+    id: str  # value of the header webhook-id, the same in every attempt
     job_id: str
     event: Event
     receiver: str  # scheme, host and port
     state: DeliveryState
-    attempts: int  # number of attempts begun; `settle` rejects results of earlier attempts
+    attempts: int  # number of attempts begun; `settle` rejects the results of earlier attempts
     since_us: int  # time of the event on the store's clock
     error: str | None = None  # reason for the last failure
-    owner: str = ""  # owner of the job, set by a claim
+    owner: str = ""  # owner of the job; set by a claim
 
     @property
     def whose(self) -> Whose:
-        """The owner and the receiver. A failing receiver of one owner does not affect the receivers of other owners."""
+        """The owner and the receiver. If a receiver fails for one owner, other owners are not affected."""
         return self.owner, self.receiver
 
 
@@ -51,17 +51,17 @@ class Delivery:
 class Room:
     """Limits of a claim: the number of deliveries, and the owners and receivers to skip."""
 
-    most: int  # deliveries in total
-    most_failing: int  # deliveries to receivers that failed last
-    each: int = AT_ONCE_EACH  # deliveries for one owner and receiver
+    most: int  # maximum number of deliveries
+    most_failing: int  # maximum number of deliveries to receivers whose last attempt failed
+    each: int = AT_ONCE_EACH  # maximum number of deliveries for each owner and receiver
     busy: frozenset[Whose] = frozenset()  # (owner, receiver) pairs to skip
-    failing: frozenset[Whose] = frozenset()  # pairs that failed last, in addition to deliveries with an error
+    failing: frozenset[Whose] = frozenset()  # pairs whose last attempt failed, in addition to deliveries with an error
     full: frozenset[str] = frozenset()  # owners to skip
     full_of_failing: frozenset[str] = frozenset()  # owners whose failing receivers are skipped
 
 
 class DeliveryStore(ABC):
-    """Base class of JobStore, with the calls for deliveries."""
+    """Base class of JobStore that has the calls for deliveries."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables, self._jobs, self._deliveries = tables, tables.jobs, tables.deliveries
@@ -72,22 +72,22 @@ class DeliveryStore(ABC):
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[Run]:
-        """Run statements in one transaction. If a statement fails, undo the transaction and raise StorageFailed."""
+        """Run statements in one transaction. If one fails, undo the transaction and raise StorageFailed."""
 
     def _now(self) -> sa.ColumnElement[int]:
-        """Return the store's time as an SQL expression. A store shared by several servers uses the database's clock."""
+        """Return the store's time as an SQL expression. A shared store uses the database's clock."""
         return sa.literal(self.now_us(), sa.BigInteger)
 
     def _here(self) -> Conditions:
-        """Return the conditions for jobs of this store. A table may have jobs of several stores."""
+        """Return the conditions for this store's jobs. A table may contain the jobs of several stores."""
         return ()
 
     def _understood(self) -> Conditions:
-        """Return the conditions for jobs that were not made by a newer version of tminus."""
+        """Return the conditions that exclude jobs made by a newer version of tminus."""
         return ()
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Return the conditions for jobs that this store may write: unfinished, and not taken over elsewhere."""
+        """Return the conditions for unfinished jobs that no other replica has taken over."""
         return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
     def _let_go(self, job_id: str) -> None:  # noqa: B027
@@ -95,16 +95,17 @@ class DeliveryStore(ABC):
 
     @Call(writes=True, owes=True)
     def started(self, job: JobRecord) -> None:
-        """Add the event "start" if the job's webhook wants this event and the job is held and has not ended."""
+        """Add the event "start" if the webhook wants it and the job is held and unfinished."""
         held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
                 self._owe(run, job.id, job.webhook, ["start"])
 
     def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
-        """Claim due deliveries and count an attempt of each. A claim excludes other servers for `held_s` seconds.
+        """Claim due deliveries, and count an attempt for each.
 
-        Owners take turns, and so do the receivers of each owner. Jobs made by a newer version are skipped.
+        No other server can claim them for `held_s` seconds. Owners take turns, and so do the receivers of each owner.
+        Jobs made by a newer version are skipped.
         """
         table, jobs, now = self._deliveries, self._jobs, self._now()
         whose = sa.tuple_(jobs.c.owner, table.c.receiver)
@@ -137,8 +138,8 @@ class DeliveryStore(ABC):
         ranked = sa.select(in_turn.c.id, in_turn.c.owner, in_turn.c.turn, in_turn.c.failing, place.label("place"))
         first = ranked.subquery()
         query = sa.select(table, first.c.owner).join(first, first.c.id == table.c.id)
-        # Only deliveries to failing receivers are limited by `place`. LIMIT bounds the other deliveries: unlike
-        # `place`, LIMIT does not count rows that another server has locked.
+        # `place` limits only the deliveries to failing receivers. LIMIT bounds all deliveries. Unlike `place`, LIMIT
+        # does not count rows that another server has locked.
         within = sa.or_(~first.c.failing, first.c.place <= room.most_failing)
         query = query.where(within, *due).order_by(first.c.turn, table.c.due_us, table.c.id)
         with self._transaction() as run:
@@ -150,13 +151,13 @@ class DeliveryStore(ABC):
 
     @Call(writes=True)
     def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
-        """Store the result of an attempt. Return False if another server has claimed the delivery or its job is gone.
+        """Store the result of an attempt. Return False if another server has the delivery, or the job is gone.
 
         again_in_s: seconds until the next attempt of a pending delivery. counts: False if nothing was attempted.
         """
         table = self._deliveries
         held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
-        held.append(table.c.held_until_us.is_not(None))  # needed: an attempt that does not count gives its number back
+        held.append(table.c.held_until_us.is_not(None))  # `attempts` may repeat, because counts=False lowers it
         due_us = self._now() + round(again_in_s * 1e6)
         ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
         ending["attempts"] = table.c.attempts - (0 if counts else 1)
@@ -174,7 +175,7 @@ class DeliveryStore(ABC):
 
     @Call("reads")
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
-        """Return all deliveries of the jobs in the order of EVENTS, keyed by job id."""
+        """Return all deliveries of these jobs, keyed by job id, in the order of EVENTS."""
         found = dict[str, list[Delivery]]()
         with self._transaction() as run:
             for row in run(sa.select(self._deliveries).where(self._deliveries.c.job_id.in_([*job_ids]))).all():
@@ -196,7 +197,7 @@ class DeliveryStore(ABC):
                 run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
 
     def _is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
-        """Return the condition for jobs with a pending delivery of an event after this time."""
+        """Return the condition for jobs that have a pending delivery of an event after this time."""
         table, jobs = self._deliveries, self._jobs
         pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
         return sa.and_(jobs.c.webhook.is_not(None), pending.where(table.c.since_us > after_us).exists())
@@ -208,7 +209,7 @@ def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
 
 
 def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
-    """Return the webhook of a job's row, or None. damaged: return None for an unreadable webhook instead of raising."""
+    """Return the webhook in a job's row, or None. damaged: if the webhook is unreadable, return None."""
     try:
         return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
     except UNREADABLE:
@@ -218,5 +219,5 @@ def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
 
 
 def kept_bytes(webhook: Webhook | None) -> int:
-    """Estimate the bytes that a webhook and its events take in the store."""
+    """Estimate how many bytes a webhook and its events take in the store."""
     return len(webhook.url) + DELIVERY_BYTES * len(webhook.events) if webhook is not None else 0

@@ -1,8 +1,8 @@
-"""One delivery attempt: a POST to a checked address, bounded in time and bytes.
+"""One delivery attempt: a POST request to a checked address, limited in time and size.
 
-Each address is checked when the connection is made. Redirects are not followed, proxies of the environment are not
-used, and connections are not kept. Only the status of a response is read, so clients cannot read data of internal
-services through this server.
+Each address is checked when the connection is made. Redirects are not followed, proxies from the environment are not
+used, and connections are not reused. Only the status of a response is read, so that clients cannot read data of
+internal services through this server.
 
 Bodies are signed as in Standard Webhooks (standardwebhooks.com, version 1, symmetric): HMAC-SHA256 with a timestamp.
 """
@@ -27,23 +27,26 @@ from tminus.service.jobs.webhooks.webhook import AllowedReceivers, Receiver, per
 
 log = logging.getLogger(__name__)
 
-ATTEMPT_S = 10.0  # seconds for name look-up, connection, TLS, request and response
-CONNECT_S = 4.0  # seconds for the connection to one address
-MOST_ADDRESSES = 4  # addresses to try for one name
-# Use one text for both cases: clients must not learn which names the server's name server knows.
+ATTEMPT_S = 10.0  # seconds for the whole attempt: name lookup, connection, TLS, request and response
+CONNECT_S = 4.0  # seconds to connect to one address
+MOST_ADDRESSES = 4  # maximum number of addresses tried for one name
+# The text is the same for both cases, because clients must not learn which names the server can resolve.
 NOWHERE = "its name is not known, or leads to no public address; others are for --webhook-allow to list"
-GONE = 410  # status of a receiver that wants no more events (Standard Webhooks)
+GONE = 410  # response status of a receiver that wants no more events (Standard Webhooks)
 WHSEC = "whsec_"  # prefix of each secret
 LEAST_SECRET_BYTES, MOST_SECRET_BYTES = 24, 64
 MOST_SECRETS = 8
 MOST_SECRETS_FILE_BYTES = 4096
-MOST_LOOKUPS = 128  # threads for name look-ups
+MOST_LOOKUPS = 128  # maximum number of threads for name lookups
 LookUp = Callable[[str, str], Awaitable[list[str]]]  # (name, sharer) -> addresses
 SECRET_FORM = f"{WHSEC} and base64 of {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES} bytes"
 
 
 def read_secrets(text: str) -> tuple[bytes, ...]:
-    """Parse secrets, one per line, newest first. Every secret signs. Raises ValueError that shows no secret."""
+    """Parse secrets, one per line, newest first. Each body is signed with all of them.
+
+    Raises ValueError, whose message shows no secret.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if not 1 <= len(lines) <= MOST_SECRETS:
         raise ValueError(f"there must be 1 to {MOST_SECRETS} secrets, one a line; there are {len(lines)}")
@@ -75,7 +78,7 @@ def _secret(line: str) -> bytes:
 
 
 def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body: bytes) -> dict[str, str]:
-    """Return the headers that prove to a receiver the sender and the time of a body."""
+    """Return the headers that prove to a receiver who sent a body and when."""
     content = f"{delivery_id}.{unix_s}.".encode() + body
     signatures = (base64.b64encode(hmac.digest(secret, content, hashlib.sha256)).decode() for secret in secrets)
     return {
@@ -86,7 +89,10 @@ def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body
 
 
 class NotDelivered(Exception):
-    """Raised if an attempt fails. Clients see the reason, so the reason has no address and no text of the response."""
+    """Raised if an attempt fails.
+
+    Clients see the reason, so it contains no address and no text from the response.
+    """
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
         """is_final: the receiver wants no further attempts."""
@@ -95,20 +101,20 @@ class NotDelivered(Exception):
 
 
 class Sender:
-    """Sends deliveries, with a new connection for each attempt. Used in the event loop's thread only."""
+    """Sends deliveries, with a new connection for each attempt. Used only in the event loop's thread."""
 
     def __init__(
         self, secrets: tuple[bytes, ...], allowed: AllowedReceivers, tls: ssl.SSLContext, look_up: LookUp | None = None
     ) -> None:
-        """tls: has the trusted certificates. look_up: replaces the name look-up of the system."""
+        """tls: contains the trusted certificates. look_up: replaces the system's name lookup."""
         self._secrets, self._allowed, self._tls = secrets, allowed, tls
         self._look_up = look_up or Names().look_up
 
     async def send(self, url: str, delivery_id: str, body: bytes, sharer: str = "") -> None:
-        """Deliver a body. The response status decides whether the body is delivered.
+        """Send a body. The status of the response decides whether it counts as delivered.
 
-        sharer: key of the share of look-ups. Raises NotDelivered. Raises InvalidField if the URL is not allowed any
-        more, and NamesBusy before anything is sent.
+        sharer: key that name lookups count against. Raises NotDelivered. Raises InvalidField if the URL is no longer
+        allowed, and NamesBusy if too many lookups are running. In these two cases, nothing was sent.
         """
         receiver = Receiver.parse(url, self._allowed)
         headers = {
@@ -158,7 +164,10 @@ def _check(status: int) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """Return the reason for a failed connection. Show TLS errors, because the client can fix a certificate."""
+    """Return the reason for a failed connection.
+
+    TLS errors are shown, because the client can fix a certificate.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -170,7 +179,7 @@ def _why(error: BaseException) -> str:
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects only to permitted addresses. Each address is checked right before the connection."""
+    """Connects only to permitted addresses. Each address is checked right before the connection is made."""
 
     def __init__(
         self, receiver: Receiver, allowed: AllowedReceivers, look_up: Callable[[str], Awaitable[list[str]]]
@@ -206,25 +215,25 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class NamesBusy(Exception):
-    """Raised if the sharer's share of look-ups is in use. The next look-up must wait."""
+    """Raised if the sharer has too many lookups running. The next lookup must wait."""
 
 
 class Names:
-    """Looks up names in its own threads. Used in the event loop's thread only.
+    """Looks up names in its own threads. Used only in the event loop's thread.
 
-    The event loop's getaddrinfo shares threads with other work of the server, and the process waits for these threads
-    at exit. Here a name server that does not answer delays only the callers that wait for that name.
+    The event loop's getaddrinfo shares threads with other work of the server, and the process waits for them at exit.
+    With separate threads, a name server that does not answer delays only the callers that wait for that name.
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # look-ups in progress, keyed by name
-        self._sharers: dict[str, str | None] = {}  # sharer of each look-up, keyed by name; None if given up
+        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # lookups in progress, keyed by name
+        self._sharers: dict[str, str | None] = {}  # sharer of each lookup, keyed by name; None if given up
 
     async def look_up(self, name: str, sharer: str = "") -> list[str]:
-        """Return the addresses of a name, as the system finds them. Raises OSError and NamesBusy.
+        """Return the addresses of a name, as the system resolves it. Raises OSError and NamesBusy.
 
-        A sharer may have as many threads as are free, see Slots. A look-up that is given up goes on, but counts for no
-        sharer: its sharer may then have half of the other threads.
+        A sharer may use as many threads as are free (see Slots). A lookup that was given up continues, but no longer
+        counts for its sharer, who may then have half of the remaining threads.
         """
         if name not in self._asked:
             if [*self._sharers.values()].count(sharer) >= MOST_LOOKUPS - len(self._asked):
@@ -260,7 +269,7 @@ class Names:
                 found = error
             except UnicodeError:  # raised by the codec for internationalized names
                 found = OSError("it is no name")
-            with suppress(RuntimeError):  # the event loop has ended
+            with suppress(RuntimeError):  # the event loop has been closed
                 loop.call_soon_threadsafe(end, found)
 
         try:

@@ -1,7 +1,9 @@
-"""Webhook of a job: the receivers that a job may name and the addresses that the server may connect to. No I/O.
+"""The receivers that a job's webhook may name, and the addresses that the server may connect to.
+
+This module does no I/O.
 
 Clients choose the URLs that the server sends requests to. Such a URL must not reach services that only the server can
-reach: other services of its machine and network, and metadata services of clouds (OWASP, "Server-Side Request Forgery
+reach: other services on its machine and network, and metadata services of clouds (OWASP, "Server-Side Request Forgery
 Prevention").
 """
 
@@ -14,14 +16,14 @@ from typing import Any, Literal, get_args
 from tminus.service.errors import InvalidField
 
 Event = Literal["start", "output", "completed"]
-EVENTS: tuple[Event, ...] = get_args(Event)  # in the order of their occurrence
+EVENTS: tuple[Event, ...] = get_args(Event)  # in order of occurrence
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 # Without re.ASCII, [a-z] with IGNORECASE also matches the long s, the dotless i, the dotted I and the Kelvin sign.
 IN_ASCII = re.IGNORECASE | re.ASCII
-MAX_URL = 1024  # characters; a form field has at most the same number of bytes
+MAX_URL = 1024  # characters; form fields are limited to the same number of bytes
 URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII without # and the backslash, which some parsers read as a slash
@@ -32,12 +34,12 @@ NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", IN_ASCII)
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa")  # RFC 6761, RFC 6762, RFC 8375
 WELL_KNOWN_PORTS = {"http": 80, "https": 443}
-LEAST_PORT = 1024  # lower ports except 80 and 443 are refused, to protect mail and name servers
+LEAST_PORT = 1024  # ports below this are refused, except 80 and 443, to protect mail and name servers
 UNICAST = IPv6Network("2000::/3")  # IANA assigns public IPv6 addresses only from this network
 # IPv6 networks that embed IPv4 addresses: IPv4-mapped (RFC 4291) and NAT64 (RFC 6052).
 WITH_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
-# Addresses in IANA's special-purpose registries that `ipaddress` treats as public in some Python releases; 6to4 and
-# Teredo, which are tunnels to IPv4; and the address of Azure's metadata service.
+# Addresses in IANA's special-purpose registries that `ipaddress` treats as public in some Python releases, the networks
+# of the IPv4 tunnels 6to4 and Teredo, and the address of Azure's metadata service.
 REFUSED: tuple[Network, ...] = (
     *map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")),
     *map(IPv6Network, ("2001::/23", "2002::/16", "3fff::/20")),
@@ -48,7 +50,10 @@ ORIGIN_CHARACTERS = 100
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The receiver of a job's events, and the events to send. Path and query of the URL may contain secrets."""
+    """The receiver of a job's events, and the events to send.
+
+    The URL's path and query may contain secrets.
+    """
 
     url: str
     events: tuple[Event, ...] = EVENTS
@@ -63,7 +68,7 @@ class Webhook:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Webhook":
-        """Parse a stored webhook. Raises KeyError, TypeError or ValueError for other content."""
+        """Parse a stored webhook. Raises KeyError, TypeError or ValueError if it is malformed."""
         events = tuple(event for event in EVENTS if event in fields["events"])
         if not isinstance(fields["url"], str) or len(events) != len(fields["events"]):
             raise ValueError("it is no webhook")
@@ -72,14 +77,14 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class AllowedReceivers:
-    """Receivers that may be private, use plain HTTP and listen on any port."""
+    """Receivers that may have a private address, use plain HTTP and listen on any port."""
 
     hosts: frozenset[str] = frozenset()
     networks: tuple[Network, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "AllowedReceivers":
-        """Parse names, addresses and networks, separated by commas. Raises ValueError for any other text."""
+        """Parse a comma-separated list of names, addresses and networks. Raises ValueError if it is malformed."""
         hosts, networks = set(), list[Network]()
         for entry in filter(None, (each.strip() for each in text.split(","))):
             try:
@@ -91,7 +96,7 @@ class AllowedReceivers:
         return cls(frozenset(hosts), tuple(networks))
 
     def names(self, host: str) -> bool:
-        """Return True if a host, given by name or address, is listed."""
+        """Return True if the list contains this host, given by name or address."""
         address = _address(host)
         return host in self.hosts or (address is not None and self.has(address))
 
@@ -104,13 +109,13 @@ class Receiver:
     """A checked URL to which the server may send requests."""
 
     scheme: str
-    host: str  # lower case, without brackets and without a final dot
+    host: str  # in lower case, without brackets and without a trailing dot
     port: int
     target: str  # path and query
 
     @classmethod
     def parse(cls, url: str, allowed: AllowedReceivers) -> "Receiver":
-        """Parse and check a webhook's URL. Raises InvalidField, which contains only the origin of the URL."""
+        """Parse and check the URL of a webhook. Raises InvalidField, which shows only the URL's origin."""
         if len(url) > MAX_URL:
             raise refused(f"a URL of at most {MAX_URL} characters", url)
         match = URL.fullmatch(url)
@@ -141,14 +146,17 @@ class Receiver:
 
 
 def permitted(receiver: Receiver, addresses: Iterable[str], allowed: AllowedReceivers) -> list[str]:
-    """Return the resolved addresses that the server may connect to."""
+    """Return those of the resolved addresses that the server may connect to."""
     by_number = {each: ip_address(each.partition("%")[0]) for each in addresses}
     listed = receiver.host in allowed.hosts
     return [each for each, address in by_number.items() if listed or is_public(address) or allowed.has(address)]
 
 
 def is_public(address: Address) -> bool:
-    """Return True for a public unicast address: not local, private, special-purpose or a cloud's metadata service."""
+    """Return True for a public unicast address.
+
+    Local, private and special-purpose addresses are not public, nor are the metadata services of clouds.
+    """
     if isinstance(address, IPv6Address):
         for network in WITH_IPV4:
             if address in network:
@@ -160,7 +168,10 @@ def is_public(address: Address) -> bool:
 
 
 def refused(bound: str, url: str) -> InvalidField:
-    """Return the error for a URL. Show only the origin: errors are logged, and the rest of the URL may be secret."""
+    """Return the error for a URL.
+
+    It shows only the origin, because errors are logged and the rest may be secret.
+    """
     return InvalidField.of("webhook", bound, origin_of(url))
 
 
@@ -176,6 +187,9 @@ def _last_label(host: str) -> str:
 
 
 def origin_of(url: str) -> str:
-    """Return scheme, host and port of a URL or of malformed text. Drop user, path and query, which may be secret."""
+    """Return the scheme, host and port of a URL, even if malformed.
+
+    Drop user, path and query, which may be secret.
+    """
     found = ORIGIN.match(url)
     return (found[1] + found[2]).lower()[:ORIGIN_CHARACTERS] if found else "no URL"
