@@ -5,6 +5,7 @@ import io
 import json
 import zipfile
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from tests.service.api.test_stream import connect
 from tests.service.conftest import MakeSite, Restarts, Site, problem
 from tests.service.durable import wait_for
 from tests.service.fakes import INFO, fake_pixels, make_spec
+from tminus.service.api.sample import WITHOUT_EVERY
+from tminus.service.images.encoder import MEDIA_TYPES
 
 RGBA = replace(INFO, channels=4, alpha=True)
 NPY = {"Accept": "application/x-npy"}
@@ -224,3 +227,18 @@ def test_sixteen_bits_are_of_one_channel(make_site: MakeSite) -> None:
         assert found["bound"] == f"8 or 32 for {channels} channels; 16 is for one"
         found = problem(site.post(json=SPEC | {"bit_depth": 32}), 422, "invalid_field")
         assert found["bound"].startswith("8 with Accept: image/png")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_each_type_has_each_depth_or_refuses_it(make_site: MakeSite, channels: int) -> None:
+    site = make_site(info=replace(INFO, channels=channels, alpha=channels == 4))
+    for accept, bits in product(WITHOUT_EVERY, (8, 16, 32)):
+        answer = site.post(json=SPEC | {"bit_depth": bits}, headers={"Accept": accept})
+        if answer.status_code != 200:
+            assert problem(answer, 422, "invalid_field")["field"] == "bit_depth", (accept, bits)
+    for bits in (8, 16, 32):
+        if (job := site.client.post("/jobs", json=SPEC | {"bit_depth": bits})).status_code == 202:
+            wait_for(site, job.json()["id"])
+            for accept in (*MEDIA_TYPES, *NPY.values()):
+                image = site.client.get(f"/jobs/{job.json()['id']}/image", headers={"Accept": accept})
+                assert image.status_code in (200, 406), (accept, bits)
