@@ -53,8 +53,7 @@ class Admission:
         shared: the server may have several owners of jobs.
         """
         self._limits, self._times, self._shared = limits, times or OwnerTimes(), shared
-        # Guards the ledger and the speeds. Do not make a forecast while holding this lock: the worker would have to
-        # wait.
+        # Guards the ledger and the speeds. Make no forecast while holding this lock, because the worker may need it.
         self._lock = threading.Lock()
         # The ledger, keyed by job id, in order of arrival. The schedulers keep the same counts, but they know a job
         # only after the worker's thread has begun it, and only that thread may use them.

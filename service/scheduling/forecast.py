@@ -107,7 +107,7 @@ class Stride:
 
 
 class Simulation:
-    """Simulates all accepted jobs, assuming that no other job arrives."""
+    """Simulates the given jobs, assuming that no other job arrives."""
 
     def __init__(
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], service_time_s: Mapping[str, float] | None = None
@@ -129,7 +129,7 @@ class Simulation:
             self._times.stepped({owner: service_time_s[owner] for owner in self._times.owners})
 
     def running(self) -> frozenset[str]:
-        """Return the ids of the jobs of which every unfinished row steps in the next tick."""
+        """Return the ids of the jobs that have all their unfinished rows in the next tick."""
         schedulers = [self._schedulers[model] for model in self._model_scheduler.shares()]
         batches = [(scheduler, scheduler.next_batch()) for scheduler in schedulers]
         return frozenset(
@@ -260,9 +260,8 @@ class Arrivals:
     """
 
     def __init__(self) -> None:
-        self._current, self._sizes = 0, list[float]()  # number of the current window, seconds of work of its jobs
-        # For each past window: its number, the seconds of work of each job in ascending order, and their cumulative
-        # sums.
+        self._current, self._sizes = 0, list[float]()  # number of the current window, and its jobs' sizes in seconds
+        # For each past window: its number, its jobs' sizes in ascending order, and the cumulative sums of the sizes.
         self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
 
     def add(self, work_s: float, now_s: float) -> None:

@@ -137,7 +137,7 @@ class BacklogForecast:
                 note(time_s)
 
     def _less(self, load: Load, stride: Stride, owner: str | None = None) -> Load:
-        """Subtract a stride from a load. owner: subtract only the work of this owner; None subtracts all work."""
+        """Subtract a stride from a load. owner: subtract only this owner's work; None: all work."""
         stepped = [job for job_id in stride.places if owner in (None, (job := self._jobs[job_id]).owner)]
         ended = [job for job in stepped if job.job_id in stride.ended]
         ended_rows = sum(job.work.rows for job in ended)
@@ -156,8 +156,7 @@ class BacklogForecast:
         if at == 0:
             return room_s
         before_s, before = self._points[at - 1]
-        # Between two points, the remaining work decreases linearly. The numbers of jobs and rows change only at a
-        # point.
+        # Between two points, the remaining work decreases linearly. The numbers of jobs and rows stay the same.
         part = bisect_left(range(PARTS), True, key=lambda part: fits(_between(before, load, part / PARTS)))
         return before_s + part / PARTS * (room_s - before_s)
 

@@ -106,9 +106,7 @@ class BatchPolicy:
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Return True if the owner with the least service time leads.
-
-        Other owners may then lengthen its ticks only a little.
+        """Return True if the owner with the least service time leads. Others may lengthen its ticks only a little.
 
         ahead_s: the service time of the next owner minus that of this owner.
         """
@@ -222,8 +220,7 @@ class OwnerQueue:
 
     def __init__(self, policy: BatchPolicy) -> None:
         self._policy = policy
-        # In order of arrival. An OrderedDict finds its first entry at once; a dict would first skip all deleted
-        # entries.
+        # In order of arrival. An OrderedDict finds its first entry at once; a dict would skip deleted entries.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._much_longer: float | None = None  # cached value of `much_longer`; None after a job was added or removed
         # Sort keys of the jobs, except jobs with all rows in flight. The job that goes first is at the end of the list,
