@@ -40,7 +40,7 @@ class Turnstile:
 
     @property
     def is_open(self) -> bool:
-        """True if a caller can enter without waiting, unless the caller is isolated."""
+        """True if a caller that is not isolated could enter without waiting."""
         with self._changed:
             return not self._waiting and not any(self._inside)
 
@@ -108,8 +108,8 @@ class AutoencoderThread:
     def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
         """on_task_done: called after each task.
 
-        report: called before each task of a durable job, with a list of the job's id. Called with an empty list after
-        the task. Both callbacks run in the autoencoder's thread.
+        report: called before each task of a durable job, with the job's id in a list, and after the task with an empty
+        list. Both callbacks run in the autoencoder's thread.
         """
         self._on_task_done, self._report = on_task_done, report
         self.turnstile = Turnstile()  # the thread is inside while it runs a task
@@ -151,7 +151,7 @@ class AutoencoderThread:
             return True
 
     def drop(self, job_id: str) -> None:
-        """Forget a job. A task of the job that is already running still runs to its end and is reported."""
+        """Forget a job. If one of its tasks is running, the task still runs to its end and is reported."""
         self.jobs.pop(job_id, None)
         with self._changed:
             self._forget(job_id)

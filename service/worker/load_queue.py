@@ -59,8 +59,8 @@ class PendingLoad:
 class LoadQueue:
     """Holds the pending loads, oldest first, and the names of unloaded models.
 
-    `ensure_loaded` and `load` add a load and wait for it. The loader runs the pending loads, and calls `end` after
-    each.
+    `ensure_loaded` and `load` queue a load and wait for it. The loader runs the queued loads, and calls `end` after
+    each. All methods must be called in the event loop's thread.
     """
 
     def __init__(self, state: WorkerState, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:

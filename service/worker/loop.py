@@ -126,8 +126,8 @@ class Loop:
     def accept(self, job: RunningJob) -> None:
         """Start a job. Its rows step from the next tick on, or once its picture is encoded."""
         with self._working_on([job]):
-            answered = job.future.done() and not job.future.cancelled()  # it failed while the worker hung
-            # A future that runs cannot be cancelled by the client. From now on, only the worker ends the job.
+            answered = job.future.done() and not job.future.cancelled()  # answered while the worker hung
+            # The client cannot cancel a running future. From now on, only the worker ends the job.
             if answered or not job.future.set_running_or_notify_cancel():
                 self.events.append(Ended(job))
                 return
@@ -139,7 +139,7 @@ class Loop:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Return a context for work on these jobs. An isolated job first waits for all ticks and other tasks."""
+        """Return a context for work on these jobs. An isolated job first waits for all other work."""
         if jobs[0].new.isolated:
             self._end_ticks()
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)

@@ -175,7 +175,7 @@ def report_nothing(_thread: WorkerThread, _jobs: Collection[str]) -> None:
 
 
 class CurrentJobs:
-    """The jobs that the worker's thread is working on. Reports which of them are durable.
+    """The jobs that the worker's thread is working on. Reports the durable ones among them.
 
     While the thread works on an isolated job, no other job runs, so no other job can cause a crash.
     """
@@ -216,7 +216,7 @@ class CurrentJobs:
         with self._turnstile.enter(isolated=isolated, again=bool(self._ticks), before_wait=report_none):
             self.set(jobs)
             yield
-            if isolated:  # but keep the job in `ids`: it may still crash the worker before the next tick
+            if isolated:  # `ids` still has the job, because it may yet crash the worker before the next tick
                 report_none()
 
     def _report_steps(self, jobs: frozenset[str]) -> None:

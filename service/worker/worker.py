@@ -153,7 +153,7 @@ class WorkerState:
 
     @property
     def stall(self) -> Stalled | None:
-        """The error for new jobs while a thread hangs, naming the thread that has hung longest; otherwise None."""
+        """The error for new jobs while a thread hangs; otherwise None. It names the thread that has hung longest."""
         stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in (*self._own, *self._others))
         return Stalled(stalled_s, name) if stalled_s else None
 
@@ -163,7 +163,7 @@ class WorkerState:
         return max(pulse.stalled_s for pulse in self._own)
 
     def check_open(self) -> None:
-        """Raise NotReady, Draining, Stalled or EngineFailed if the worker does not accept jobs now."""
+        """Raise NotReady, Draining, Stalled or EngineFailed unless the worker accepts jobs."""
         if self.crashed:
             raise EngineFailed(CRASHED)
         if self.draining or self.is_closed.is_set():
@@ -227,8 +227,7 @@ class Worker:
         """
         self.state.check_open()
         model, now_s = self._model(new.work.model), self._clock()
-        # Do not hold `_gate` during this call: it can take milliseconds, and the worker's thread needs `_gate` to end a
-        # job.
+        # Do not hold `_gate` during this call. It can take milliseconds, and the worker needs `_gate` to end a job.
         outlook = self._admission.enter(
             new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
         )
@@ -293,7 +292,7 @@ class Worker:
         """
         self.state.check_open()
         with self._gate:
-            self._models.pop(number, None)  # now, so no later job can be queued for the model
+            self._models.pop(number, None)  # from now on, no job can be queued for the model
         return self._post(lambda: self._loop.unload(number))
 
     def _model(self, number: int) -> LoadedModel:
