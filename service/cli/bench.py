@@ -28,12 +28,12 @@ Kind = TypeVar("Kind")  # all requests of one kind have the same parameters
 MOST_REQUESTS = 20_000
 SETTINGS = ("sampler", "steps", "guidance")  # settings that a response contains
 MOST_OUTSTANDING = 500  # limit on open requests; half of the usual limit of 1024 open files
-MOST_LATE = 0.05  # if the client's lateness exceeds this share of all latency, the command prints a warning
+MOST_LATE = 0.05  # the command warns if the client's lateness exceeds this share of all latency
 PERCENTILES = (50, 95, 99)
 MIX = "8:1x20,3:4x50,1:8x250"
 LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # default rates, as shares of the estimated capacity
 IN_TIME = 0.95  # the goodput is the highest rate at which this share of requests is in time
-ALONE = 3  # requests of each size to measure the time alone, which is their median
+ALONE = 3  # requests of each size, sent one at a time; their median latency is the time alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def mean_row_steps(mix: Mix) -> float:
 def poisson(count: int, seconds: float, chance: random.Random) -> list[float]:
     """Draw the arrival times of a Poisson process. The number is fixed, so every seed gives the same load.
 
-    Under this condition, the arrival times are independent and uniformly distributed.
+    Given their number, the arrival times of a Poisson process are independent and uniformly distributed.
     """
     return sorted(chance.uniform(0, seconds) for _ in range(count))
 
@@ -125,7 +125,7 @@ class Outcome:
 
     requests: int = 0
     latencies_s: list[float] = field(default_factory=list)  # latencies of the requests that were answered with images
-    late_s: float = 0.0  # how late the client sent these requests, in total
+    late_s: float = 0.0  # sum of the delays with which the client sent these requests
     refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status
     unsent: int = 0  # number of requests not sent, because MOST_OUTSTANDING others were still waiting
     last_s: float = 0.0  # time from the start to the last response
@@ -138,7 +138,7 @@ class Outcome:
 
     @property
     def unanswered(self) -> int:
-        """Number of requests that were given up in the end."""
+        """Number of requests that were given up without a response."""
         return self.missed - self.refused.total() - self.unsent
 
 
@@ -160,7 +160,7 @@ def kept_up(unsent: int, late_share: float) -> bool:
 
 
 def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
-    """Return the values of --json for requests of n images.
+    """Return the values that --json prints for requests of n images.
 
     A percentile is None if it falls on a request that was given up.
     """
@@ -182,14 +182,17 @@ def percentile(ordered: Sequence[float], q: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A mix of requests. A request is in time if it takes at most one of `factors` times its time alone."""
+    """Parameters of --slo. A request is in time if it takes at most `factor` times its time alone.
+
+    The share of requests in time is measured for each of several factors.
+    """
 
     mix: Mix
     alone_s: Mapping[Size, float]
     factors: tuple[float, ...]
 
     def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
-        """Return the values of --json for one rate. A request without images does not count as in time."""
+        """Return the values that --json prints for one rate. A request without images is not in time."""
         times = {
             str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
             for size, outcome in outcomes.items()
@@ -308,8 +311,8 @@ def bench(
       tminus bench --slo 3 --mix 8:1x20,3:4x50,1:8x250
 
     The load is an open loop: requests arrive as a Poisson process, even if earlier requests have no response yet. The
-    latency of a request counts from its planned arrival. So if the rate is above the server's capacity, the latencies
-    grow with --seconds, and then the server refuses requests. The requests have no seed, so no response comes from a
+    latency of a request counts from its planned arrival. If the rate exceeds the server's capacity, the latencies grow
+    with --seconds, until the server refuses requests. The requests have no seed, so no response comes from a
     cache. The command sends the API key in the variable TMINUS_KEY, if there is one.
 
     The command prints these lines. --json has the same values under the names in brackets, and also url, model and
@@ -329,9 +332,9 @@ def bench(
                   latency; above 5 % [kept_up] is false, and a warning says
                   that the client was too slow to measure the server
 
-    With --slo, the requests are those of --mix, and the command first sends one request at a time to measure the time
-    alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the most row-steps a second of a request alone. A
-    request that is refused or given up is not in time.
+    With --slo, the requests are those of --mix. The command first sends one request at a time, to measure the time
+    that a request takes alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the highest number of row-steps a
+    second that a request reaches alone. A request that is refused or given up is not in time.
 
     \b
       mix         [mix, sampler, seconds, seed] weights by size, IMAGESxSTEPS
@@ -442,8 +445,7 @@ async def _send_alone(
 ) -> tuple[dict[Kind, list[float]], Any]:
     """Send requests one after the other, `times` of each kind.
 
-    Returns the duration of each request in seconds, and the last response.
-    Raises ClientError.
+    Returns the duration of each request in seconds, and the last response. Raises ClientError.
     """
     from tminus.service.client import AsyncClient
 

@@ -1,6 +1,6 @@
-"""Settings from flags, variables (TMINUS_...), a file and defaults, in this order of priority.
+"""Reads settings from flags, TMINUS_ variables, a file and defaults. Also contains `tminus config`.
 
-Also contains `tminus config`.
+A flag has priority over a variable, a variable over the file, and the file over the default.
 """
 
 import json
@@ -179,7 +179,7 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
 @click.option("--changed", is_flag=True, help="Print only the settings that are not the default")
 @JSON
 def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> None:
-    """Print the settings of `tminus serve` with the same flags, variables and file, and the source of each setting.
+    """Print the settings that `tminus serve` would use with these flags, variables and file, and where they come from.
 
     \b
       tminus config --changed

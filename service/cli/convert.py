@@ -1,4 +1,4 @@
-"""`tminus convert` and `tminus inspect`: convert or describe files of other projects."""
+"""`tminus convert` and `tminus inspect`: convert files of other projects, and describe checkpoints."""
 
 import time
 from pathlib import Path
@@ -112,7 +112,7 @@ def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _costs(found: "Description") -> dict[str, Any]:
-    """Measure what one image costs on the CPU in float32. Empty if the network is unknown."""
+    """Measure the memory and time of one image on the CPU in float32. Empty if the network is unknown."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS

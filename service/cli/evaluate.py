@@ -163,7 +163,7 @@ def evaluate(
 
 
 def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple[Point, ...], tuple[Point, ...]]":
-    """Return all combinations of samplers, steps and guidance to measure, and those to compare with.
+    """Return the points to measure, and the points to compare them with. Raises ValueError.
 
     Raises ValueError.
     """
@@ -229,7 +229,7 @@ def measure(
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
-    # Load the checkpoint a second time below, because an executor may take over the network.
+    # Below, the checkpoint is loaded a second time, because an executor may keep the network for itself.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
     # If OpenVINO runs the network, choose_executor leaves only one thread to torch. With more torch threads, a pass
     # would take twice as long on a busy machine. Sampling keeps this number of threads; the classifier gets all

@@ -32,7 +32,7 @@ KEY = "TMINUS_KEY"  # environment variable with the API key to send
 MAX_LOCAL_N = 4096  # maximum number of images of a job in this process
 MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # maximum number of pixels in a PNG
 MAX_SCALE = 64
-SCALE = "scale"  # key in a PNG's recipe: the factor by which the PNG was enlarged
+SCALE = "scale"  # name of a value in a PNG's recipe: the factor by which the PNG was enlarged
 # Options that select a model, either on a server or to be loaded in this process.
 model_options = options(
     click.option("--url", help="Server to ask, instead of loading a checkpoint"),
@@ -78,8 +78,9 @@ class LocalJob:
     def of(cls, options: LoadOptions, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
         """Load a model, and check a job's parameters against it. Exits with 1 on an error.
 
-        The model is loaded as by a server with default settings, but a small job skips the measurements: see
-        `load_engine`. fingerprint: if the job makes earlier images again, the fingerprint of the engine that made them.
+        The model is loaded in the same way as by a server with default settings. A small job skips the measurements:
+        see `load_engine`. fingerprint: if the job makes earlier images again, the fingerprint of the engine that made
+        them.
         """
         from tminus.service.api.request.schemas import SampleRequest, bounds_of
         from tminus.service.api.request.specs import spec_of, with_inputs
@@ -238,7 +239,7 @@ def key_of_server() -> str | None:
 
 @contextmanager
 def one_line_of_server(url: str) -> Iterator[None]:
-    """End the command with one line, including advice, if the `with` block raises an error of the client."""
+    """Turn a ClientError of the `with` block into one line of output with advice, and exit with 1."""
     from tminus.service.client import ClientError, Problem, Unreachable
 
     try:

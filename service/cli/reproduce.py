@@ -88,7 +88,7 @@ def reproduce(
         original = read_bounded(png)
         recipe = read_recipe(original)
     check_recipe_pictures(png, recipe, image, mask)
-    parameters = recipe.parameters | read_pictures(image, mask)  # the job checks the hashes
+    parameters = recipe.parameters | read_pictures(image, mask)  # hashes are checked later
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
     else:
@@ -328,7 +328,7 @@ def first_difference(file: "Arrays", again: "Arrays") -> str | None:
         else:
             apart = theirs != mine
         if apart.any():
-            with np.errstate(invalid="ignore"):  # without clipping, a bound is infinite
+            with np.errstate(invalid="ignore"):  # for steps without clipping, the bound is infinite
                 by = abs(theirs.astype(np.float64) - mine)
             return _where(name, apart, by, again, steps)
     return None

@@ -47,8 +47,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     the options in full. You can also set each option by a variable, or in the file that --config names.
     """
     settings, _ = read_settings(Settings, config, flags)
-    # There is nothing to finish while the model loads. A process with the id 1 (in a container) would ignore SIGTERM
-    # without this handler. Do not raise an exception here: while a library starts, it can abort the process.
+    # While the model loads, there is no work to finish. Without this handler, a process with id 1 (in a container)
+    # would ignore SIGTERM. Do not raise an exception in the handler: it can abort a library's start.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
 
@@ -85,7 +85,7 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
       tminus ray serve --checkpoint runs/digits --max-replicas 4 --job-store "$URL"
 
     The command needs the extra `ray`. It joins a running cluster, or otherwise starts a cluster on this machine. When
-    the command ends, the replicas drain, and a cluster that the command started ends.
+    the command ends, the replicas drain. If the command started the cluster, the cluster ends too.
     """
     settings, _ = read_settings(RaySettings, config, flags)
     _exit_on_signals()
@@ -159,7 +159,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
             signal.signal(signum, lambda _signum, _frame: stopped.set())
     except BaseException as error:  # even after SystemExit, Ray Serve would go on starting the replicas
         messages = ""
-        if deployed:  # otherwise an application with this name belongs to someone else
+        if deployed:  # otherwise an application with this name is not ours
             with suppress(Exception):
                 deployments = ray_serve.status().applications[NAME].deployments
                 messages = "".join(each.message for each in deployments.values())
@@ -192,7 +192,7 @@ def _end(name: str, within_s: float) -> bool:
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # Serve answers only once it has begun the deletion
+    while name in ray_serve.status().applications:  # Serve answers after it has begun the deletion
         if time.monotonic() >= until_s:
             return False
         time.sleep(ENDING_INTERVAL_S)

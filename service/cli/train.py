@@ -121,7 +121,7 @@ def train(**flags: Any) -> None:
 
     Put the images into digits/, or into a subfolder for each class. The defaults of the other options suit the number
     of images. During training, samples.png and loss.svg in runs/digits show the progress. Ctrl-C saves the run, and the
-    same command resumes the run with the same result as without the stop.
+    same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -244,7 +244,7 @@ def train_autoencoder(**flags: Any) -> None:
       tminus train-autoencoder --data photos/ --size 64 --out runs/coder
       tminus train --data photos/ --size 64 --latent runs/coder --out runs/photos
 
-    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -299,7 +299,7 @@ def distill(**flags: Any) -> None:
       tminus distill --checkpoint runs/digits --out runs/digits-student
       tminus serve --checkpoint runs/digits-student
 
-    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -345,8 +345,8 @@ def load_training_data(
     """Load a split of Fashion-MNIST ("train" or "test"), or all images in a folder.
 
     data: fashion-mnist, or the folder. idx_folder: the folder with the files of Fashion-MNIST; None: that of Debian's
-    package. The other parameters are only for a folder of images. channels: None keeps those of the images. background:
-    the colour behind transparent pixels. Raises DataError, or ValueError for an invalid colour or a missing folder.
+    package. The other parameters are only for a folder of images. channels: None: as in the images. background: the
+    colour behind transparent pixels. Raises DataError, or ValueError for an invalid colour or a missing folder.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder

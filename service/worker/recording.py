@@ -1,6 +1,6 @@
 """Recorders, which keep frames or latents of a running job.
 
-Each row is recorded at fixed steps of its own, so the load of the server does not change a recording.
+A row is recorded when it reaches certain steps, so the load of the server does not change a recording.
 """
 
 from abc import ABC, abstractmethod
@@ -54,7 +54,7 @@ class Recorder(ABC, Generic[Kept]):
 
 
 class Recording(Recorder[Mapping[Show, Images]]):
-    """Records a frame of the job at every `every`-th step."""
+    """Records a frame of the job after every `every` steps."""
 
     def __init__(
         self,
@@ -153,8 +153,8 @@ class RecordingRoom:
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
         """Reserve memory for one response while the `with` block runs.
 
-        Raises Overloaded if the memory is not available. A small response always fits, and so does the only response.
-        field: the request parameter that determines the size, for the error.
+        A small response always fits, and so does the only response. Raises Overloaded if the memory is not available.
+        The error names `field`, the request parameter that determines the size.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:

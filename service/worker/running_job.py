@@ -59,7 +59,7 @@ class RunningJob:
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
     work: Work = field(init=False)
-    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # Unix time; submitted_s is not
+    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # Unix time, unlike submitted_s
     outlook: Outlook | None = None  # the forecast made when the job was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
     watches: list[Watch] = field(init=False)
@@ -174,7 +174,7 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """Return the status according to an earlier forecast.
+        """Return the job's status, based on an earlier forecast.
 
         A job that arrived after that forecast uses the forecast from its acceptance.
         """

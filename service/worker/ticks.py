@@ -38,7 +38,7 @@ class TickEnd:
     advance: Advance
     now_s: float = 0.0
     seconds: float = 0.0  # from the start of this tick or the end of the last, whichever is later
-    is_measurement: bool = False  # True if `seconds` is a valid duration for such a batch
+    is_measurement: bool = False  # True if `seconds` is how long such a batch takes
     broken: frozenset[int] = frozenset()  # rows that have NaN or infinite values
     error: Exception | None = None
 

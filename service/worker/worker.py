@@ -153,7 +153,7 @@ class WorkerState:
 
     @property
     def stall(self) -> Stalled | None:
-        """The error for new jobs while a thread hangs; otherwise None. It names the thread that has hung longest."""
+        """The error for new jobs while a thread hangs; otherwise None. It names the longest hang."""
         stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in (*self._own, *self._others))
         return Stalled(stalled_s, name) if stalled_s else None
 
