@@ -1,1 +1,1 @@
-"""The `tminus` command and its subcommands. No other part of the service prints or exits."""
+"""The `tminus` command. Only this package prints to the terminal or exits the process."""

@@ -1,4 +1,4 @@
-"""`tminus approve`: approve or refuse bfloat16 for a checkpoint, by comparing images."""
+"""`tminus approve`: compares images to approve or refuse bfloat16 for a checkpoint."""
 
 import sys
 from dataclasses import replace
@@ -47,7 +47,7 @@ def approve(checkpoint: Path, images: int | None, executor: str, cache_dir: Path
     with failing_in_one_line():
         options = LoadOptions(checkpoint, device, executor)
         torch_device, cache = choose_device(device), cache_dir or default_cache()
-        loaded = replace(read_checkpoint(options), approved={})  # ignore earlier approvals, to run in float32
+        loaded = replace(read_checkpoint(options), approved={})  # forget earlier approvals, so float32 is used
         check_comparable(loaded)
         wish = wish_of(options, torch_device)
         if executor != "auto":

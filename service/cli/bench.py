@@ -1,10 +1,11 @@
 """`tminus bench`: sends a small open-loop load to a server, and measures the latency of the requests.
 
-With --slo, it measures the share of requests in time at each rate. A request is in time if its latency is at most a
-given multiple of the time that a request of the same size takes alone. `python -m bench` uses the same functions.
+With --slo, it measures the share of requests that are in time at each rate. The time alone of a request is its latency
+on an idle server. A request is in time if its latency is at most a given multiple of its time alone. `python -m bench`
+uses the same functions.
 
-Each request is sent at its planned time, even if earlier requests have no response yet, and its latency counts from
-that time. A client that waits for each response would hide the queueing time (coordinated omission).
+Each request is sent at its planned time, even if earlier requests are still waiting, and its latency counts from that
+time. A client that waits for each response would hide the queueing time (coordinated omission).
 """
 
 import asyncio
@@ -23,21 +24,21 @@ from tminus.service.cli.images import key_of_server, one_line_of_server
 from tminus.service.cli.options import JSON, SAMPLER_NAMES, comma_separated
 from tminus.service.cli.output import aligned, fail, say, say_json
 
-Kind = TypeVar("Kind")  # requests of one kind have the same parameters
+Kind = TypeVar("Kind")  # all requests of one kind have the same parameters
 MOST_REQUESTS = 20_000
-SETTINGS = ("sampler", "steps", "guidance")  # settings that a response names
-MOST_OUTSTANDING = 500  # maximum number of connections; half of the usual limit of 1024 open files
-MOST_LATE = 0.05  # maximum lateness of the client, as a share of all latency; above it, the command prints a warning
+SETTINGS = ("sampler", "steps", "guidance")  # settings that a response contains
+MOST_OUTSTANDING = 500  # limit on open requests; half of the usual limit of 1024 open files
+MOST_LATE = 0.05  # the command warns if the client's lateness exceeds this share of all latency
 PERCENTILES = (50, 95, 99)
 MIX = "8:1x20,3:4x50,1:8x250"
-LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # rates as shares of the estimated capacity
-IN_TIME = 0.95  # share of requests in time that defines the goodput
-ALONE = 3  # sequential requests of each size; their median is the time alone
+LADDER = (0.4, 0.6, 0.8, 0.9, 1.0)  # default rates, as shares of the estimated capacity
+IN_TIME = 0.95  # the goodput is the highest rate at which this share of requests is in time
+ALONE = 3  # requests of each size, sent one at a time; their median latency is the time alone
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Number of images and steps of a request."""
+    """The size of a request: its number of images and steps."""
 
     n: int
     steps: int
@@ -50,11 +51,11 @@ class Size:
         return f"{self.n}x{self.steps}"
 
 
-Mix = Mapping[Size, int]  # relative number of requests, keyed by size
+Mix = Mapping[Size, int]  # relative frequency of each size
 
 
 def read_mix(text: str) -> dict[Size, int]:
-    """Parse WEIGHT:IMAGESxSTEPS, separated by commas. Raises click.BadParameter."""
+    """Parse a list of WEIGHT:IMAGESxSTEPS. Raises click.BadParameter."""
     found: dict[Size, int] = {}
     for part in map(str.strip, text.split(",")):
         match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})x([1-9]\d{0,5})", part, re.ASCII)
@@ -66,22 +67,22 @@ def read_mix(text: str) -> dict[Size, int]:
 
 
 def mean_row_steps(mix: Mix) -> float:
-    """Return the mean number of row-steps per request."""
+    """Return the average number of row-steps in a request. A row-step is one step of one image."""
     return sum(size.row_steps * weight for size, weight in mix.items()) / sum(mix.values())
 
 
 def poisson(count: int, seconds: float, chance: random.Random) -> list[float]:
-    """Draw the arrival times of a Poisson process. The number is fixed, so the load does not depend on the seed.
+    """Draw the arrival times of a Poisson process. The number is fixed, so every seed gives the same load.
 
-    For a fixed number, the arrival times of a Poisson process are independent and uniform.
+    Given their number, the arrival times of a Poisson process are independent and uniformly distributed.
     """
     return sorted(chance.uniform(0, seconds) for _ in range(count))
 
 
 def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[tuple[float, Size]]:
-    """Draw a Poisson process of requests of a mix, for about this many seconds.
+    """Draw a Poisson process of requests from a mix. The process lasts about `seconds` seconds.
 
-    The rate and the number of requests of each size (at least one) do not depend on the seed.
+    The rate and the number of requests of each size (at least one) are the same for every seed.
     """
     chance = random.Random(seed)  # noqa: S311 (no secret)
     blocks = row_steps_per_s * seconds / mean_row_steps(mix) / sum(mix.values())
@@ -92,15 +93,20 @@ def mixed(mix: Mix, row_steps_per_s: float, seconds: float, seed: int) -> list[t
 
 
 def share_within(times_alone: Sequence[float], factor: float) -> float:
-    """Return the share of requests that took at most `factor` times their time alone."""
+    """Return the share of requests with a latency of at most `factor` times their time alone.
+
+    times_alone: the latency of each request, divided by its time alone.
+    """
     return sum(each <= factor for each in times_alone) / len(times_alone)
 
 
 def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
-    """Find the highest rate at which 95 % of the requests are in time. attained: their share, keyed by rate.
+    """Find the highest rate at which 95 % of the requests are in time.
 
-    The value is interpolated between the highest rate with 95 % in time and the next rate. `at_least`: the goodput is
-    above the highest rate measured. `at_most`: the goodput is below the lowest rate measured.
+    attained: the share of requests that are in time, keyed by rate.
+
+    The value is interpolated between the highest rate that reaches 95 % and the next higher rate. `at_least` is set if
+    every rate measured reaches 95 %, and `at_most` if none does.
     """
     rates = sorted(attained)
     good = [rate for rate in rates if attained[rate] >= IN_TIME]
@@ -115,29 +121,29 @@ def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Counts the outcomes of requests of one kind."""
+    """Counts the outcomes of all requests of one kind."""
 
     requests: int = 0
-    latencies_s: list[float] = field(default_factory=list)  # requests answered with images
-    late_s: float = 0.0  # sum of the delays before these requests were sent
+    latencies_s: list[float] = field(default_factory=list)  # latencies of the requests that were answered with images
+    late_s: float = 0.0  # sum of the delays with which the client sent these requests
     refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status
-    unsent: int = 0  # not sent because MOST_OUTSTANDING requests waited
-    last_s: float = 0.0  # seconds from the start to the last response
+    unsent: int = 0  # number of requests not sent, because MOST_OUTSTANDING others were still waiting
+    last_s: float = 0.0  # time from the start to the last response
     answer: Any = None  # the last response
 
     @property
     def missed(self) -> int:
-        """Return the number of requests without images."""
+        """Number of requests that were not answered with images."""
         return self.requests - len(self.latencies_s)
 
     @property
     def unanswered(self) -> int:
-        """Return the number of requests that were given up at the end."""
+        """Number of requests that were given up without a response."""
         return self.missed - self.refused.total() - self.unsent
 
 
 def figures_of(outcomes: Collection[Outcome]) -> dict[str, Any]:
-    """Return the figures that --json prints for every kind of load."""
+    """Return the values that --json prints for every kind of load."""
     latency_s = sum(sum(each.latencies_s) for each in outcomes)
     return {
         "answered": sum(len(each.latencies_s) for each in outcomes),
@@ -149,13 +155,16 @@ def figures_of(outcomes: Collection[Outcome]) -> dict[str, Any]:
 
 
 def kept_up(unsent: int, late_share: float) -> bool:
-    """Return True if the client was fast enough to measure the server."""
+    """Return True if the client was fast enough, so the measurements describe the server."""
     return unsent == 0 and late_share <= MOST_LATE
 
 
 def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
-    """Return the figures of requests of n images. A percentile is None if it falls on a request that was given up."""
-    # Count the latency of a request that was given up as infinite: the percentiles must not omit the longest waits.
+    """Return the values that --json prints for requests of n images.
+
+    A percentile is None if it falls on a request that was given up.
+    """
+    # A request that was given up counts as infinitely slow: the percentiles must not ignore the longest waits.
     ordered = sorted([*outcome.latencies_s, *[math.inf] * outcome.unanswered])
     figures = figures_of([outcome])
     return figures | {
@@ -167,20 +176,23 @@ def figures_of_one_rate(outcome: Outcome, n: int) -> dict[str, Any]:
 
 
 def percentile(ordered: Sequence[float], q: int) -> float:
-    """Return the smallest value that at least q percent of the values do not exceed. ordered: in rising order."""
+    """Return the smallest value that is at least as large as q % of the values. ordered: ascending."""
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A mix of requests, the time alone of each size, and the multiples of this time that are still in time."""
+    """Parameters of --slo. A request is in time if it takes at most `factor` times its time alone.
+
+    The share of requests in time is measured for each of several factors.
+    """
 
     mix: Mix
     alone_s: Mapping[Size, float]
     factors: tuple[float, ...]
 
     def at_rate(self, rate: float, outcomes: Mapping[Size, Outcome]) -> dict[str, Any]:
-        """Return the figures at one rate. A request without images is not in time."""
+        """Return the values that --json prints for one rate. A request without images is not in time."""
         times = {
             str(size): [s / self.alone_s[size] for s in outcome.latencies_s] + [math.inf] * outcome.missed
             for size, outcome in outcomes.items()
@@ -221,7 +233,7 @@ class Goal:
 
 
 def finite(value: float) -> float | None:
-    """Round a value for --json. Return None for infinity, which JSON cannot represent."""
+    """Round a value for --json. Returns None for infinity, which JSON cannot express."""
     return round(value, 4) if value < math.inf else None
 
 
@@ -299,8 +311,8 @@ def bench(
       tminus bench --slo 3 --mix 8:1x20,3:4x50,1:8x250
 
     The load is an open loop: requests arrive as a Poisson process, even if earlier requests have no response yet. The
-    latency of a request counts from its planned arrival. So if the rate is above the server's capacity, the latencies
-    grow with --seconds, and then the server refuses requests. The requests have no seed, so no response comes from a
+    latency of a request counts from its planned arrival. If the rate exceeds the server's capacity, the latencies grow
+    with --seconds, until the server refuses requests. The requests have no seed, so no response comes from a
     cache. The command sends the API key in the variable TMINUS_KEY, if there is one.
 
     The command prints these lines. --json has the same values under the names in brackets, and also url, model and
@@ -320,9 +332,9 @@ def bench(
                   latency; above 5 % [kept_up] is false, and a warning says
                   that the client was too slow to measure the server
 
-    With --slo, the requests are those of --mix, and the command first sends one request at a time to measure the time
-    alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the most row-steps a second of a request alone. A
-    request that is refused or given up is not in time.
+    With --slo, the requests are those of --mix. The command first sends one request at a time, to measure the time
+    that a request takes alone. The default rates are 0.4, 0.6, 0.8, 0.9 and 1 times the highest number of row-steps a
+    second that a request reaches alone. A request that is refused or given up is not in time.
 
     \b
       mix         [mix, sampler, seconds, seed] weights by size, IMAGESxSTEPS
@@ -379,18 +391,18 @@ def bench(
 
 
 def check_number(rate: float, seconds: float) -> None:
-    """Fail if a rate makes too many requests."""
+    """Fail if there would be too many requests at this rate."""
     if rate * seconds > MOST_REQUESTS:
         fail(f"--rate times --seconds: must be at most {MOST_REQUESTS} requests, got {rate * seconds:.0f}")
 
 
 def used_settings(example: Any) -> dict[str, Any]:
-    """Return the settings that a server used, from one of its responses."""
+    """Return the settings that the server used, as stated in one of its responses."""
     return {name: value for name in SETTINGS if (value := getattr(example, name, None)) is not None}
 
 
 def text_of(report: Mapping[str, Any]) -> str:
-    """Return the figures as lines of text."""
+    """Return the report as lines of text."""
     images = f"{report['n']} image{'s' * (report['n'] > 1)}"
     how = "".join(f", {name} {report[name]}" for name in SETTINGS if report.get(name) is not None)
     lines = {
@@ -407,7 +419,7 @@ def text_of(report: Mapping[str, Any]) -> str:
 
 
 def text_of_slo(report: Mapping[str, Any]) -> str:
-    """Return the figures of --slo as lines of text with a table."""
+    """Return the report of --slo as lines of text, with a table."""
     sampler = f"; sampler {report['sampler']}" if report["sampler"] is not None else ""
     factors = list(report["goodput"])
     rows = [["requests/s", "row-steps/s", "size", "requests", *(f"within {each}" for each in factors), "p50", "p95"]]
@@ -431,9 +443,9 @@ def text_of_slo(report: Mapping[str, Any]) -> str:
 async def _send_alone(
     url: str, model: str | None, kinds: Mapping[Kind, Mapping[str, Any]], times: int
 ) -> tuple[dict[Kind, list[float]], Any]:
-    """Send requests one at a time, `times` of each kind. Returns the seconds of each request, and the last response.
+    """Send requests one after the other, `times` of each kind.
 
-    Raises ClientError.
+    Returns the duration of each request in seconds, and the last response. Raises ClientError.
     """
     from tminus.service.client import AsyncClient
 
@@ -465,10 +477,10 @@ async def _send(
 async def drive(
     arrivals: Sequence[tuple[float, Kind]], ask: Callable[[Kind], Awaitable[object]], give_up_s: float
 ) -> dict[Kind, Outcome]:
-    """Send each request at its time, and count the outcomes by kind.
+    """Send each request at its planned time, and count the outcomes of each kind.
 
-    arrivals: seconds after the start, and the kind, of each request in order. ask: sends a request and returns the
-    response; may raise ClientError. give_up_s: seconds to wait after the last arrival.
+    arrivals: for each request, its kind and the seconds from the start to its planned time; in ascending order. ask:
+    sends a request and returns the response; may raise ClientError. give_up_s: seconds to wait after the last arrival.
     """
     from tminus.service.client import ClientError, Problem
 

@@ -1,4 +1,7 @@
-"""Settings from flags, variables (TMINUS_...), a file and defaults, in this order of priority. Also `tminus config`."""
+"""Reads settings from flags, TMINUS_ variables, a file and defaults. Also contains `tminus config`.
+
+A flag has priority over a variable, a variable over the file, and the file over the default.
+"""
 
 import json
 import os
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
-FILE = "TMINUS_CONFIG"  # variable with the path of the file
+FILE = "TMINUS_CONFIG"  # environment variable that holds the path of the file
 MAX_FILE_BYTES = 2**20
 LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")  # Markdown link
 Kind = TypeVar("Kind", bound=Settings)
@@ -30,14 +33,14 @@ Kind = TypeVar("Kind", bound=Settings)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The source of a setting's value."""
+    """Where the value of a setting comes from."""
 
     kind: Literal["flag", "variable", "file", "default"]
-    name: str  # flag, variable or path of the file; empty for a default
+    name: str  # the flag, the variable, or the path of the file; empty for a default
 
 
 class SettingsCommand(click.Command):
-    """A command whose help lists the settings by group, after the other options."""
+    """A command whose help lists the other options first, and then the settings by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -54,7 +57,7 @@ class SettingsCommand(click.Command):
 
 
 def settings_options(kind: type[Settings]) -> Option:
-    """Return the options of a command with settings: --config, and one option for each setting that has a flag."""
+    """Return the options for a class of settings: --config, and one option for each setting with a flag."""
     text = f"File of settings in TOML; flags and variables win over it  [env: {FILE}]"
     file = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=text)
     return options(
@@ -63,7 +66,7 @@ def settings_options(kind: type[Settings]) -> Option:
 
 
 def setting_option(name: str, field: "FieldInfo") -> Option:
-    """Return the option of a setting. The option accepts any text: Settings checks the value."""
+    """Return the option for a setting. The option accepts any text, because Settings checks the value."""
     is_switch = field.annotation in (bool, bool | None)
     default = f" [default: {text}]" if (text := default_of(field).replace("`", "")) else ""
     return click.option(
@@ -86,14 +89,14 @@ def summary_of(field: "FieldInfo") -> str:
 
 
 def default_of(field: "FieldInfo") -> str:
-    """Return the default of a setting: its value, or the end of its description. Empty if there is no default."""
+    """Return a setting's default as text: the value, or the words after "Default:" in the description."""
     if field.default not in (None, (), ""):
         return {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return (field.description or "").partition(" Default: ")[2].removesuffix(".")
 
 
 def values_of(field: "FieldInfo") -> str | None:
-    """Return the values of a flag for --help: the choices, or the type and its bounds. None for a switch."""
+    """Return how --help describes a flag's value: by its choices, or its type and bounds. None: a switch."""
     if get_origin(field.annotation) is tuple:
         return "[NAME=]PATH"
     if get_origin(field.annotation) is Literal:
@@ -111,7 +114,7 @@ def values_of(field: "FieldInfo") -> str | None:
 
 
 def completion_of(field: "FieldInfo") -> Complete | None:
-    """Return the shell completion of a flag's value: choices, files or folders. None for other values."""
+    """Return the shell completion for a flag's value: choices, files or folders. None: no completion."""
     if get_origin(field.annotation) is Literal:
         return completing(*map(str, get_args(field.annotation)))
     if get_origin(field.annotation) is tuple:  # the setting `checkpoint`
@@ -120,9 +123,9 @@ def completion_of(field: "FieldInfo") -> Complete | None:
 
 
 def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
-    """Build the settings, and return the source of each. A bad value ends the command with one line.
+    """Build the settings, and say where each value comes from. Exits with 1 if a value is invalid.
 
-    config: the file of settings. flags: the values of all flags; None or () for an absent flag.
+    config: the settings file. flags: the values of all flags; None or () if a flag is absent.
     """
     in_file = read_file(config, kind) if config is not None else {}
     values: dict[str, Any] = {}
@@ -130,7 +133,7 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
     for name in kind.model_fields:
         if flags.get(name) not in (None, ()):
             values[name], sources[name] = flags[name], Source("flag", flag_of(name))
-        elif variable_of(name) in os.environ:  # pydantic-settings reads the variable
+        elif variable_of(name) in os.environ:  # pydantic-settings itself reads the variable
             sources[name] = Source("variable", variable_of(name))
         elif name in in_file:
             values[name], sources[name] = in_file[name], Source("file", str(config))
@@ -144,12 +147,12 @@ def read_settings(kind: type[Kind], config: Path | None, flags: Mapping[str, Any
         is_secret = SecretStr in get_args(kind.model_fields[name].annotation)
         got = "" if is_secret else f", got {first['input']!r}"
         where = f" in {config}" if sources[name].kind == "file" else ""
-        what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's wording
+        what = first["msg"].removeprefix("Value error, ").replace("Input should", "must")  # pydantic's words
         fail(f"{named(name)}{where}: {what}{got}")
 
 
 def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
-    """Read settings from a TOML file. Keys may contain - or _. A mistake ends the command with one line."""
+    """Read settings from a TOML file. Keys may use - or _. Exits with 1 if the file is invalid."""
     try:
         with file.open("rb") as opened:
             data = opened.read(MAX_FILE_BYTES + 1)
@@ -176,7 +179,7 @@ def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
 @click.option("--changed", is_flag=True, help="Print only the settings that are not the default")
 @JSON
 def config(config: Path | None, changed: bool, as_json: bool, **flags: Any) -> None:
-    """Print the settings of `tminus serve` with the same flags, variables and file, and the source of each setting.
+    """Print the settings that `tminus serve` would use with these flags, variables and file, and where they come from.
 
     \b
       tminus config --changed

@@ -1,4 +1,4 @@
-"""`tminus convert` converts files of other projects to checkpoints; `tminus inspect` describes both."""
+"""`tminus convert` and `tminus inspect`: convert files of other projects, and describe checkpoints."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 TIMED_PASSES = 3
 NO_LIMITS = Limits(max_n=1, max_batch=1, max_rows=1, max_jobs=1, max_backlog_s=0, max_body_bytes=0)
-# Members of GET /model that depend on the server.
+# Members of GET /model that depend on the server, not on the model.
 SERVER_FACTS = {"limits", "device", "executor", "precision", "executor_details", "exact", "fingerprint"}
 
 
@@ -26,7 +26,7 @@ fact_options = options(*(click.option(flag(name), type=fact.type, help=fact.text
 
 
 def given_facts(flags: dict[str, Any]) -> "GivenFacts":
-    """Remove the facts from the flags of a command, and return them. Raises FactsError for a value out of bounds."""
+    """Remove the facts from a command's flags, and return them. Raises FactsError for an invalid value."""
     from tminus.model.formats.conversion import GivenFacts
 
     return GivenFacts(**{name: flags.pop(name) for name in FACTS})
@@ -95,7 +95,7 @@ def inspect(path: Path, as_json: bool, **facts: Any) -> None:
 
 
 def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
-    """Return the description for --json. `model` is the document of GET /model without SERVER_FACTS."""
+    """Return the description for --json. Its `model` is like GET /model, but without SERVER_FACTS."""
     import torch
 
     from tminus.service.api.answers.documents import ModelAnswer
@@ -112,7 +112,7 @@ def _document(found: "Description", costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _costs(found: "Description") -> dict[str, Any]:
-    """Return the memory and the measured time of one image, on the CPU in float32. Empty if the network is unknown."""
+    """Measure the memory and time of one image on the CPU in float32. Empty if the network is unknown."""
     import torch
 
     from tminus.model.catalogue import SAMPLER_FACTS

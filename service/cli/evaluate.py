@@ -1,4 +1,4 @@
-"""`tminus evaluate`: its options, the report folder, and the approval of a precision."""
+"""`tminus evaluate`: measures a checkpoint, writes the report folder, and approves a precision."""
 
 import json
 import shlex
@@ -158,12 +158,15 @@ def evaluate(
             for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
-        if reference is not None:  # last, because writing to the checkpoint may fail
+        if reference is not None:  # comes last, because the checkpoint may not be writable
             judge_precision(checkpoint, reference, report)
 
 
 def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple[Point, ...], tuple[Point, ...]]":
-    """Return every combination of samplers, steps and guidance, and the references. Raises ValueError."""
+    """Return the points to measure, and the points to compare them with. Raises ValueError.
+
+    Raises ValueError.
+    """
     from tminus.model.evaluation.samples import make_points
 
     references: tuple[Point, ...] = ()
@@ -180,7 +183,7 @@ def load_compared(
 ) -> "tuple[ImageSet, ImageSet, Classifier | None]":
     """Load the training images, the held-out images and the classifier.
 
-    Trains a missing classifier. The classifier is None if there are fewer than two classes.
+    If the classifier does not exist yet, it is trained. It is None if there are fewer than two classes.
     """
     from tminus.model.checkpoint import TminusJson
     from tminus.model.evaluation.classifier import load_or_train_classifier
@@ -213,7 +216,7 @@ def measure(
     references: "tuple[Point, ...]",
     options: dict[str, Any],
 ) -> "Report":
-    """Evaluate a checkpoint. Samples use options["precision"], and the executor that `serve` would choose."""
+    """Evaluate a checkpoint in options["precision"], with the executor that `tminus serve` would choose."""
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
@@ -226,13 +229,14 @@ def measure(
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
-    # Load the checkpoint a second time, because an executor may keep the network.
+    # Below, the checkpoint is loaded a second time, because an executor may keep the network for itself.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-    # choose_executor leaves one thread to torch if OpenVINO runs the network with its own threads. More torch threads
-    # would double the time of a pass on a busy machine. The classifier needs all torch threads.
+    # If OpenVINO runs the network, choose_executor leaves only one thread to torch. With more torch threads, a pass
+    # would take twice as long on a busy machine. Sampling keeps this number of threads; the classifier gets all
+    # threads.
     draw_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
-    if device.type == "cuda":  # the classifier runs in float32; an executor sets these flags in each pass
+    if device.type == "cuda":  # for the classifier, which runs in float32; executors set these flags themselves
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
@@ -256,7 +260,7 @@ def measure(
 
 
 def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> None:
-    """Compare a report with the float32 report, print the verdict, and save an approval in tminus.json."""
+    """Compare a report with the float32 report, and print the verdict. Saves an approval in tminus.json."""
     from tminus.model.checkpoint import approve
     from tminus.model.evaluation.report import compare_reports
 

@@ -1,4 +1,4 @@
-"""PNG files for `sample` and `reproduce`, made in this process or by a server."""
+"""Makes PNG files for `sample` and `reproduce`, in this process or on a server."""
 
 import base64
 import io
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Inputs, Pixels, SampleSpec
 
-KEY = "TMINUS_KEY"  # variable with the API key that commands send
-MAX_LOCAL_N = 4096  # maximum number of images without a server
-MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # maximum pixels of a PNG to read or write
+KEY = "TMINUS_KEY"  # environment variable with the API key to send
+MAX_LOCAL_N = 4096  # maximum number of images of a job in this process
+MAX_PIXELS = MAX_LOCAL_N * 128 * 128  # maximum number of pixels in a PNG
 MAX_SCALE = 64
-SCALE = "scale"  # member of a recipe: the factor by which the PNG was enlarged
-# Options that select a model: on a server, or a checkpoint to load in this process.
+SCALE = "scale"  # name of a value in a PNG's recipe: the factor by which the PNG was enlarged
+# Options that select a model, either on a server or to be loaded in this process.
 model_options = options(
     click.option("--url", help="Server to ask, instead of loading a checkpoint"),
     click.option("--model", help="With --url: name of one of its models  [default: its default model]"),
@@ -42,12 +42,12 @@ model_options = options(
     EXECUTOR,
     PRECISION,
 )
-LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that exclude --url
+LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that cannot be combined with --url
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
 
 def check_model(url: str | None, model: str | None) -> None:
-    """Fail if --model is given without --url, or if --url is given with an option of a local model."""
+    """Fail if --model is used without --url, or if --url is used with an option for a local model."""
     if model is not None and url is None:
         fail("--model needs --url: a server that has it")
     context = click.get_current_context()
@@ -57,7 +57,7 @@ def check_model(url: str | None, model: str | None) -> None:
 
 
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
-    """Return the files of image and mask as base64 parameters. On an error, prints one line and exits with 1."""
+    """Read image and mask, and return them as base64 parameters. Exits with 1 on an error."""
     parameters = {}
     for name, file in (("image", image), ("mask", mask)):
         if file is not None:
@@ -68,7 +68,7 @@ def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class LocalJob:
-    """A job that is ready to run in this process."""
+    """A job that can run in this process."""
 
     loaded: "Loaded"
     spec: "SampleSpec"
@@ -76,10 +76,11 @@ class LocalJob:
 
     @classmethod
     def of(cls, options: LoadOptions, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
-        """Load a model, and check a job's parameters against the model. On an error, prints one line and exits with 1.
+        """Load a model, and check a job's parameters against it. Exits with 1 on an error.
 
-        The model is loaded as in a server with default settings. A small job skips the measurements: see
-        `load_engine`. fingerprint: the fingerprint of the engine that made the images, if the job makes them again.
+        The model is loaded in the same way as by a server with default settings. A small job skips the measurements:
+        see `load_engine`. fingerprint: if the job makes earlier images again, the fingerprint of the engine that made
+        them.
         """
         from tminus.service.api.request.schemas import SampleRequest, bounds_of
         from tminus.service.api.request.specs import spec_of, with_inputs
@@ -111,7 +112,7 @@ class LocalJob:
             return cls(loaded, with_inputs(spec_of(request, info, limits), request, inputs), inputs)
 
     def run(self, record: "Record | None" = None) -> "Pixels":
-        """Sample with a progress bar. On an error, prints one line and exits with 1. record: see sample_locally."""
+        """Sample with a progress bar. Exits with 1 on an error. record: see sample_locally."""
         from tqdm import tqdm
 
         from tminus.service.engine.protocol import sample_locally
@@ -125,7 +126,7 @@ class LocalJob:
 
 
 def read_png_header(png: bytes) -> "ImageHeader":
-    """Read the header of a PNG. Raises ValueError for any other file."""
+    """Read the header of a PNG. Raises ValueError if the file is not a PNG."""
     from tminus.service.images.decoder import read_header
 
     try:
@@ -138,7 +139,7 @@ def read_png_header(png: bytes) -> "ImageHeader":
 
 
 def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
-    """Decode a PNG. Returns the pixels [H, W, C], and the recipe's text or None. Raises ValueError."""
+    """Decode a PNG into pixels [H, W, C]. Also returns the recipe's text, or None. Raises ValueError."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
@@ -151,27 +152,27 @@ def decode_png(png: bytes) -> tuple["np.ndarray", str | None]:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
             pixels = np.asarray(opened)
             return pixels[:, :, None] if pixels.ndim == 2 else pixels, opened.info.get(PNG_TEXT_KEY)
-    except UnidentifiedImageError:  # Pillow's message names a BytesIO object
+    except UnidentifiedImageError:  # the message of Pillow mentions a BytesIO object
         raise ValueError("not a PNG that can be read") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"not a PNG that can be read ({error})") from None
 
 
 class TooLarge(ValueError):
-    """An enlarged PNG would have more than MAX_PIXELS pixels."""
+    """The enlarged PNG would have more than MAX_PIXELS pixels."""
 
 
 def check_enlarged(height_px: int, width_px: int, scale: int) -> None:
-    """Raise TooLarge if a PNG of this size would be too large after enlarging."""
+    """Raise TooLarge if a PNG of this size cannot be enlarged by this factor."""
     pixels = height_px * width_px * scale**2
     if scale > 1 and pixels > MAX_PIXELS:
         raise TooLarge(f"the PNG would have {pixels} pixels, and may have {MAX_PIXELS}")
 
 
 def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
-    """Enlarge a PNG of n images made by tminus, and add the scale to its recipe for `tminus reproduce`.
+    """Enlarge a PNG of n images. Its recipe gets the scale, so `tminus reproduce` can make the same file.
 
-    scale: the factor; None chooses a factor for viewing. Raises TooLarge, and ValueError for any other file.
+    scale: the factor; None: a factor for comfortable viewing. Raises TooLarge, or ValueError if the file is not a PNG.
     """
     from tminus.service.client import checks
     from tminus.service.images.encoder import encode_png, enlarge, viewing_scale
@@ -181,7 +182,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
     header = read_png_header(png)
     size = header.height_px, header.width_px
     scale = scale or viewing_scale(n, *size)
-    if scale == 1:  # also for a PNG that is too large to decode
+    if scale == 1:  # a large PNG is not enlarged, and may be too large to decode
         return png
     check_enlarged(*size, scale)
     pixels, text = decode_png(png)
@@ -190,7 +191,7 @@ def enlarge_png(png: bytes, n: int, scale: int | None) -> bytes:
 
 
 def opaque_png(png: bytes) -> bytes:
-    """Composite a PNG with alpha over white, as /v1/images does. Raises ValueError for any other file."""
+    """Composite a PNG with alpha over white, as /v1/images does. Raises ValueError if it is not a PNG."""
     from tminus.service.client import checks
     from tminus.service.images.encoder import BACKGROUND, encode_png, over_white
 
@@ -202,10 +203,12 @@ def opaque_png(png: bytes) -> bytes:
 def make_images(
     options: LoadOptions, parameters: dict[str, Any], *, sheet: bool, scale: int = 1, fingerprint: str | None = None
 ) -> "tuple[dict[str, bytes], SampleSpec]":
-    """Sample in this process. Returns the PNG files by name ("sheet", or one name per image) and the spec.
+    """Sample in this process. Returns the PNG files, keyed by name, and the spec.
 
-    scale: the factor by which the caller will enlarge the files; raises TooLarge before sampling if they would be too
-    large. fingerprint: the fingerprint of the engine that made the images, if they are made again.
+    The name of a sheet is "sheet". Otherwise there is one file for each image.
+
+    scale: the factor by which the caller will enlarge the files. Raises TooLarge before sampling if they would be too
+    large. fingerprint: if earlier images are made again, the fingerprint of the engine that made them.
     """
     from tminus.service.images.encoder import PNG, ZIP, encode_result, sheet_grid
 
@@ -222,7 +225,7 @@ def make_images(
 
 @contextmanager
 def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
-    """Return a client of --url and --model, with the key in TMINUS_KEY. On an error, prints a line and exits with 1."""
+    """Connect to a model of a server, with the key in TMINUS_KEY. Exits with 1 on an error."""
     from tminus.service.client import Client
 
     with one_line_of_server(url), Client(url, model=model, key=key_of_server()) as client:
@@ -230,13 +233,13 @@ def server_at(url: str, model: str | None = None) -> "Iterator[Client]":
 
 
 def key_of_server() -> str | None:
-    """Return the API key in TMINUS_KEY, or None."""
+    """Return the API key in the environment variable TMINUS_KEY, or None."""
     return os.environ.get(KEY) or None
 
 
 @contextmanager
 def one_line_of_server(url: str) -> Iterator[None]:
-    """End the command with one line and advice if the client raises an error in the block."""
+    """Turn a ClientError of the `with` block into one line of output with advice, and exit with 1."""
     from tminus.service.client import ClientError, Problem, Unreachable
 
     try:
@@ -249,12 +252,12 @@ def one_line_of_server(url: str) -> Iterator[None]:
         elif isinstance(error, Unreachable) and not error.reached:
             advice = "; is a server running there? tminus serve starts one"
         fail(f"{url}: {error}{advice}")
-    except (ValueError, RecursionError) as error:  # invalid URL, model, key or JSON
+    except (ValueError, RecursionError) as error:  # the URL, the model name, the key or the JSON is invalid
         fail(str(error))
 
 
 def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
-    """Sample on a server. On an error or a wrong number of images, prints one line and exits with 1."""
+    """Sample on a server. Exits with 1 on an error or a wrong number of images."""
     from tminus.service.client import ClientError
 
     with server_at(url, model) as tminus:

@@ -1,4 +1,4 @@
-"""`tminus key`: make an API key. The secret is printed once; the keys file has only a hash."""
+"""`tminus key`: makes an API key. The secret is printed once; the keys file contains only its hash."""
 
 import fcntl
 import os
@@ -69,10 +69,10 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
 
 
 def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
-    """Add a key to a file atomically, so that a server never reads half of the file. A lock makes other commands wait.
+    """Add a key to a file. The file is replaced atomically, so a server never reads half of it.
 
-    like_the_earlier: copy the role and limits of an earlier key with the same name. Raises OSError, and ValueError if
-    the file would be invalid.
+    A lock makes other commands wait. like_the_earlier: copy the role and limits of the earlier key with the same name.
+    Raises OSError, or ValueError if the file would be invalid.
     """
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -90,7 +90,7 @@ def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Replace a file atomically, and keep its owner and permissions. Only the owner can read and write a new file."""
+    """Replace a file atomically, and keep its owner and permissions. Only the owner can read a new file."""
     before = file.stat() if file.exists() else None
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:

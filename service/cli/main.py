@@ -1,6 +1,6 @@
-"""The `tminus` command group with all subcommands, and the handling of Ctrl-C.
+"""The `tminus` command group with its subcommands, and the handling of Ctrl-C.
 
-Subcommand modules import torch, and modules that need torch, inside functions, so that `--help` is fast.
+Subcommand modules import torch, and modules that need torch, only inside functions. This keeps `--help` fast.
 """
 
 import signal
@@ -23,7 +23,7 @@ from tminus.service.cli.serve import ray, serve
 from tminus.service.cli.train import distill, train, train_autoencoder
 from tminus.service.cli.tune import tune
 
-# Sections of the help, in order: first what a new user needs. Each new command must be in a section.
+# Sections of the help. The first section has what a new user needs. Every command must be in a section.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (serve, sample, train),
     "Models": (pull, inspect, tune, distill, evaluate, approve, convert, train_autoencoder),
@@ -33,11 +33,11 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, and one line on stderr says why; 2 wrong command line; 130 stopped by Ctrl-C."
 )
-WIDEST_HELP = 200  # characters of a command's text in the help; longer texts are cut, shorter texts are wrapped
+WIDEST_HELP = 200  # maximum characters of a command's description in the help; longer texts are cut off
 
 
 class Commands(click.Group):
-    """A group whose help lists SECTIONS. On Ctrl-C, a command exits with 130, the convention of shells."""
+    """A group whose help lists SECTIONS. After Ctrl-C, a command exits with 130, as is usual in shells."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -47,7 +47,7 @@ class Commands(click.Group):
             sys.exit(128 + signal.SIGINT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click passes it)
-        """Return the names of the commands in the order in which they were added."""
+        """Return the names of the commands, in the order in which they were added."""
         return list(self.commands)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

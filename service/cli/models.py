@@ -1,4 +1,4 @@
-"""`tminus models`: list the models of a server; load, reload or unload a model."""
+"""`tminus models`: lists the models of a server, and loads, reloads or unloads a model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,17 +49,17 @@ def models(change: str | None, name: str | None, url: str, as_json: bool) -> Non
 
 
 def model_document(model: "ModelState") -> dict[str, Any]:
-    """Return the document of a model, as in GET /models."""
+    """Return a model in the form that GET /models uses."""
     return {"name": model.name, "default": model.default, "state": model.state, "url": model.url, "model": model.info}
 
 
 def table(models: "Sequence[ModelState]") -> str:
-    """Return models as the lines of a table. Raises ClientError for a malformed description."""
+    """Return the lines of a table of models. Raises ClientError if a model's description is malformed."""
     return aligned([HEAD, *map(_cells, models)])
 
 
 def _cells(model: "ModelState") -> tuple[str, ...]:
-    """Return the cells of a row. Raises ClientError for a malformed description."""
+    """Return a model as one row of the table. Raises ClientError if its description is malformed."""
     from tminus.service.client import ClientError
 
     state, info = model.state + ", default" * model.default, model.info

@@ -1,4 +1,4 @@
-"""Options that several commands share, and types of options."""
+"""Options that several commands share, and the types of option values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,10 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def completing(*words: str, files: str | None = None) -> Complete:
-    """Return a shell completion for an option: the words, or otherwise files ("file") or folders ("dir")."""
+    """Return a shell completion that offers some words.
+
+    files: what to offer if no word fits: files ("file") or folders ("dir").
+    """
 
     def complete(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
@@ -26,7 +29,7 @@ def completing(*words: str, files: str | None = None) -> Complete:
     return complete
 
 
-# Names for completion only. The code that reads requests and files checks them.
+# These names are only for completion. Invalid values are found later, by the code that uses them.
 DEVICE_NAMES = completing("auto", "cpu", "cuda")
 EXECUTOR_NAMES = completing("auto", "eager", "compile", "openvino")
 PRECISION_NAMES = completing("auto", "float32", "tf32", "bfloat16")
@@ -37,12 +40,12 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
 class CheckpointType(click.Path):
-    """A checkpoint: a folder, or an id on the hub, from which the checkpoint is downloaded once."""
+    """A checkpoint: a folder, or an id on the Hugging Face Hub, from which it is downloaded once."""
 
     name = "checkpoint"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the checkpoint's folder. On an error, prints one line and exits with 1."""
+        """Return the folder of the checkpoint. Exits with 1 on an error."""
         with failing_in_one_line():
             folder = checkpoint_folder(value)
         return super().convert(folder, parameter, context)
@@ -84,7 +87,7 @@ Callback = Callable[[click.Context, click.Parameter, str | None], tuple[Any, ...
 
 
 def options(*several: Option) -> Option:
-    """Combine several options into one decorator. --help lists the options in this order."""
+    """Combine several options into one decorator. --help lists them in this order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(several):
@@ -95,7 +98,7 @@ def options(*several: Option) -> Option:
 
 
 def config_options(config: type[Any]) -> Option:
-    """Make an option for each field of a dataclass that has a help text in its annotation."""
+    """Make one option for each field of a dataclass whose annotation contains a help text."""
     hints = get_type_hints(config, include_extras=True)
     made = []
     for field in dataclasses.fields(config):
@@ -111,7 +114,7 @@ def config_options(config: type[Any]) -> Option:
 
 
 def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Parse integers separated by commas. Raises ValueError, which names the flag."""
+    """Parse integers separated by commas. flag: the flag to name in the message. Raises ValueError."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
@@ -119,9 +122,10 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def comma_separated(read: Callable[[str], Any], bound: str, allows: Callable[[Any], bool]) -> Callback:
-    """Return a callback that parses a list separated by commas, and removes duplicates. None stays None.
+    """Return a callback that parses a comma-separated list and removes duplicates. None stays None.
 
-    read: parses one value. allows: returns True for a valid value. bound: describes valid values in the error message.
+    read: parses one value. allows: returns True if a value is valid. bound: describes the valid values in error
+    messages.
     """
 
     def convert(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[Any, ...] | None:

@@ -1,6 +1,6 @@
-"""Output of commands. An error prints one line to stderr and exits with 1, without a traceback.
+"""Output of commands. On an error, a command prints one line to stderr and exits with 1.
 
-Control characters are escaped: text from a server or a file must not control the terminal.
+Control characters are escaped, because text from a server or a file must not control the terminal.
 """
 
 import json
@@ -20,18 +20,18 @@ NO_PICTURES = frozenset(
 
 
 def say(text: str) -> None:
-    """Print lines to stdout, with other control characters escaped."""
+    """Print lines to stdout. Control characters other than line ends are escaped."""
     click.echo("\n".join(map(printable, text.split("\n"))))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as the lines of a table with aligned columns."""
+    """Return the lines of a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
 
 
 def say_json(document: dict[str, Any]) -> None:
-    """Print a JSON document on one line of printable ASCII. Raises ValueError for NaN and infinity."""
+    """Print a JSON document as one line of printable ASCII. Raises ValueError for NaN and infinity."""
     click.echo(json.dumps(document, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
@@ -43,9 +43,9 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def failing_in_one_line(where: str = "") -> Iterator[None]:
-    """End the command with one line for errors that a user can cause: a bad file or value, a full disk or GPU.
+    """Turn errors that a user can cause, such as a bad file or a full disk, into one line and exit with 1.
 
-    where: the flag or the file, printed before the message.
+    where: the flag or file to name at the start of the line.
     """
     try:
         yield
@@ -62,18 +62,18 @@ def failing_in_one_line(where: str = "") -> Iterator[None]:
 
 
 def check_png(option: str, file: Path, otherwise: str = "") -> None:
-    """Fail if the name of a new file has the suffix of a format other than PNG."""
+    """Fail if the name of an output file ends in the suffix of a format other than PNG."""
     if file.suffix.lower() in NO_PICTURES:
         fail(f"{option}: the file is a PNG, so give a name that ends in .png{otherwise}")
 
 
 def make_folder(option: str, folder: Path) -> None:
-    """Make a folder and its parents. option: the flag, for the error message."""
+    """Make a folder and its parents. option: the flag to name in the error message."""
     with failing_in_one_line(option):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(option: str, file: Path, data: bytes) -> None:
-    """Write a file. option: the flag, for the error message."""
+    """Write a file. option: the flag to name in the error message."""
     with failing_in_one_line(option):
         file.write_bytes(data)

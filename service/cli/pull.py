@@ -1,4 +1,4 @@
-"""`tminus pull`: download a checkpoint from the project's release, and check its hash."""
+"""`tminus pull`: downloads a checkpoint from a release of the project, and checks its hash."""
 
 import hashlib
 import shlex
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 FROM = "TMINUS_PULL_FROM"
 MOST_REDIRECTS = 5
-PATIENCE_S = 30.0  # timeout without data, and interval of the speed check
+PATIENCE_S = 30.0  # the download fails if no data arrives for this time; also the interval between checks of its speed
 LEAST_BYTES_PER_S = 8192
 
 
 class NotFetched(Exception):
-    """The server did not send the file. The message gives the reason."""
+    """The server did not send the file. The message says why."""
 
 
 @click.command(short_help="Fetch another checkpoint of this project.")
@@ -73,7 +73,7 @@ def pull(name: str | None, out: Path | None, address: str | None) -> None:
 
 
 def fetch(url: str, archive: Archive, file: Path) -> None:
-    """Download an archive to a file. On an error, prints one line and exits with 1."""
+    """Download an archive to a file. Exits with 1 on an error."""
     import httpx
 
     shown = url
@@ -110,7 +110,7 @@ def following(client: "httpx.Client", url: str) -> "Iterator[httpx.Response]":
 
 
 def check_head(answer: "httpx.Response", archive: Archive) -> None:
-    """Raise NotFetched if the status or headers show that a response is not the archive."""
+    """Raise NotFetched if the status or the headers of a response show that it is not the archive."""
     if answer.status_code != 200:
         raise NotFetched(f"the answer is {answer.status_code} {answer.reason_phrase}".rstrip())
     if answer.headers.get("Content-Type", "").startswith("text/html"):
@@ -120,7 +120,10 @@ def check_head(answer: "httpx.Response", archive: Archive) -> None:
 
 
 def write_body(answer: "httpx.Response", archive: Archive, file: Path) -> None:
-    """Write a response's body, with a progress bar. Raises NotFetched if the body is not the archive, or too slow."""
+    """Write the body of a response to a file, with a progress bar.
+
+    Raises NotFetched if the body is not the archive, or if it arrives too slowly.
+    """
     from tqdm import tqdm
 
     size_bytes, came_bytes, digest = archive.size_bytes, 0, hashlib.sha256()

@@ -34,22 +34,23 @@ if TYPE_CHECKING:
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
 MAX_FILE_BYTES = 256 * 2**20
-# Arrays that must be bit-identical, with the step number of the first element.
+# Arrays that must be bit-identical. The value is the step of the array's first element.
 BY_STEP = {"x_t": 0, "x_0": 1}
-# Relative and absolute tolerances of arrays that are computed from x_t and x_0: NumPy versions round differently.
-CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p can be near 0
+# Relative and absolute tolerances of the arrays that are computed from x_t and x_0. These arrays need not be identical,
+# because NumPy versions round differently.
+CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log_p can be close to 0
 PLAN_CLOSE = (1e-12, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an image was made: parameters, the hash of the weights, and the fingerprint."""
+    """How an image was made: the parameters, a hash of the weights, and the engine's fingerprint."""
 
     parameters: dict[str, Any]
     weights: str
     fingerprint: str
-    scale: int = 1  # factor by which the PNG was enlarged
-    opaque: bool = False  # the PNG was composited over white
+    scale: int = 1  # the factor by which the PNG was enlarged
+    opaque: bool = False  # True if the PNG has a white background instead of alpha
 
 
 @click.command(
@@ -87,7 +88,7 @@ def reproduce(
         original = read_bounded(png)
         recipe = read_recipe(original)
     check_recipe_pictures(png, recipe, image, mask)
-    parameters = recipe.parameters | read_pictures(image, mask)  # LocalJob or the server checks the hashes
+    parameters = recipe.parameters | read_pictures(image, mask)  # hashes are checked later
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
     else:
@@ -107,14 +108,14 @@ def reproduce(
 
 
 def read_bounded(file: Path) -> bytes:
-    """Read a file of at most MAX_FILE_BYTES. Raises ValueError for a larger file."""
+    """Read a file. Raises ValueError if it is larger than MAX_FILE_BYTES."""
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
     return file.read_bytes()
 
 
 def check_recipe_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
-    """Fail if a picture that the recipe needs is missing, or if a picture is given that the recipe does not need."""
+    """Fail if a picture that the recipe needs is missing, or if an unneeded picture is given."""
     for name, file in (("image", image), ("mask", mask)):
         digest = recipe.parameters.get(f"{name}_sha256")
         if digest is not None and file is None:
@@ -124,10 +125,10 @@ def check_recipe_pictures(png: Path, recipe: Recipe, image: Path | None, mask: P
 
 
 def read_recipe(png: bytes) -> Recipe:
-    """Read the recipe in a PNG. Raises ValueError if there is no recipe, or if this version cannot read it."""
+    """Read the recipe in a PNG. Raises ValueError if there is none, or if this version cannot read it."""
     from tminus.service.images.encoder import PNG_TEXT_KEY
 
-    _, text = decode_png(png)  # detect damaged pixels now, not in the comparison
+    _, text = decode_png(png)  # also finds damaged pixels, before the job runs
     if text is None:
         raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
     with _reading_recipe(f"its {PNG_TEXT_KEY!r} text"):
@@ -136,7 +137,7 @@ def read_recipe(png: bytes) -> Recipe:
 
 @contextmanager
 def _reading_recipe(source: str) -> Iterator[None]:
-    """Convert the errors of a malformed recipe to ValueError. source: the name of the recipe in the message."""
+    """Turn the errors of a malformed recipe into ValueError. source: what the message calls the recipe."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -144,7 +145,7 @@ def _reading_recipe(source: str) -> Iterator[None]:
 
 
 def recipe_of(document: Any) -> Recipe:
-    """Parse a recipe. Raises ValueError, TypeError, KeyError or AttributeError for a malformed recipe."""
+    """Parse a recipe. Raises ValueError, TypeError, KeyError or AttributeError if it is malformed."""
     from tminus.service.api.request.classes import NUMBER
     from tminus.service.api.request.specs import parameters_of
     from tminus.service.images.encoder import BACKGROUND
@@ -152,9 +153,9 @@ def recipe_of(document: Any) -> Recipe:
 
     fields = document["spec"]
     parameters = parameters_of(SampleSpec.from_json(fields))
-    if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # checked before rows are allocated
+    if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # check this before memory is allocated
         raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
-    if labels := parameters.pop("class_label", None):  # mark labels as numbers: a class may have a number as its name
+    if labels := parameters.pop("class_label", None):  # marked as numbers: a class may have a number as its name
         parameters["class_label"] = [None if label is None else f"{NUMBER}{label}" for label in labels]
     scale = document.get(SCALE, 1)
     if type(scale) is not int or not 1 <= scale <= MAX_SCALE:
@@ -165,7 +166,7 @@ def recipe_of(document: Any) -> Recipe:
 
 
 def _finite(text: str) -> float:
-    """Parse a finite number. Python's JSON parser also accepts NaN and infinity. Raises ValueError."""
+    """Parse a number. Raises ValueError for NaN and infinity, which Python's JSON parser accepts."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text:.20} is no number")
@@ -173,7 +174,7 @@ def _finite(text: str) -> float:
 
 
 def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
-    """Describe how two PNGs differ, and name the reasons: other weights, or another build."""
+    """Describe how two PNGs differ. Names different weights and different builds as reasons."""
     import numpy as np
 
     mine = read_recipe(again)
@@ -241,7 +242,8 @@ def check(
     check_recipe_pictures(file, recipe, image, None)
     made_by = _made_by(found)
     exact = True if made_by.get("exact") else None
-    # First run like a server with default settings. If the fingerprint differs, run with the settings in the file.
+    # Run first with default settings, like a server. If the fingerprint then differs, run with the settings in the
+    # file.
     for how in dict.fromkeys(
         (executor or str(by.get("executor", "auto")), precision or str(by.get("precision", "auto")))
         for by in ({}, made_by)
@@ -263,7 +265,7 @@ def check(
     if info.latent is not None:
         row = (info.latent.channels, info.latent.height, info.latent.width)
     shape, x_t = (len(selection.points), spec.n, *row), found.arrays.get("x_t")
-    if x_t is None or x_t.shape != shape:  # checked before sampling
+    if x_t is None or x_t.shape != shape:  # check this before sampling
         fail(f"{file}: x_t must be of shape {shape}, got {'none' if x_t is None else x_t.shape}")
     path = TrajectoryRecorder(spec, selection, "float16" if x_t.dtype == "float16" else "float32")
     images = job.run(path.record)
@@ -284,7 +286,7 @@ def check(
 
 
 def _keep_of(file: "TrajectoryFile") -> list[int] | None:
-    """Return the passes in the file; None: all. Raises ValueError."""
+    """Return the numbers of the passes in the file; None if it has all passes. Raises ValueError."""
     keep = file.document.get("keep")
     if keep is not None and not (isinstance(keep, list) and all(type(each) is int for each in keep)):
         raise ValueError(f"`keep` in its metadata must be a list of integers, got {keep!r:.80}")
@@ -292,7 +294,7 @@ def _keep_of(file: "TrajectoryFile") -> list[int] | None:
 
 
 def _made_by(file: "TrajectoryFile") -> Mapping[str, Any]:
-    """Return the members of `made_by` (executor, precision, exact) with values that this version knows."""
+    """Return the file's executor, precision and `exact`, except values that this version does not know."""
     from tminus.service.engine.autotune import EXECUTORS
     from tminus.service.engine.executors import PRECISIONS
 
@@ -303,7 +305,7 @@ def _made_by(file: "TrajectoryFile") -> Mapping[str, Any]:
 
 
 def first_difference(file: "Arrays", again: "Arrays") -> str | None:
-    """Describe the first difference between the arrays of a file and the new arrays. Return None if they are equal."""
+    """Describe the first difference between a file's arrays and the new arrays. None if there is none."""
     import numpy as np
 
     for name, mine in again.items():
@@ -319,21 +321,21 @@ def first_difference(file: "Arrays", again: "Arrays") -> str | None:
         theirs, mine = file[name], again[name]
         if name in BY_STEP:
             bits = f"u{mine.itemsize}"
-            apart = theirs.view(bits) != mine.view(bits)  # 0 and -0 differ, and NaN equals NaN
+            apart = theirs.view(bits) != mine.view(bits)  # compare bits: 0 and -0 differ, and NaN equals NaN
         elif theirs.dtype.kind == "f":
             rtol, atol = CLOSE.get(name, PLAN_CLOSE)
             apart = ~np.isclose(theirs, mine, rtol=rtol, atol=atol)
         else:
             apart = theirs != mine
         if apart.any():
-            with np.errstate(invalid="ignore"):  # steps without clipping have an infinite bound
+            with np.errstate(invalid="ignore"):  # for steps without clipping, the bound is infinite
                 by = abs(theirs.astype(np.float64) - mine)
             return _where(name, apart, by, again, steps)
     return None
 
 
 def _where(name: str, apart: "np.ndarray", by: "np.ndarray", again: "Arrays", steps: int) -> str:
-    """Describe the first step and image at which an array differs, and the largest difference."""
+    """Describe where an array differs first (step and image), and by how much."""
     first = tuple(int(each[0]) for each in apart.nonzero())
     step = int(again[f"{name}_at"][first[0]]) + BY_STEP[name] if name in BY_STEP else 0
     if name == "x_t" and step == 0:

@@ -1,4 +1,4 @@
-"""`tminus sample`: sample images to PNG files, locally or on a server. `--watch` writes the frames as an animation."""
+"""`tminus sample`: samples images to PNG files, here or on a server. `--watch` writes an animation."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from tminus.service.client.results import Message, Sampled
     from tminus.service.spec import SampleSpec
 
-MOST_FRAMES = 100  # approximate maximum without --every
+MOST_FRAMES = 100  # about this many frames if --every is not given
 FORMATS = (".webp", ".gif")
-MAX_FRAME_BYTES = 2**28  # total size of a job's frames before decoding
-MAX_PIXELS = 2**26  # total pixels of a job's frames
-ANIMATION_PX = 512  # maximum length of an animation's longer side
+MAX_FRAME_BYTES = 2**28  # limit on the size of all frames of a job, as files
+MAX_PIXELS = 2**26  # limit on the pixels of all frames of a job
+ANIMATION_PX = 512  # maximum width and height of an animation
 
 
 @click.command(short_help="Sample images to PNG files, offline or from a server.")
@@ -189,13 +189,13 @@ def sample(
         with failing_in_one_line(f"--out {out}"):
             try:
                 shown = enlarge_png(data, n, scale or (None if sheet and n > 1 else 1))
-            except TooLarge as error:  # the size of a server's images is known only now
+            except TooLarge as error:  # the size of images from a server is not known earlier
                 too_large = error
         write_file(f"--out {out}", out if sheet else out / name, shown)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
     if sheet:
         written = "a PNG" if n == 1 else f"a PNG, a sheet of {n} images"
-    if made.sampler is not None and made.steps is not None:  # older servers send neither
+    if made.sampler is not None and made.steps is not None:  # older servers do not send them
         written += f", {Recommended(made.sampler, made.steps, 1.0 if made.guidance is None else made.guidance)}"
     say(f"{out}: {written}, seed {made.seed}")
     if watch is not None:
@@ -205,7 +205,7 @@ def sample(
 
 
 def request_parameters(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the flags of the command line to the parameters of a JSON body."""
+    """Convert the flags of the command to the parameters of a JSON body."""
     parameters = {name: value for name, value in flags.items() if value not in (None, ())}
     if interval := parameters.pop("guidance_interval", None):
         parameters["guidance_interval"] = list(interval)
@@ -223,7 +223,10 @@ def follow(
     every: int | None,
     show: str,
 ) -> tuple[dict[str, bytes], "Accepted", list["Image"]]:
-    """Run a job on a server with a progress bar. Returns the PNG files by name, the Accepted message and the frames."""
+    """Run a job on a server, with a progress bar.
+
+    Returns the PNG files by name, the Accepted message, and the frames.
+    """
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
     every = every or max(1, _number(parameters.get("steps", 0)) // MOST_FRAMES)
@@ -240,9 +243,9 @@ def follow(
 
 
 def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Image"]:
-    """Enlarge the frames of an animation of n images, up to MAX_PIXELS in total.
+    """Enlarge the frames of an animation of n images, but not beyond MAX_PIXELS in total.
 
-    scale: the factor; None chooses a factor for viewing.
+    scale: the factor; None: a factor for comfortable viewing.
     """
     from tminus.service.images.encoder import viewing_scale
 
@@ -254,7 +257,7 @@ def enlarge_frames(frames: list["Image"], n: int, scale: int | None) -> list["Im
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
-    """Write the frames to a file. On an error, prints one line and exits with 1."""
+    """Write the animation. Exits with 1 on an error."""
     from tminus.service.images.encoder import encode_animation
 
     with failing_in_one_line(f"--watch {file}"):
@@ -265,7 +268,7 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
 
 
 def _number(text: Any) -> int:
-    """Parse an option as an integer. Return 0 for other text, which the server refuses with a reason."""
+    """Convert an option to an integer. Returns 0 for invalid text, which the server then refuses."""
     try:
         return int(float(text))
     except (ValueError, OverflowError):
@@ -273,7 +276,7 @@ def _number(text: Any) -> int:
 
 
 def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]], Sequence[bytes]]:
-    """Read a job's messages to the end. Returns the Accepted message, the pictures of each step, and the final PNGs."""
+    """Read a job's messages. Returns the Accepted message, the pictures of each step, and the final PNGs."""
     from tqdm import tqdm
 
     from tminus.service.client import Accepted, ClientError, Done, Frame
@@ -301,7 +304,10 @@ def _read(messages: "Iterable[Message]") -> tuple["Accepted", list[list[bytes]],
 
 
 def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
-    """Decode the pictures of each step into one image. Raises ClientError for invalid PNGs or unequal sizes."""
+    """Decode the frames. The pictures of a frame become one image.
+
+    Raises ClientError for an invalid PNG, or if the sizes differ.
+    """
     from PIL import Image
 
     from tminus.service.client import ClientError
@@ -312,7 +318,7 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
         sizes = {(header.width_px, header.height_px) for header in headers if header is not None}
         if len(sizes) > 1:
             raise ClientError(f"frames of several sizes came: {sorted(sizes)!s:.80}")
-        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # checked before decoding
+        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # check this before decoding
             raise ClientError(f"the frames have more than {MAX_PIXELS} pixels; give a larger --every")
         opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
         return [_sheet(frame) for frame in opened]

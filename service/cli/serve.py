@@ -1,4 +1,4 @@
-"""`tminus serve` and `tminus ray serve`: serve over HTTP, with settings from flags, TMINUS_ variables and a file."""
+"""`tminus serve` and `tminus ray serve`: serve models over HTTP."""
 
 import logging
 import os
@@ -21,10 +21,10 @@ from tminus.service.startup.settings import Settings
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 5.0  # interval between checks that the application exists
-ENDING_INTERVAL_S = 0.2  # interval between checks while the replicas end
-SLACK_S = 15.0  # time for Serve to notice ended replicas, and to kill the others
-# Turn off usage statistics and the deduplication of log lines.
+POLL_INTERVAL_S = 5.0  # seconds between checks that the application still exists
+ENDING_INTERVAL_S = 0.2  # seconds between checks while the replicas are ending
+SLACK_S = 15.0  # time for Ray Serve to notice which replicas have ended, and to kill the others
+# Do not send usage statistics, and do not merge similar lines of the log.
 QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
@@ -47,8 +47,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     the options in full. You can also set each option by a variable, or in the file that --config names.
     """
     settings, _ = read_settings(Settings, config, flags)
-    # While the model loads, there is nothing to finish. Without this handler, process 1 (in a container) would ignore
-    # SIGTERM. Do not raise an exception: during the start of a library, it can abort the process.
+    # While the model loads, there is no work to finish. Without this handler, a process with id 1 (in a container)
+    # would ignore SIGTERM. Do not raise an exception in the handler: it can abort a library's start.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
 
@@ -85,12 +85,12 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
       tminus ray serve --checkpoint runs/digits --max-replicas 4 --job-store "$URL"
 
     The command needs the extra `ray`. It joins a running cluster, or otherwise starts a cluster on this machine. When
-    the command ends, the replicas drain, and a cluster that the command started ends.
+    the command ends, the replicas drain. If the command started the cluster, the cluster ends too.
     """
     settings, _ = read_settings(RaySettings, config, flags)
     _exit_on_signals()
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
-    for name, value in QUIET_AND_WHOLE.items():  # Ray reads the variables during its import
+    for name, value in QUIET_AND_WHOLE.items():  # Ray reads these variables when it is imported
         os.environ.setdefault(name, value)
     try:
         import ray as library
@@ -102,11 +102,11 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
         library.init(address=settings.ray_address, include_dashboard=False)
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"no Ray cluster can be joined or started (--ray-address, TMINUS_RAY_ADDRESS): {error}")
-    _exit_on_signals()  # again, because Ray has set its own handlers
+    _exit_on_signals()  # again, because Ray has replaced the handlers
     try:
         port = settings.port
         if all(actor["name"] != CONTROLLER for actor in list_named_actors(all_namespaces=True)):
-            _, port = _free_port(settings.host, settings.port)  # Ray Serve is not running, so the port must be free
+            _, port = _free_port(settings.host, settings.port)  # if Ray Serve is not running yet, the port must be free
         _run(settings, host, port)
     finally:
         with suppress(Exception):
@@ -114,7 +114,7 @@ def serve_on_ray(config: Path | None, **flags: Any) -> None:
 
 
 def _check(settings: RaySettings) -> str:
-    """Check the settings, and return the numeric address to bind. On an error, prints one line and exits with 1."""
+    """Check the settings, and return the numeric address to bind. Exits with 1 on an error."""
     host, _ = _free_port(settings.host, 0)
     try:
         settings.access(host)
@@ -125,7 +125,7 @@ def _check(settings: RaySettings) -> str:
 
 
 def _free_port(host: str, port: int) -> tuple[str, int]:
-    """Return the numeric address and a free port. On an error, prints one line and exits with 1."""
+    """Return the numeric address and a free port. Exits with 1 on an error."""
     from tminus.service.startup.server import listen
 
     try:
@@ -137,13 +137,13 @@ def _free_port(host: str, port: int) -> tuple[str, int]:
 
 
 def _exit_on_signals() -> None:
-    """Exit on SIGTERM or SIGINT, while there are no replicas to drain."""
+    """Make SIGTERM and SIGINT end the process at once, while there are no replicas to drain."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: sys.exit(0))
 
 
 def _run(settings: RaySettings, host: str, port: int) -> None:
-    """Start the replicas, wait for a signal, and drain the replicas."""
+    """Start the replicas, wait for a signal, then drain the replicas."""
     from ray import serve as ray_serve
     from ray.serve.context import _get_global_client
 
@@ -157,9 +157,9 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
         ray_serve.run(application, name=NAME)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda _signum, _frame: stopped.set())
-    except BaseException as error:  # includes SystemExit: Serve would continue to start the replicas
+    except BaseException as error:  # even after SystemExit, Ray Serve would go on starting the replicas
         messages = ""
-        if deployed:  # otherwise the application of this name is not ours
+        if deployed:  # otherwise an application with this name is not ours
             with suppress(Exception):
                 deployments = ray_serve.status().applications[NAME].deployments
                 messages = "".join(each.message for each in deployments.values())
@@ -171,7 +171,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
     client: Any = _get_global_client()
     log.info(
         "listening on %s, with %d to %d replicas",
-        client.root_url or "no HTTP port of Serve's",  # differs from our host and port if Serve ran already
+        client.root_url or "no HTTP port of Serve's",  # not our host and port if Ray Serve was already running
         settings.min_replicas, settings.most_replicas,
     )  # fmt: skip
     while not stopped.wait(POLL_INTERVAL_S):
@@ -184,15 +184,15 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
 
 
 def _end(name: str, within_s: float) -> bool:
-    """Delete an application of Serve. Returns False if the application still exists after within_s.
+    """Delete an application of Ray Serve. Returns False if it still exists after `within_s` seconds.
 
-    Serve's own wait fails after 60 s, even if the grace period is longer.
+    Ray Serve can also wait itself, but its wait fails after 60 s, even if the grace period is longer.
     """
     from ray import serve as ray_serve
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # at least one call, which Serve handles after the deletion
+    while name in ray_serve.status().applications:  # Serve answers after it has begun the deletion
         if time.monotonic() >= until_s:
             return False
         time.sleep(ENDING_INTERVAL_S)
@@ -200,6 +200,6 @@ def _end(name: str, within_s: float) -> bool:
 
 
 def last_line(text: str) -> str:
-    """Return the message at the end of a traceback. Empty for empty text."""
+    """Return the message at the end of a traceback, or an empty string if there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1]) if lines else ""

@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from tminus.model.unet_config import UNetConfig
 
 SHEET_SAMPLER, SHEET_STEPS = "dpmpp_2m", 20
-MOST_ON_SHEET = 64  # samples
-ROWS_PER_CLASS = 2  # samples per class on a sheet
+MOST_ON_SHEET = 64  # maximum number of samples on a sheet
+ROWS_PER_CLASS = 2  # samples of each class on a sheet
 IMAGES_WITHOUT_CLASSES = 16
-RECONSTRUCTIONS = 8  # images per row of the sheet
+RECONSTRUCTIONS = 8  # number of images to reconstruct
 KINDS = {1: "grey", 3: "colour", 4: "RGBA"}  # keyed by number of channels
 DATA_DIR = click.option(
     "--data-dir", type=FOLDER_TYPE, help="Folder of Fashion-MNIST's IDX files  [default: that of Debian's package]"
 )
-# Predictions whose noise levels are a formula of t. scheduler_config.json has no clip for them.
+# Predictions whose noise level is a continuous function of t. For these, scheduler_config.json cannot hold a clip.
 CONTINUOUS = ("flow", "edm")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", *CONTINUOUS)
 CHANNELS = click.option(
@@ -121,7 +121,7 @@ def train(**flags: Any) -> None:
 
     Put the images into digits/, or into a subfolder for each class. The defaults of the other options suit the number
     of images. During training, samples.png and loss.svg in runs/digits show the progress. Ctrl-C saves the run, and the
-    same command resumes the run with the same result as without the stop.
+    same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -157,7 +157,7 @@ def train(**flags: Any) -> None:
             num_train_timesteps=flags["timesteps"],
             beta_schedule=flags["beta_schedule"],
             prediction_type=flags["prediction"],
-            clip_sample=autoencoder is None and not continuous,  # latents have no bounds
+            clip_sample=autoencoder is None and not continuous,  # latents are not bounded
             default_sampler="euler" if continuous else "ddpm",
         )
         classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
@@ -244,7 +244,7 @@ def train_autoencoder(**flags: Any) -> None:
       tminus train-autoencoder --data photos/ --size 64 --out runs/coder
       tminus train --data photos/ --size 64 --latent runs/coder --out runs/photos
 
-    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -299,7 +299,7 @@ def distill(**flags: Any) -> None:
       tminus distill --checkpoint runs/digits --out runs/digits-student
       tminus serve --checkpoint runs/digits-student
 
-    Ctrl-C saves the run, and the same command resumes the run with the same result as without the stop.
+    Ctrl-C saves the run, and the same command resumes it. The result is the same as without the interruption.
     """
     set_up_log("INFO", "%(message)s")
 
@@ -324,7 +324,7 @@ def distill(**flags: Any) -> None:
 
 
 def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = "") -> None:
-    """Print that a run is done, or that it was interrupted and can be resumed."""
+    """Print that the run is done, or that it was interrupted and can be resumed."""
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")
     if done and served:
         say(f"{more}Try: tminus serve --checkpoint {out}")
@@ -334,7 +334,7 @@ def say_how_it_ended(out: Path, done: bool, *, served: bool = True, more: str = 
 
 
 def kind_of(data: "ImageSet") -> str:
-    """Describe the name, number, size and colours of the images."""
+    """Describe a set of images: its name, and the number, size and colours of the images."""
     _, channels, height, width = data.images.shape
     return f"{data.name}: {len(data)} images, {width}x{height}, {KINDS[channels]}"
 
@@ -342,11 +342,11 @@ def kind_of(data: "ImageSet") -> str:
 def load_training_data(
     data: str, split: str, idx_folder: Path | None, size_px: int, channels: int | str | None, background: str
 ) -> "ImageSet":
-    """Load a split (train, test) of Fashion-MNIST, or all images of the folder `data`.
+    """Load a split of Fashion-MNIST ("train" or "test"), or all images in a folder.
 
-    idx_folder: the folder of Fashion-MNIST's files; None: that of Debian's package. Only for a folder of images:
-    size_px; channels (None: as in the images); background, the colour behind transparent pixels. Raises DataError, and
-    ValueError for an invalid colour or a missing folder.
+    data: fashion-mnist, or the folder. idx_folder: the folder with the files of Fashion-MNIST; None: that of Debian's
+    package. The other parameters are only for a folder of images. channels: None: as in the images. background: the
+    colour behind transparent pixels. Raises DataError, or ValueError for an invalid colour or a missing folder.
     """
     from tminus.model.pixels import colour
     from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
@@ -361,7 +361,7 @@ def load_training_data(
 def sheet_writer(
     folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
 ) -> Callable[["Denoiser", "Plan", int], None]:
-    """Return a function that draws a sheet of samples. The noise is always the same, so that sheets can be compared.
+    """Return a function that draws a sheet of samples, always from the same noise.
 
     autoencoder: decodes the samples of a latent model.
     """
@@ -374,7 +374,7 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = min(num_classes * ROWS_PER_CLASS, MOST_ON_SHEET) or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    assert unet.size_px is not None  # every network that is trained or loaded has a size
+    assert unet.size_px is not None  # a network that was trained or loaded always has a size
     shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
@@ -388,7 +388,7 @@ def sheet_writer(
 def reconstruction_writer(
     folder: Path, data: "ImageSet", device: "torch.device"
 ) -> Callable[["Autoencoder", int], None]:
-    """Return a function that draws some images of the data above their reconstructions."""
+    """Return a function that draws a sheet: some of the images, and below them their reconstructions."""
     import torch
 
     from tminus.model.latent.autoencoder import images_of, latents_of
@@ -404,7 +404,7 @@ def reconstruction_writer(
 
 
 def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
-    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step, and also as samples.png."""
+    """Write the sheet of a step, and a copy as samples.png. x: images [n, C, H, W] in [-1, 1]."""
     from tminus.model.files import write_bytes
     from tminus.model.pixels import RGBA, shown_channels, to_uint8
     from tminus.service.images.encoder import contact_sheet, encode_png, enlarge, viewing_scale

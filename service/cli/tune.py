@@ -11,7 +11,7 @@ from tminus.service.cli.output import failing_in_one_line, say
 from tminus.service.engine.protocol import BUNDLED
 from tminus.service.startup.logs import set_up_log
 
-WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ checks the bounds
+WHOLE = comma_separated(int, "an integer", lambda _: True)  # model/tuning/ checks whether the numbers are in bounds
 NUMBERS = comma_separated(float, "a number", math.isfinite)
 
 
@@ -52,7 +52,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
     \b
       tminus tune --checkpoint runs/digits --steps 4,8
 
-    A server that starts afterwards offers the tables as the sampler `tuned`. After Ctrl-C, the same command continues.
+    A server that starts afterwards offers the tables as the sampler `tuned`. After Ctrl-C, the same command goes on.
     """
     set_up_log("INFO", "%(message)s")
     import torch
@@ -74,7 +74,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...] |
             threads = torch.get_num_threads()
             wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
             loaded.net.to(device)
-            # Load the checkpoint a second time, because an executor may keep the network.
+            # Load the checkpoint a second time, because an executor may keep the network for itself.
             executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
             files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except KeyboardInterrupt:

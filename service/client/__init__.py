@@ -3,13 +3,13 @@
     with Client("http://localhost:8000") as tminus:
         Path("out.png").write_bytes(tminus.sample(n=4, steps=50, class_label="sneaker").data)
 
-The client requires httpx. `watch` also requires websockets. Nothing else of tminus is imported.
+The client requires httpx, and `watch` also requires websockets. It imports nothing else from tminus.
 
-_async.py does all network I/O; `make client` generates _sync.py from _async.py. Both clients share the other modules,
-which do no network I/O. docs/clients.md shows the usual tasks.
+_async.py does all network I/O; `make client` generates _sync.py from it. The other modules do no network I/O, and are
+shared by both clients. docs/clients.md shows common tasks.
 
-The distribution tminus-client (the folder client/ of the repository) installs this package as `tminus_client`. Within
-tminus, the package is `tminus.service.client`. Imports inside the package are relative and work under both names.
+The distribution tminus-client (the folder client/ of the repository) installs this package as `tminus_client`. In the
+distribution tminus, the package is `tminus.service.client`. Its imports are relative, so they work under both names.
 """
 
 from ._async import AsyncClient, AsyncJob, AsyncWatching

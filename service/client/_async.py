@@ -55,24 +55,24 @@ from .transport import (
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
-MESSAGES_AHEAD = 2  # WebSocket messages to buffer; each may have the maximum size
-# Keep-alive options of TCP. They end a request without a timeout if the server has been gone for 90 seconds.
-# Times are in seconds, except TCP_USER_TIMEOUT (milliseconds), which limits the age of unacknowledged data.
-# macOS has TCP_KEEPALIVE instead of TCP_KEEPIDLE. Only Linux has TCP_USER_TIMEOUT.
+MESSAGES_AHEAD = 2  # maximum number of buffered WebSocket messages, each up to the maximum size
+# Options for TCP keep-alive. If the server is gone for 90 seconds, they end a request that has no timeout.
+# Values are in seconds, except TCP_USER_TIMEOUT (milliseconds), which limits how long data may be unacknowledged.
+# macOS has TCP_KEEPALIVE instead of TCP_KEEPIDLE, and only Linux has TCP_USER_TIMEOUT.
 KEEP_ALIVE = {
     "TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000
 }  # fmt: skip
 
 
 async def _keep_alive(event: str, info: Mapping[str, Any]) -> None:
-    """Turn on TCP keep-alive for each new connection. This is a callback of httpx's `trace` extension.
+    """Turn on TCP keep-alive for each new connection. httpx calls this function as its `trace` extension.
 
-    httpx transports accept socket options too, but a client with a custom transport ignores HTTP_PROXY and the like.
+    An httpx transport also accepts socket options. But with a custom transport, the client would ignore HTTP_PROXY.
     """
     opened = info["return_value"].get_extra_info("socket") if event.endswith(".connect_tcp.complete") else None
     if opened is None:
         return
-    with suppress(OSError):  # an operating system may reject an option
+    with suppress(OSError):  # the operating system may not know an option
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEP_ALIVE.items():
             if hasattr(socket, name):
@@ -85,7 +85,7 @@ TRACED = {"trace": _keep_alive}
 class AsyncConnection:
     """Connects to one server, and converts errors of httpx and websockets to ClientErrors.
 
-    Paths are relative to the URL of `model`, or to the server's URL if `model` is None. patience_s: see the client.
+    Paths are relative to the URL of `model`, or to the server's URL if `model` is None. patience_s: see AsyncClient.
     Raises ValueError for an invalid url or model.
     """
 
@@ -120,10 +120,10 @@ class AsyncConnection:
         max_bytes: int = DOCUMENT_BYTES,
         **options: Any,
     ) -> httpx.Response:
-        """Send a request, retry while `patience` allows, and return the 2xx response. Raises ClientError.
+        """Send a request, retry it as long as `patience` allows, and return the 2xx response. Raises ClientError.
 
-        path: a relative path or a whole URL. max_bytes: the maximum size of the content; a longer response raises
-        UnexpectedAnswer. options: keyword arguments of httpx's `stream`.
+        path: a relative path, or a complete URL. max_bytes: the maximum size of the response; a longer response raises
+        UnexpectedAnswer. options: keyword arguments for httpx's `stream`.
         """
         patience = patience or Patience(self.patience_s)
         while True:
@@ -144,7 +144,7 @@ class AsyncConnection:
     async def stream(
         self, path: str, params: Mapping[str, Any], headers: Mapping[str, str], quiet_s: float
     ) -> AsyncIterator[httpx.Response]:
-        """Open a streaming 2xx response. Raises ClientError, also if the connection breaks inside the `with` block."""
+        """Open a streaming 2xx response. Raises ClientError, even for a lost connection in the `with` block."""
         options: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": timeouts(quiet_s)}
         try:
             async with self._http.stream("GET", path, extensions=TRACED, **options) as response:
@@ -157,9 +157,9 @@ class AsyncConnection:
 
     @asynccontextmanager
     async def websocket(self, path: str, max_bytes: int) -> AsyncIterator["ClientConnection"]:
-        """Open a WebSocket that accepts messages of at most max_bytes.
+        """Open a WebSocket for messages of up to max_bytes.
 
-        Raises ClientError, also if the connection closes in the `with` block. Raises ImportError without websockets.
+        Raises ClientError, even if the connection closes in the `with` block. Raises ImportError without websockets.
         """
         try:
             from websockets.asyncio.client import connect
@@ -181,7 +181,7 @@ class AsyncConnection:
                 try:
                     yield ws
                 finally:
-                    await ws.close()  # send code 1000; after an exception, `connect` would send 1011
+                    await ws.close()  # send code 1000; after an exception, `connect` itself would send 1011
         except ConnectionClosed as error:
             raise closed(error, max_bytes) from None
         except InvalidStatus as error:
@@ -191,7 +191,7 @@ class AsyncConnection:
 
 
 async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
-    """Read a whole response. Raises httpx.HTTPError, and ClientError if not 2xx, compressed or too long."""
+    """Read a whole response. Raises httpx.HTTPError; ClientError if not 2xx, compressed or too long."""
     check_coding(response)
     limit = max_bytes if response.is_success else DOCUMENT_BYTES
     content = bytearray()
@@ -205,7 +205,10 @@ async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
 
 
 class AsyncWatching:
-    """A watched job. Iterate over the object only once. Use a `with` block if anything but `break` may end the loop."""
+    """A watched job. You can iterate over it only once.
+
+    Use a `with` block if the loop can end in any way other than `break`.
+    """
 
     def __init__(self, connection: AsyncConnection, parameters: Mapping[str, Any]) -> None:
         self._connection, self._parameters = connection, parameters
@@ -231,7 +234,7 @@ class AsyncWatching:
                         if isinstance(message, Done | Cancelled):
                             return
             except ClientError as error:
-                if accepted:  # a retry would start another job
+                if accepted:  # a retry would start a second job
                     raise
                 await asyncio.sleep(patience.pause_s(error))
 
@@ -243,19 +246,23 @@ class AsyncWatching:
             await self._ws.close()
 
     async def cancel(self) -> None:
-        """Cancel the job, from any task. The loop then ends with Cancelled, or with Done if the job is already done.
+        """Cancel the job. Any task may call this.
 
-        Does nothing before the job is sent to the server.
+        The loop then ends with Cancelled, or with Done if the job was already done. Does nothing if the job has not
+        been sent to the server yet.
         """
         if self._ws is not None:
             from websockets.exceptions import ConnectionClosed
 
-            with suppress(ConnectionClosed):  # the server cancels the job of a closed connection
+            with suppress(ConnectionClosed):  # if the connection is closed, the server cancels the job anyway
                 await self._ws.send(CANCEL)
 
 
 class AsyncJob:
-    """A durable job. `latest` is the newest state from `submit`, `state` or `wait`; None before the first."""
+    """A durable job.
+
+    `latest` is its state at the last `submit`, `state` or `wait`; None before the first of these calls.
+    """
 
     def __init__(self, connection: AsyncConnection, job_id: str, latest: JobState | None = None) -> None:
         assert job_id, "a job has an id"
@@ -270,11 +277,11 @@ class AsyncJob:
     async def wait(self, timeout_s: float | None = None) -> JobState:
         """Wait until the job is done, failed or cancelled. Tolerates a server restart of up to a minute.
 
-        Raises TimeoutError after timeout_s, or one or two seconds later if the server is silent; the job continues.
+        Raises TimeoutError after timeout_s, or up to two seconds later if the server is silent. The job then continues.
         """
         patience, polling = self._patience(), Polling(self.id, timeout_s)
         while True:
-            # Make one attempt without retries: timeout_s may end before the patience.
+            # Disable retries in `request`, because timeout_s may end earlier than they do. This loop retries instead.
             once, limits = Patience(0), timeouts(polling.look_s(QUIET_S))
             try:
                 job = JobState.of(object_of(await self._connection.request("GET", self._path, once, timeout=limits)))
@@ -288,10 +295,10 @@ class AsyncJob:
             await asyncio.sleep(polling.pause_s(job))
 
     async def events(self, *, last_id: str = "", **preview: Unpack[Preview]) -> AsyncIterator[Event]:
-        """Iterate over the job's events: Waiting, Progress (or Frame with `show`), and finally Ended.
+        """Iterate over the job's events: Waiting, Progress (or Frame, if `show` is set), and finally Ended.
 
         Reopens a broken connection, and tolerates a server restart of up to a minute. With layout `images`, some frames
-        may then arrive twice.
+        may arrive twice after that.
         """
         patience, path = self._patience(), f"{self._path}/events"
         following = Following(last_id, patience, Expected.of(preview | self._known(), show=None))
@@ -299,7 +306,7 @@ class AsyncJob:
             headers = following.begin_connection()
             try:
                 async with self._connection.stream(path, preview, headers, EVENTS_QUIET_S) as response:
-                    if response.status_code == NO_CONTENT:  # last_id is the id of the last event
+                    if response.status_code == NO_CONTENT:  # there are no events after last_id
                         return
                     async for chunk in response.aiter_bytes():
                         for event in following.read(chunk):
@@ -311,9 +318,9 @@ class AsyncJob:
                 await asyncio.sleep(patience.pause_s(error))
 
     async def image(self, accept: MediaType = "image/png", *, clip_output: bool = True) -> Sampled:
-        """Return the images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found.
+        """Return the images of a finished job. Raises Problem: job_not_done, no_images, job_not_found.
 
-        clip_output: clip the floats of a job with bit_depth=32 to the model's range.
+        clip_output: clip the floats of a job with bit_depth=32 to the range of the model.
         """
         limit = Expected.of(self._known()).answer_bytes(accept)
         options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
@@ -321,11 +328,11 @@ class AsyncJob:
         return Sampled.of(await self._connection.request("GET", path, **options), accept)
 
     async def cancel(self) -> JobState:
-        """Cancel the job if it has not ended, and return the job's state."""
+        """Cancel the job unless it has ended, and return its state."""
         return JobState.of(object_of(await self._connection.request("POST", f"{self._path}/cancel")))
 
     async def delete(self) -> None:
-        """Delete the job; the server first cancels a job that has not ended. A missing job is no error."""
+        """Delete the job. The server first cancels the job if it has not ended. A missing job is not an error."""
         try:
             await self._connection.request("DELETE", self._path, Patience(self._connection.patience_s))
         except Problem as problem:
@@ -333,24 +340,26 @@ class AsyncJob:
                 raise
 
     def _known(self) -> dict[str, Any]:
-        """Return the parameters that bound the images and frames: n, or its maximum if unknown, and steps, if known."""
+        """Return the parameters that limit the responses: n, or its maximum if unknown; steps, if known."""
         return {"n": MAX_IMAGES} if self.latest is None else {"n": self.latest.n, "steps": self.latest.steps}
 
     def _patience(self) -> Patience:
         return Patience(self._connection.patience_s, durable=True, known=True)
 
 
-PAGE = 200  # jobs per request; the server's maximum
+PAGE = 200  # jobs per request, which is the server's maximum
 
 
 class AsyncClient:
     """A client of one tminus server. Tasks may share one client.
 
-    url: `http://host:port`, plus a path if a proxy serves the server under a path. model: the name of the model; None:
-    the server's default. patience_s: total seconds that a call may wait while the server is unreachable or responds
-    429, 503 or 507 with a Retry-After; 0 raises such an error at once. key: the API key to send with every request and
-    WebSocket; no error shows the key. headers: further headers of every request and WebSocket, such as a proxy needs.
-    transport: replaces httpx's own.
+    url: `http://host:port`, plus a path if a proxy serves the server under a path.
+    model: the name of the model; None: the server's default model.
+    patience_s: how many seconds in total a call may wait while the server is unreachable, or responds 429, 503 or 507
+    with a Retry-After. With 0, a call raises such an error at once.
+    key: the API key to send with every request and WebSocket. The key does not appear in error messages.
+    headers: additional headers for every request and WebSocket, for example for a proxy.
+    transport: replaces the transport of httpx.
 
     Calls raise Problem if the server refuses or fails, Unreachable, and UnexpectedAnswer. The constructor raises
     ValueError for an invalid url, model or key.
@@ -379,11 +388,11 @@ class AsyncClient:
         await self._connection.close()
 
     async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
-        """Sample, and wait for the result.
+        """Sample images, and wait for the result.
 
         accept: the format: a PNG sheet, a zip or JSON of PNGs, floats (npy), an animation (WebP) or a trajectory.
         """
-        # Retries are safe: the server drops the job when the connection breaks.
+        # Retries are safe, because the server drops the job when the connection breaks.
         options: dict[str, Any] = {
             "content": text_of(parameters),
             "headers": JSON_BODY | {"Accept": accept},
@@ -393,10 +402,10 @@ class AsyncClient:
         return Sampled.of(await self._connection.request("POST", "/sample", **options), accept)
 
     def watch(self, **parameters: Unpack[Shown]) -> AsyncWatching:
-        """Sample, and watch: iterate over the return value for Accepted, Frames, and Done or Cancelled.
+        """Sample images, and watch the job. Iterate over the return value to get its messages.
 
-        A slow reader gets only the newest frame. The server ends a job whose client reads nothing for a minute. Leaving
-        the loop cancels the job.
+        The messages are Accepted, Frames, and Done or Cancelled. A slow reader gets only the newest frame. If a client
+        reads nothing for a minute, the server ends the job. Leaving the loop cancels the job.
         """
         return AsyncWatching(self._connection, parameters)
 
@@ -408,13 +417,14 @@ class AsyncClient:
         webhook_events: Sequence[str] | None = None,
         **parameters: Unpack[Parameters],
     ) -> AsyncJob:
-        """Submit a durable job. The job runs to its end even if the client disconnects or the server restarts.
+        """Submit a durable job. It runs to its end even if the client disconnects or the server restarts.
 
-        A broken connection is retried for a minute. The Idempotency-Key makes retries safe: requests with the same key
-        and parameters create one job. The default is a random key. Pass your own key if your process may restart.
+        If the connection breaks, the request is retried for a minute. The Idempotency-Key makes this safe: all requests
+        with the same key and parameters create only one job. The default is a random key. Pass your own key if your
+        process may restart.
 
-        webhook: a URL that receives the job at its start (start), when its images are ready (output), and at its end
-        (completed). webhook_events: the events to send; None: all.
+        webhook: a URL that receives the job when it starts (start), when its images are ready (output), and when it
+        ends (completed). webhook_events: the events to send; None: all.
         """
         key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         headers = JSON_BODY | {"Idempotency-Key": key}
@@ -425,13 +435,13 @@ class AsyncClient:
         return AsyncJob(self._connection, state.id, state)
 
     def job(self, job_id: str) -> AsyncJob:
-        """Return the job with this id, of any model. Sends no request."""
+        """Return the job with this id. It may be a job of any model. Sends no request."""
         return AsyncJob(self._connection, job_id)
 
     async def jobs(self, *, state: str | Sequence[str] | None = None) -> AsyncIterator[JobState]:
         """Iterate over the jobs, newest first. A client with a model lists only the jobs of that model.
 
-        state: one state or several; None: all.
+        state: list only jobs in this state, or in one of these states.
         """
         params: dict[str, Any] = {"limit": PAGE}
         if state is not None:
@@ -445,7 +455,7 @@ class AsyncClient:
             params["before"] = before
 
     async def noise(self, image: bytes | Path, t: int, seed: int | None = None) -> Noised:
-        """Run the forward process on an image up to timestep t. image: the content of a file, or its Path."""
+        """Run the forward process on an image up to timestep t. image: an image file's content, or its Path."""
         options: dict[str, Any] = {
             "params": {"t": t} if seed is None else {"t": t, "seed": seed},
             "headers": {"Content-Type": "application/octet-stream", "Accept": PNG},
@@ -455,7 +465,7 @@ class AsyncClient:
         return Noised.of(await self._connection.request("POST", "/noise", **options))
 
     async def model(self) -> dict[str, Any]:
-        """Return the document of GET /model: the model's description and limits."""
+        """Return the document of GET /model, which describes the model and its limits."""
         return object_of(await self._connection.request("GET", "/model"))
 
     # --- all models of the server ---
@@ -465,24 +475,25 @@ class AsyncClient:
         return models_of(await self._connection.request("GET", f"{self._connection.server}/models"))
 
     async def load_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Load a model. Returns when the server serves the model, which can take minutes.
+        """Load a model. Returns once the server serves the model, which can take minutes.
 
-        admin_key: a key with the role admin, sent instead of the client's own. Raises Problem: unauthorized, forbidden,
-        admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for an invalid name or key.
+        admin_key: a key with the role admin, to send instead of the client's own key. Raises ValueError for an invalid
+        name or key. Raises Problem: unauthorized, forbidden, admin_off, model_not_found, model_busy,
+        checkpoint_refused.
         """
         return ModelState.of(object_of(await self._change(name, "load", admin_key)))
 
     async def reload_model(self, name: str, admin_key: str | None = None) -> ModelState:
-        """Read a loaded model's folder again, and return when the new content is served. Raises like load_model."""
+        """Read a loaded model's folder again. Returns once the new content is served. Raises like load_model."""
         return ModelState.of(object_of(await self._change(name, "reload", admin_key)))
 
     async def unload_model(self, name: str, admin_key: str | None = None) -> None:
-        """Unload a model. The model's accepted jobs still finish. Raises like load_model."""
+        """Unload a model. Jobs that the server has already accepted still finish. Raises like load_model."""
         await self._change(name, "unload", admin_key)
 
     async def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:
         url = f"{self._connection.server}/models/{checks.model_name(name)}/{change}"
-        # If the first request loaded the model, the server would refuse a second one.
+        # Do not repeat a request that may have succeeded: the server would refuse the second one.
         patience = Patience(self._connection.patience_s, once=True)
         auth: dict[str, Any] = {} if admin_key is None else {"auth": KeyAuth(admin_key)}
         return await self._connection.request("POST", url, patience, timeout=timeouts(None), **auth)

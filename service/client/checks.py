@@ -1,4 +1,4 @@
-"""Checks of types and sizes in a server's responses. Every check is a pure function and raises ValueError."""
+"""Checks of types and sizes in a server's responses. Every check is pure and raises ValueError."""
 
 import base64
 import binascii
@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 
-MOST = 2**64 - 1  # the largest seed; no count is larger
+MOST = 2**64 - 1  # the largest seed; all counts are smaller
 LONGEST_S = 1e12
-MAX_VALUES = 2**20  # values in a JSON document; two bytes of JSON may need 50 bytes of memory
+MAX_VALUES = 2**20  # values in a JSON document; a value of two bytes can need 50 bytes of memory
 MAX_TOKEN = 200
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SIGNATURES = {
@@ -30,7 +30,7 @@ SIGNATURE_AT = {"application/vnd.tminus.trajectory": 8}  # bytes; safetensors be
 
 
 def loads(data: bytes | str) -> Any:
-    """Parse JSON of at most about MAX_VALUES values."""
+    """Parse JSON. Refuses a document with more than about MAX_VALUES values."""
     comma, bracket, brace = (",", "[", "{") if isinstance(data, str) else (b",", b"[", b"{")
     if data.count(comma) + data.count(bracket) + data.count(brace) > MAX_VALUES:  # type: ignore[arg-type]
         raise ValueError(f"JSON of more than {MAX_VALUES} values")
@@ -56,7 +56,7 @@ yes_or_no = _of(bool, "neither true nor false")
 
 
 def token(value: object) -> str:
-    """Return a string of 1 to MAX_TOKEN printable ASCII characters, which fits into a URL, a header or a line."""
+    """Check for a string of 1 to MAX_TOKEN printable ASCII characters, which is safe in a header or a URL."""
     found = text(value)
     if not (found.isascii() and found.isprintable() and 0 < len(found) <= MAX_TOKEN):
         raise ValueError(f"no token: {found!r:.40}")
@@ -64,7 +64,7 @@ def token(value: object) -> str:
 
 
 def model_name(value: object) -> str:
-    """Return a valid model name, which is safe in a URL."""
+    """Check for a valid model name, which is safe in a URL."""
     found = text(value)
     if not MODEL_NAME.fullmatch(found):
         raise ValueError(f"model must be 1..64 of A-Z a-z 0-9 . _ -, a letter or digit first, got {found!r:.100}")
@@ -72,31 +72,31 @@ def model_name(value: object) -> str:
 
 
 def one_of(known: Sequence[T], value: object) -> T:
-    """Return the known value that equals `value`."""
+    """Check that a value is in a list, and return the equal value from the list."""
     if value not in known:
         raise ValueError(f"none of {', '.join(map(str, known))}: {value!r:.40}")
     return known[known.index(value)]
 
 
 def whole(value: object) -> int:
-    """Return an integer from 0 to MOST."""
+    """Check for an integer from 0 to MOST."""
     if type(value) is not int or not 0 <= value <= MOST:
         raise ValueError(f"no whole number: {value!r:.40}")
     return value
 
 
 def number(value: object) -> float:
-    """Return a number from 0 to LONGEST_S."""
+    """Check for a number from 0 to LONGEST_S."""
     if type(value) not in (int, float) or not 0 <= value <= LONGEST_S:  # type: ignore[operator]
         raise ValueError(f"no number: {value!r:.40}")
     return value  # type: ignore[return-value]
 
 
 def read(kind: type[T], value: object) -> T:
-    """Read a JSON object into a dataclass.
+    """Convert a JSON object to a dataclass.
 
-    Checks each member by the type of its field, or by the `check` in the field's metadata. A field with a default may
-    be missing. Ignores unknown members, which a newer server may add. Raises KeyError for a missing member.
+    Each member is checked by the type of its field, or by the `check` in the field's metadata. A field with a default
+    is optional. Unknown members are ignored, because a newer server may add some. Raises KeyError for a missing member.
     """
     document, found = mapping(value), {}
     for each in fields(kind):  # type: ignore[arg-type]
@@ -109,12 +109,12 @@ def read(kind: type[T], value: object) -> T:
 
 
 def optional(check: Callable[[object], T], value: object) -> T | None:
-    """Check a value unless it is None."""
+    """Apply a check to a value, unless the value is None."""
     return None if value is None else check(value)
 
 
 def picture(value: bytes, media_type: str) -> bytes:
-    """Return the bytes if they start with the signature of this media type."""
+    """Check that a file starts with the signature of its media type."""
     if not value.startswith(SIGNATURES[media_type], SIGNATURE_AT.get(media_type, 0)):
         raise ValueError(f"no {media_type}: {value[:16]!r}")
     return value

@@ -1,4 +1,4 @@
-"""Errors of the client."""
+"""The errors that the client raises."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,19 +8,20 @@ from . import checks
 
 PROBLEM_JSON = "application/problem+json"
 SWITCHING_PROTOCOLS = 101
-GONE = (502, 503)  # sent by a proxy that cannot reach the server
+GONE = (502, 503)  # statuses that a proxy sends if it cannot reach the server
 
 
 class ClientError(Exception):
-    """Base class of all errors of the client."""
+    """Base class of all errors that the client raises."""
 
 
 class Problem(ClientError):
-    """The server refused the call or failed. The errors page of the docs lists the codes.
+    """The server refused the call, or failed. The errors page of the docs lists the codes.
 
-    `field`, `value` and `bound` describe one thing to change. `errors` lists all mistakes in the parameters, each with
-    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is the time to wait before a retry, in seconds.
-    `document` is the whole response. Some codes add members to the document: no_images adds `cause`.
+    `field`, `value` and `bound` describe the first mistake in the parameters. `errors` lists all mistakes, each with
+    `code`, `detail`, `field`, `value` and `bound`. `retry_after_s` is the number of seconds to wait before a retry.
+    `document` is the whole response. Some codes have additional members in `document`; for example, no_images has
+    `cause`.
     """
 
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
@@ -46,9 +47,9 @@ class Unreachable(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The response is not from a tminus server; a proxy may have sent it. `status` is the status of the response.
+    """The response does not come from a tminus server; it may come from a proxy. `status`: the HTTP status.
 
-    Also raised if members have wrong types, or if the response has more data than the call asked for.
+    Also raised if a member has the wrong type, or if the response is larger than what the call asked for.
     """
 
     def __init__(self, status: int, reason: object = "") -> None:
@@ -59,7 +60,7 @@ class UnexpectedAnswer(ClientError):
 
 @contextmanager
 def expecting(status: int) -> Iterator[None]:
-    """Convert ValueError and KeyError, which the checks of a response raise, to UnexpectedAnswer."""
+    """Convert the ValueError or KeyError of a failed check to UnexpectedAnswer."""
     try:
         yield
     except (KeyError, ValueError) as error:
@@ -67,7 +68,7 @@ def expecting(status: int) -> Iterator[None]:
 
 
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientError:
-    """Return the error for a response that is not 2xx. Header names must be in lower case."""
+    """Return the error for a response that is not 2xx. The names in `headers` must be in lower case."""
     if headers.get("content-type", "").partition(";")[0] == PROBLEM_JSON:
         try:
             document = {"status": status} | checks.mapping(checks.loads(content))
@@ -80,7 +81,7 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientE
 
 
 def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Problem:
-    """Read a problem document. Raises ValueError if a member has the wrong type."""
+    """Parse a problem document. Raises ValueError if a member has the wrong type."""
     checks.whole(members.get("status", 0))
     for name in ("code", "detail"):
         checks.text(members.get(name, ""))
@@ -92,5 +93,5 @@ def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Probl
 
 
 def retry_after_s(text: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, or None for a date: no tminus server sends a date."""
+    """Parse a Retry-After header. Returns None for a date, because no tminus server sends one."""
     return float(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 else None

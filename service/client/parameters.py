@@ -1,4 +1,4 @@
-"""Parameters of a job, and their JSON encoding."""
+"""Parameters of a job, and their encoding as JSON."""
 
 import base64
 import json
@@ -12,9 +12,9 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 
 class Parameters(TypedDict, total=False):
-    """Parameters of POST /sample. The API reference describes them. The server has a default for each parameter.
+    """Parameters of POST /sample; the API reference describes them. All are optional.
 
-    A Picture is the content of a PNG, JPEG or WebP file as bytes or base64, or the Path of the file.
+    A Picture is a PNG, JPEG or WebP file: its content as bytes or base64, or its Path.
     """
 
     n: int
@@ -43,11 +43,12 @@ class Parameters(TypedDict, total=False):
 
 
 class Preview(TypedDict, total=False):
-    """Parameters of a job's frames.
+    """Parameters for the frames of a job.
 
-    every: steps between frames. fps: frames per second (10 without every and fps). show: `x_t` (the latent), `x_0` (the
-    network's prediction), or a list of both. By default `watch` shows `x_t`, and `events` shows nothing. frame_format:
-    `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or `images` (one picture per image).
+    every: number of steps between frames. fps: frames per second; 10 if neither every nor fps is given. show:
+    `x_t` (the latent), `x_0` (the network's prediction), or a list of both. By default `watch` shows `x_t`, and
+    `events` shows no frames. frame_format: `png`, `webp` or `jpeg`. layout: `sheet` (one picture of all images) or
+    `images` (one picture per image).
     """
 
     every: int
@@ -58,11 +59,11 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """Parameters of `sample`.
+    """Parameters of `sample`. Some apply only to one format.
 
-    With accept="image/webp": every, the steps between frames; show, `x_t` or `x_0`. With
+    accept="image/webp": every, the number of steps between frames; show, `x_t` or `x_0`.
     accept="application/vnd.tminus.trajectory": keep, the passes to return (default: all); dtype, float32 or float16.
-    With accept="application/x-npy": clip_output, to clip to the model's range (default: True).
+    accept="application/x-npy": clip_output, whether to clip to the model's range (default: True).
     """
 
     every: int
@@ -77,7 +78,7 @@ class Shown(Parameters, Preview, total=False):
 
 
 def text_of(parameters: Mapping[str, Any]) -> str:
-    """Return the parameters as JSON. Raises OSError for an unreadable file, and ValueError for NaN or infinity."""
+    """Encode parameters as JSON. Raises OSError for an unreadable file, ValueError for NaN or infinity."""
     pictures = {
         name: base64.b64encode(bytes_of(value)).decode("ascii")
         for name in PICTURES
@@ -87,11 +88,11 @@ def text_of(parameters: Mapping[str, Any]) -> str:
 
 
 def webhook_members(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
-    """Return the parameters of a webhook, without None."""
+    """Return the parameters for a webhook. Leaves out None."""
     members = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
     return {name: value for name, value in members.items() if value is not None}
 
 
 def bytes_of(image: bytes | Path) -> bytes:
-    """Return the content of an image file. Raises OSError for an unreadable file."""
+    """Return the content of an image file. Raises OSError if it cannot be read."""
     return image.read_bytes() if isinstance(image, Path) else image

@@ -1,4 +1,4 @@
-"""Pauses before retries, and between polls of a job. No I/O except the clock."""
+"""Pauses before retries, and pauses between polls of a job. No I/O except the clock."""
 
 import math
 import random
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .errors import ClientError, Problem, Unreachable
 from .results import JobState
 
-RESTART_S = 60.0  # time that a server may need to restart
+RESTART_S = 60.0  # how long a server may take to restart
 FIRST_S, LONGEST_S = 0.25, 4.0  # first and longest pause between attempts to connect
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 2.0
 LAST_LOOK_S = 1.0
@@ -16,11 +16,12 @@ WORTH_WAITING = (429, 503, 507)
 
 
 class Patience:
-    """Decides after each failure of a call when to retry, or raises the error.
+    """Decides when to retry a failed call, and when to give up.
 
-    patience_s: total seconds of retries, counted from the first failure. once: the call is not safe to repeat, so do
-    not retry if the server may have received the request. durable: the call's object survives the server's process, so
-    wait for a restart. known: the server has been reached before, so a first failure to connect may be a restart.
+    patience_s: total time for retries, in seconds since the first failure.
+    once: the call is not safe to repeat. It is not retried if the server may have received the request.
+    durable: the object of the call survives a restart of the server, so wait for a restart.
+    known: the server has been reached before, so it may be restarting even if the first attempt cannot connect.
     """
 
     def __init__(
@@ -38,16 +39,16 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Reset the start time and the pause, after progress."""
+        """Start anew after progress: forget the first failure and the last pause."""
         self._began: float | None = None
         self._next_s = self.first_s
 
     def pause_s(self, error: ClientError) -> float:
-        """Return the seconds until the next attempt. Raises the error if there must be no further attempt."""
+        """Return how many seconds to wait before the next attempt. Raises the error if it is time to give up."""
         limit_s, now_s = self._patience_s, self._clock()
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
-            wait_s = error.retry_after_s  # the server sends different values to different clients
+            wait_s = error.retry_after_s  # the server already sends each client a different value
         elif isinstance(error, Unreachable) and not (self._once and error.reached):
             self._known |= error.reached
             wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  clients must not retry at the same moment
@@ -62,22 +63,22 @@ class Patience:
 
 
 class Polling:
-    """Decides when to poll a running job: at its expected end, but not later than timeout_s after the start."""
+    """Decides when to poll a job: at its expected end, but at most timeout_s seconds after the start."""
 
     def __init__(self, job_id: str, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._job_id, self._timeout_s, self._clock, self._began = job_id, timeout_s, clock, clock()
 
     def look_s(self, longest_s: float) -> float:
-        """Return the timeout of the next request in seconds. After timeout_s, a last request gets LAST_LOOK_S."""
+        """Return the timeout for the next request. If timeout_s is over, one last request gets LAST_LOOK_S."""
         return longest_s if self._timeout_s is None else min(longest_s, max(self._left_s(), LAST_LOOK_S))
 
     def pause_s(self, job: JobState) -> float:
-        """Return the seconds until the next request. Raises TimeoutError."""
+        """Return how many seconds to wait before the next request. Raises TimeoutError."""
         pause_s = min(max(job.eta_s or 0, SHORTEST_POLL_S), LONGEST_POLL_S)
         return self._cut(pause_s, f"is {job.state}")
 
     def pause_after_s(self, error: ClientError, patience: Patience) -> float:
-        """Return the seconds until the next request after a failure. Raises TimeoutError, or `error` if it is final."""
+        """Return how many seconds to wait after a failed request. Raises TimeoutError, or a final `error`."""
         return self._cut(patience.pause_s(error), f"could not be looked at ({error})")
 
     def _cut(self, pause_s: float, known: str) -> float:

@@ -1,6 +1,6 @@
 """Reads the messages and events of a job, and checks their number and order. No I/O.
 
-Without these checks, a server could send endless frames, and a caller that keeps them would run out of memory.
+Without these checks, a server could send endless frames. A caller that keeps all frames would then run out of memory.
 """
 
 import re
@@ -26,36 +26,36 @@ from .results import (
 )
 
 MIB = 2**20
-IMAGE_BYTES = 16 * MIB  # one image file: 2048 x 2048 pixels in colour, with PNG text
-ANSWER_BYTES = 512 * MIB  # any response or message
-ANIMATION_BYTES = 64 * MIB  # a server encodes at most 16 MiB of pixels
-TRAJECTORY_BYTES = 64 * MIB  # a server sends at most 32 MiB
-DOCUMENT_BYTES = 16 * MIB  # JSON without images
-MAX_STEPS = 100_000  # the limit if the number of steps is unknown
-EVENTS_QUIET_S = 45.0  # read timeout; the server sends a comment every 15 s
+IMAGE_BYTES = 16 * MIB  # maximum of one image file: 2048 x 2048 pixels in colour, with text
+ANSWER_BYTES = 512 * MIB  # maximum of any response or message
+ANIMATION_BYTES = 64 * MIB  # a server encodes at most 16 MiB of pixels per animation
+TRAJECTORY_BYTES = 64 * MIB  # a server sends trajectories of at most 32 MiB
+DOCUMENT_BYTES = 16 * MIB  # maximum of a JSON response without images
+MAX_STEPS = 100_000  # assumed maximum if the number of steps is unknown
+EVENTS_QUIET_S = 45.0  # timeout without data; the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204
 CANCEL = '{"type": "cancel"}'
 LINE_END = re.compile(rb"\r\n|\n|\r")
-EVENT_BYTES = 64 * MIB  # one event; a frame is base64
+EVENT_BYTES = 64 * MIB  # maximum of one event, in which frames are base64
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Limits of the response to a request."""
+    """What a response may contain, according to the parameters of its request."""
 
-    images: int  # the parameter n
-    passes: int  # maximum network passes per image; the `step` of a frame counts passes
+    images: int  # number of images
+    passes: int  # maximum number of network passes per image; `Frame.step` counts passes
     every: int  # minimum number of steps between two frames
-    shows: frozenset[str]  # x_t, x_0
-    in_sheets: bool  # one picture shows all images
+    shows: frozenset[str]  # any of x_t and x_0
+    in_sheets: bool  # True if one picture shows all images
     frame_type: str  # media type of a frame
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Expected":
         """Derive the limits from the parameters of a call. show: the default of the parameter `show`."""
         shows = parameters.get("show", show)
-        # A sampler makes at most 2 * steps + 1 passes. With `nearest`, the server chooses the steps.
+        # A sampler makes at most 2 * steps + 1 passes. With `nearest`, the server itself chooses the number of steps.
         passes = MAX_STEPS if parameters.get("nearest") else 2 * _whole(parameters.get("steps"), MAX_STEPS) + 1
         return cls(
             images=_whole(parameters.get("n", 1), MAX_IMAGES),
@@ -68,7 +68,7 @@ class Expected:
 
     @property
     def pictures(self) -> int:
-        """Return the number of pictures per step, for each element of `shows`."""
+        """Number of pictures per step for each element of `shows`."""
         return 1 if self.in_sheets else self.images
 
     @property
@@ -85,7 +85,10 @@ class Expected:
 
 
 def _whole(parameter: object, default: int) -> int:
-    """Return a parameter as an integer of 1 or more, or the default: the server refuses any other value."""
+    """Convert a parameter to an integer of at least 1.
+
+    Returns the default for any other value, because the server refuses that value.
+    """
     try:
         number = int(parameter)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
@@ -94,7 +97,7 @@ def _whole(parameter: object, default: int) -> int:
 
 
 def images_after(members: Mapping[str, Any]) -> int:
-    """Return the number of binary messages that follow a JSON message. Raises KeyError, ValueError."""
+    """Return how many binary messages follow a JSON message. Raises KeyError or ValueError."""
     match checks.text(members["type"]):
         case "frame":
             return 1
@@ -104,7 +107,7 @@ def images_after(members: Mapping[str, Any]) -> int:
 
 
 def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Message:
-    """Parse a message. Raises Problem for a message of type `error`; KeyError or ValueError for a malformed message."""
+    """Parse a message. Raises KeyError or ValueError if it is malformed, and Problem for type `error`."""
     match members["type"]:
         case "accepted":
             return checks.read(Accepted, members)
@@ -120,13 +123,13 @@ def message_of(members: Mapping[str, Any], pictures: tuple[bytes, ...]) -> Messa
 
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
-    """Parse a frame. Raises KeyError, ValueError."""
+    """Parse a frame. Raises KeyError or ValueError if it is malformed."""
     return checks.read(Frame, {"image": None, **members, "data": data})
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """A server-sent event. `id` is the last id received, for the Last-Event-ID of the next connection."""
+    """A server-sent event. `id` is the newest id so far; the next connection sends it as Last-Event-ID."""
 
     event: str
     data: str
@@ -136,21 +139,21 @@ class ServerSentEvent:
 class EventDecoder:
     """Decodes server-sent events (HTML standard, section 9.2.6) from chunks of any size.
 
-    Raises ValueError for an event of more than EVENT_BYTES. httpx-sse (0.4.3) is unsuitable: it reads from httpx
-    itself, and keeps a byte order mark and events without data.
+    Raises ValueError for an event of more than EVENT_BYTES. httpx-sse (0.4.3) is not used, because it reads from httpx
+    itself, and does not remove a byte order mark or events without data.
     """
 
     def __init__(self) -> None:
-        self.retry_s: float | None = None  # pause before reconnecting, as the server requests
-        self._line = bytearray()  # incomplete line
-        self._after_cr = False  # the last chunk ended in CR, and LF may follow
+        self.retry_s: float | None = None  # pause before reconnecting, if the server has requested one
+        self._line = bytearray()  # the line that is not complete yet
+        self._after_cr = False  # True if the last chunk ended in CR; an LF may follow
         self._at_start = True
         self._event, self._id = "", ""
         self._data: list[str] = []
-        self._held = 0  # bytes in complete lines of the incomplete event
+        self._held = 0  # size of the complete lines of the event that is not complete yet
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Parse a chunk, and return the events that it completes."""
+        """Parse a chunk. Returns the events that are complete now."""
         if not chunk:
             return []
         if self._after_cr:
@@ -180,7 +183,7 @@ class EventDecoder:
             raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
 
     def _take(self, line: str) -> None:
-        name, _, value = line.partition(":")  # the name of a comment is empty
+        name, _, value = line.partition(":")  # a comment has an empty name
         value = value.removeprefix(" ")
         if name == "data":
             self._data.append(value)
@@ -198,7 +201,7 @@ class EventDecoder:
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
-    """Parse a server-sent event of a job. Return None for an unknown kind, which a newer server may add.
+    """Parse an event of a job. Returns None for a kind that this client does not know.
 
     Raises UnexpectedAnswer.
     """
@@ -219,13 +222,13 @@ def event_of(sent: ServerSentEvent) -> Event | None:
 
 
 class FrameOrder:
-    """Checks that the steps of frames rise, and that no step has more pictures than the request asks for."""
+    """Checks that frames come in order of their steps, and that no step has more pictures than requested."""
 
     def __init__(self, expected: Expected) -> None:
         self._expected, self._step, self._shown = expected, 0, set[tuple[str, int | None]]()
 
     def check(self, frame: Frame) -> None:
-        """Raise ValueError for a frame that is out of order, was not requested or has the wrong format."""
+        """Raise ValueError if a frame is out of order, was not requested, or has the wrong format."""
         expected, each = self._expected, (frame.show, frame.image)
         if not frame.step <= frame.steps <= expected.passes:
             raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {expected.passes} are the most")
@@ -242,14 +245,14 @@ class FrameOrder:
 
 
 class Reading:
-    """Reads the messages of a watched job: Accepted, then Frames, then Done or Cancelled."""
+    """Reads the messages of a watched job: first Accepted, then Frames, then Done or Cancelled."""
 
     def __init__(self, expected: Expected) -> None:
         self._expected, self._frames, self._accepted = expected, FrameOrder(expected), False
         self._members: Mapping[str, Any] = {}
 
     def begin(self, text: str | bytes) -> int:
-        """Check the JSON part of a message, and return the number of images that follow. Raises UnexpectedAnswer."""
+        """Read the JSON part of a message. Returns how many images follow. Raises UnexpectedAnswer."""
         with expecting(SWITCHING_PROTOCOLS):
             self._members = checks.mapping(checks.loads(text))
             kind, images = checks.text(self._members["type"]), images_after(self._members)
@@ -261,7 +264,7 @@ class Reading:
         return images
 
     def end(self, images: Sequence[str | bytes]) -> Message:
-        """Return the message with its images. Raises Problem, UnexpectedAnswer."""
+        """Return the message, completed with its images. Raises Problem or UnexpectedAnswer."""
         with expecting(SWITCHING_PROTOCOLS):
             pictures = tuple(image for image in images if isinstance(image, bytes))
             if len(pictures) < len(images):
@@ -276,9 +279,9 @@ class Reading:
 
 
 class Following:
-    """Reads GET /jobs/{id}/events over several connections, until the job has `ended`.
+    """Reads GET /jobs/{id}/events until the job has `ended`, over several connections if necessary.
 
-    Each event renews the patience.
+    Each event calls `Patience.renew`.
     """
 
     def __init__(self, last_id: str, patience: Patience, expected: Expected) -> None:
@@ -287,15 +290,15 @@ class Following:
         self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(expected), False
 
     def begin_connection(self) -> dict[str, str]:
-        """Discard the incomplete event of the last connection, and return the headers of the next request."""
+        """Prepare for a new connection: drop an incomplete event. Returns the headers of the request."""
         self._decoder, self._frames, self._heard = EventDecoder(), FrameOrder(self._expected), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 
     def read(self, chunk: bytes) -> Iterator[Event]:
-        """Yield the events that this chunk completes. Raises UnexpectedAnswer."""
+        """Yield the events that are complete after this chunk. Raises UnexpectedAnswer."""
         with expecting(OK):
             received = self._decoder.feed(chunk)
-        if received or self._heard:  # even a stopping server sends a first chunk
+        if received or self._heard:  # the first chunk is no progress: even a stopping server sends it
             self._patience.renew()
         self._heard = True
         for sent in received:
@@ -316,7 +319,7 @@ class Following:
             if isinstance(event, Frame):
                 self._frames.check(event)
             elif isinstance(event, Waiting | Progress):
-                # A server sends these events before its first frame. If another server takes over the job on the same
-                # connection, the new server continues from a snapshot and repeats steps.
+                # These events come before the first frame. They also come if a different server takes over the job
+                # while the connection stays open. That server continues from a snapshot, so it repeats some steps.
                 self._frames = FrameOrder(self._expected)
         return event

@@ -1,4 +1,4 @@
-"""Return values of the client's calls, and the messages and events of a job."""
+"""The return values of the client's calls, and the messages and events of a job."""
 
 import io
 import math
@@ -26,10 +26,10 @@ MediaType = Literal[
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 NAME = {"check": checks.model_name}
-AS_IT_IS = {"check": lambda value: value}  # raw bytes, not JSON
+AS_IT_IS = {"check": lambda value: value}  # for bytes, which do not come from JSON
 FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
-ZIP_END = struct.Struct("<4s4xHHLLH")  # last record of a zip without a comment (PKZIP's APPNOTE.TXT, 4.3.16)
-# Header of NumPy's format, version 1.0: float32, four dimensions, C order.
+ZIP_END = struct.Struct("<4s4xHHLLH")  # the last record of a zip without a comment (PKZIP's APPNOTE.TXT, 4.3.16)
+# Header of an .npy file (NumPy's format, version 1.0) with four dimensions of float32 in C order.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, "
     rb"'shape': \(([0-9]{1,9}(?:, [0-9]{1,9}){3})\), \} *\n",
@@ -37,17 +37,18 @@ NPY_HEADER = re.compile(
 )
 ZIP64_LOCATOR = b"PK\x06\x07"
 OK = 200
-MAX_IMAGES = 4096  # the limit if the number of images is unknown
+MAX_IMAGES = 4096  # assumed maximum if the number of images is unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The images of a job. `data` is a sheet, a zip, JSON, floats, an animation or a trajectory; see `media_type`.
+    """The images of a job.
 
-    The same parameters with this `seed` and the same `fingerprint` give the same bytes. `job_id` is None for a response
-    from the server's cache. `sampler`, `steps` and `guidance` are the job's values; None if the server is too old to
-    send them. `timings_s` has the seconds of `queue`, `first_step`, `denoise`, `decode` (latent models only) and
-    `encode`. It is empty for a response from the cache and for the images of a durable job.
+    `data` is a sheet, a zip, JSON, floats, an animation or a trajectory; see `media_type`. The same parameters, with
+    this `seed`, give the same bytes on any server with the same `fingerprint`. `job_id` is None if the response comes
+    from the server's cache. `sampler`, `steps` and `guidance` are the values that the job used; None if the server is
+    too old to send them. `timings_s` has the durations in seconds of `queue`, `first_step`, `denoise`, `decode` (only
+    for latent models) and `encode`. It is empty for a response from the cache and for a durable job.
     """
 
     data: bytes = field(repr=False)
@@ -62,7 +63,7 @@ class Sampled:
 
     @classmethod
     def of(cls, response: httpx.Response, accept: str) -> "Sampled":
-        """Parse the response to a request for the media type `accept`. Raises UnexpectedAnswer."""
+        """Parse a response. accept: the media type that was requested. Raises UnexpectedAnswer."""
         headers = response.headers
         with expecting(response.status_code):
             if headers["content-type"] != accept:
@@ -81,7 +82,7 @@ class Sampled:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Return the PNGs of a zip by name (`00000.png` for image 0). Raises UnexpectedAnswer if `data` is no zip."""
+        """The PNGs in a zip, keyed by name: image 0 is `00000.png`. Raises UnexpectedAnswer without a zip."""
         try:
             return _files(self.data)
         except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
@@ -89,7 +90,7 @@ class Sampled:
 
     @property
     def document(self) -> dict[str, Any]:
-        """Return the object of a JSON document. Raises UnexpectedAnswer if `data` is no such document."""
+        """The parsed JSON document. Raises UnexpectedAnswer if `data` is not a JSON object."""
         try:
             return checks.mapping(checks.loads(self.data))
         except ValueError as error:
@@ -97,9 +98,9 @@ class Sampled:
 
     @property
     def floats(self) -> "memoryview[float]":
-        """Return the floats of application/x-npy, [n, C, H, W]. `numpy.asarray` converts them without a copy.
+        """The floats of application/x-npy, [n, C, H, W]. `numpy.asarray` converts them without a copy.
 
-        Raises UnexpectedAnswer if `data` is no such array.
+        Raises UnexpectedAnswer if `data` is not such an array.
         """
         found = NPY_HEADER.match(self.data)
         shape = [int(side) for side in found[1].split(b",")] if found is not None else []
@@ -109,7 +110,7 @@ class Sampled:
 
     @property
     def pngs(self) -> list[bytes]:
-        """Return one PNG per image; for `image/png`, one sheet of all. Raises UnexpectedAnswer if there are none."""
+        """The images as PNGs; for `image/png`, one sheet. Raises UnexpectedAnswer if `data` has no images."""
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:
@@ -123,7 +124,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Noised:
-    """An image at timestep t of the forward process, as PNG, with the alpha_bar of t."""
+    """An image at timestep t of the forward process, as a PNG, and the value of alpha_bar at t."""
 
     data: bytes = field(repr=False)
     seed: int
@@ -132,7 +133,7 @@ class Noised:
 
     @classmethod
     def of(cls, response: httpx.Response) -> "Noised":
-        """Parse the response of POST /noise. Raises UnexpectedAnswer."""
+        """Parse a response of POST /noise. Raises UnexpectedAnswer."""
         headers = response.headers
         with expecting(response.status_code):
             return cls(
@@ -145,7 +146,10 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job, as in GET /jobs/{id}. The API reference explains the members. `problem` is the error of a failed job."""
+    """The state of a job, as in GET /jobs/{id}; the API reference explains its members.
+
+    `problem` is the error of a failed job.
+    """
 
     id: str
     model: str = field(metadata=NAME)
@@ -164,45 +168,48 @@ class JobState:
     fingerprint: str | None
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
-    webhook: Mapping[str, Any] | None = None  # the receiver and the state of the delivery
+    webhook: Mapping[str, Any] | None = None  # the URL and the state of the delivery
 
     @classmethod
     def of(cls, document: Any) -> "JobState":
-        """Parse a job's document, and ignore members that a newer server adds. Raises UnexpectedAnswer."""
+        """Parse the state of a job. Unknown members are ignored, because a newer server may add some.
+
+        Raises UnexpectedAnswer.
+        """
         with expecting(OK):
             return checks.read(cls, document)
 
     @property
     def ended(self) -> bool:
-        """Return True if the job is done, failed or cancelled."""
+        """True if the job is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
 def object_of(response: httpx.Response) -> dict[str, Any]:
-    """Return the JSON object of a response. Raises UnexpectedAnswer."""
+    """Parse a response that is a JSON object. Raises UnexpectedAnswer."""
     with expecting(response.status_code):
         return checks.mapping(checks.loads(response.content))
 
 
 def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
-    """Return the jobs of a page and the cursor of the next page, None for the last page. Raises UnexpectedAnswer."""
+    """Parse a page of jobs. Returns the jobs, and the next page's cursor or None. Raises UnexpectedAnswer."""
     document = object_of(response)
     with expecting(response.status_code):
         jobs = [JobState.of(job) for job in checks.items(document["jobs"])]
         after = checks.optional(checks.token, document["next"])
-    if after is not None and not jobs:  # a server could send empty pages without end
+    if after is not None and not jobs:  # otherwise a server could send empty pages forever
         raise UnexpectedAnswer(response.status_code)
     return jobs, after
 
 
 def _files(data: bytes) -> dict[str, bytes]:
-    """Unpack a zip of uncompressed PNGs, as the server makes it. Raises ValueError, BadZipFile and other errors."""
+    """Unpack a zip of uncompressed PNGs from the server. Raises ValueError, BadZipFile and other errors."""
     end = data[-ZIP_END.size :]
     if len(end) < ZIP_END.size or not end.startswith(b"PK\x05\x06"):
         raise ValueError("its end is missing")
     _, _, _, directory_bytes, _, _ = ZIP_END.unpack(end)
     if directory_bytes > 100 * MAX_IMAGES or data[-ZIP_END.size - 20 :].startswith(ZIP64_LOCATOR):
-        raise ValueError(f"more than {MAX_IMAGES} files in it")  # zipfile creates an object per entry
+        raise ValueError(f"more than {MAX_IMAGES} files in it")  # zipfile would create an object for each entry
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         for entry in entries:
@@ -218,27 +225,31 @@ def _files(data: bytes) -> dict[str, bytes]:
 
 
 def _timings_s(header: str) -> dict[str, float]:
-    """Parse the durations of a Server-Timing header, which are in milliseconds, into seconds."""
+    """Parse a Server-Timing header, and convert its durations from milliseconds to seconds."""
     parts = (part.strip().split(";dur=") for part in header.split(",") if ";dur=" in part)
     return {name: checks.number(float(ms)) / 1000 for name, ms in parts}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model, as in GET /models. `info` is the document of GET /model; None if the model is not served.
+    """The state of a model, as in GET /models.
 
-    A server may serve an `unloaded` model: the first request loads it.
+    `info` is the document of GET /model; None if the model is not served. An `unloaded` model may still be served: the
+    first request loads it.
     """
 
     name: str = field(metadata=NAME)
-    default: bool  # used by calls that name no model
+    default: bool  # True if calls without a model name use this model
     state: Loaded
     info: Mapping[str, Any] | None
-    url: str | None = None  # path of the model's page and API; None if the model is not served
+    url: str | None = None  # path of the model's web page and API; None if the model is not served
 
     @classmethod
     def of(cls, document: Any) -> "ModelState":
-        """Parse a model's document, and ignore members that a newer server adds. Raises UnexpectedAnswer."""
+        """Parse the state of a model. Unknown members are ignored, because a newer server may add some.
+
+        Raises UnexpectedAnswer.
+        """
         with expecting(OK):
             members = checks.mapping(document)
             model = checks.read(cls, members | {"info": members["model"]})
@@ -248,7 +259,7 @@ class ModelState:
 
 
 def models_of(response: httpx.Response) -> list[ModelState]:
-    """Parse a list of models. Raises UnexpectedAnswer, also if a name appears twice."""
+    """Parse a list of models. Raises UnexpectedAnswer, for example if a name appears twice."""
     document = object_of(response)
     with expecting(response.status_code):
         models = [ModelState.of(model) for model in checks.items(document["models"])]
@@ -262,9 +273,10 @@ def models_of(response: httpx.Response) -> list[ModelState]:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A watched job was accepted. position: the number of jobs ahead. eta_s: expected seconds until the job is done.
+    """The watched job was accepted.
 
-    sampler, steps, guidance: the job's values; None if the server is too old to send them.
+    position: number of jobs ahead of it. eta_s: expected seconds until it is done. sampler, steps, guidance: the values
+    that the job uses; None if the server is too old to send them.
     """
 
     id: str
@@ -279,10 +291,11 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A picture of a job after `step` of `steps`; the next step starts at timestep `t`. eta_s: seconds until the end.
+    """A picture of a running job, after `step` of `steps` steps.
 
-    show: `x_t` (the latent) or `x_0` (the network's prediction of the image). image: the index of the image; None if
-    `data` is one sheet of all images. data: a PNG, or the format that `frame_format` requested.
+    t: the timestep at which the next step starts. eta_s: expected seconds until the job is done. show: `x_t` (the
+    latent) or `x_0` (the network's prediction of the image). image: index of the image; None if `data` is one sheet of
+    all images. data: a PNG, or a file in the requested `frame_format`.
     """
 
     step: int
@@ -296,7 +309,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A watched job is done. images: one PNG sheet, or with `layout="images"` one PNG per image."""
+    """The watched job is done. images: one PNG sheet, or one PNG per image with `layout="images"`."""
 
     images: tuple[bytes, ...] = field(repr=False, metadata=AS_IT_IS)
     queue_s: float
@@ -307,14 +320,17 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A watched job was cancelled."""
+    """The watched job was cancelled."""
 
     id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A durable job is waiting. position: number of jobs ahead. eta_s: expected seconds until done. None: unknown."""
+    """The durable job is waiting. position: number of jobs ahead. eta_s: expected seconds until it is done.
+
+    Either is None if it is unknown.
+    """
 
     position: int | None
     eta_s: float | None
@@ -322,7 +338,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A durable job has taken `step` of `steps`. The members have the same meaning as in Frame."""
+    """The durable job has taken `step` of `steps` steps. t and eta_s: see Frame."""
 
     step: int
     steps: int
@@ -332,7 +348,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A durable job has ended. `job.state` is done, failed or cancelled."""
+    """The durable job has ended. `job.state` is done, failed or cancelled."""
 
     job: JobState
 

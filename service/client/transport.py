@@ -1,4 +1,4 @@
-"""URLs, keys and limits of requests, and conversion of httpx and websockets errors. No I/O."""
+"""URLs, keys and limits for requests, and the conversion of errors from httpx and websockets. No I/O."""
 
 import re
 import warnings
@@ -10,28 +10,28 @@ import httpx
 from . import checks
 from .errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
 
-if TYPE_CHECKING:  # at run time, only `watch` needs websockets
+if TYPE_CHECKING:  # needed only by `watch` at run time
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 HEADERS = {
-    "API-Version": "1",  # a server without this version refuses the call
-    "Accept-Encoding": "identity",  # images are already compressed, and the size after decompression is hard to bound
+    "API-Version": "1",  # a server that does not support this version refuses the call
+    "Accept-Encoding": "identity",  # images are compressed already; the size of decompressed data is hard to limit
 }
 CONNECT_S = 10.0
-CLOSE_S = 1.0  # timeout of a WebSocket's closing handshake; the client reads no more messages
-# Timeout of a WebSocket ping. While the caller is busy with earlier messages, the client does not read the pong.
-# The server's own timeout is shorter, so the server decides when to close.
+CLOSE_S = 1.0  # timeout for closing a WebSocket; the client then reads no more messages
+# Timeout for a WebSocket ping. The client does not read the pong while the caller is busy with earlier messages.
+# The server has a shorter timeout, so it is the server that closes a dead connection.
 PONG_S = 90.0
 QUIET_S = 60.0
-# By default httpx allows 100 connections, and long requests would delay others.
+# httpx allows only 100 connections by default. Long requests would then delay other requests.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # printable ASCII, no space at either end
-OUR_COMPLAINTS = (1002, 1007, 1009)  # close codes of the client: protocol error, invalid UTF-8, message too large
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # printable ASCII without a space at either end
+OUR_COMPLAINTS = (1002, 1007, 1009)  # sent by the client: protocol error, invalid UTF-8, message too large
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 def http_address(url: str) -> str:
-    """Check the server's URL, and remove trailing slashes. Raises ValueError."""
+    """Check the URL of a server, and remove trailing slashes. Raises ValueError."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -42,19 +42,25 @@ def http_address(url: str) -> str:
 
 
 def model_address(address: str, model: str | None) -> str:
-    """Return the URL of a model. The default model (None) has the server's URL. Raises ValueError."""
+    """Return the URL of a model. For None, the default model, it is the server's URL. Raises ValueError."""
     return address if model is None else f"{address}/models/{checks.model_name(model)}"
 
 
 def authorization(key: str) -> dict[str, str]:
-    """Return the header for a key. Raises ValueError, without the key, if no header can hold the key."""
+    """Return the header that sends a key. Raises ValueError if no header can hold the key.
+
+    The error message does not contain the key.
+    """
     if not KEY.fullmatch(key):
         raise ValueError("a key must be printable ASCII, without spaces or line ends around it")
     return {"Authorization": f"Bearer {key}"}
 
 
 class KeyAuth(httpx.Auth):
-    """Sends a key with one request, and replaces any other Authorization. Raises ValueError like `authorization`."""
+    """Sends a key with one request, and replaces any other Authorization header.
+
+    Raises ValueError for an invalid key.
+    """
 
     def __init__(self, key: str) -> None:
         self._header = authorization(key)
@@ -65,9 +71,9 @@ class KeyAuth(httpx.Auth):
 
 
 def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Mapping[str, str] | None:
-    """Add a key to the headers of every request, and replace any other Authorization.
+    """Add a key to the headers, and remove any other Authorization header.
 
-    Raises ValueError for a key that no header can hold, and for a url with credentials: both use the same header.
+    Raises ValueError for an invalid key. Also raises it for a URL with credentials, which are sent in the same header.
     """
     if key is None:
         return headers
@@ -78,24 +84,24 @@ def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Ma
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
-    """Return the timeouts of a request. quiet_s: seconds that the server may be silent; None: no limit."""
+    """Return the timeouts of a request. quiet_s: how long the server may send no data; None: no limit."""
     return httpx.Timeout(quiet_s, connect=CONNECT_S if quiet_s is None else min(CONNECT_S, quiet_s))
 
 
 def check_coding(response: httpx.Response) -> None:
-    """Raise UnexpectedAnswer for a compressed response, before httpx decompresses it."""
+    """Raise UnexpectedAnswer if a response is compressed. Call this before httpx decompresses it."""
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
         raise UnexpectedAnswer(response.status_code, f"compressed ({coding!r:.40}), which was not asked for")
 
 
 def too_large(status: int, max_bytes: int) -> UnexpectedAnswer:
-    """Return the error for a response that exceeds max_bytes."""
+    """Return the error for a response of more than max_bytes."""
     return UnexpectedAnswer(status, f"longer than an answer to this can be ({max_bytes} bytes)")
 
 
 def warn_of_deprecation(method: str, response: httpx.Response) -> None:
-    """Warn if the server marks the call as deprecated (RFC 9745, RFC 8594). The warning omits the query string."""
+    """Warn if the server marks a call as deprecated (RFC 9745, RFC 8594), but omit the query string."""
     if "deprecation" in response.headers:
         until = response.headers.get("sunset")
         what = f"{method} {response.url.path} is deprecated" + (f", and works until {until:.40}" if until else "")
@@ -103,13 +109,13 @@ def warn_of_deprecation(method: str, response: httpx.Response) -> None:
 
 
 def lost(error: Exception) -> Unreachable:
-    """Return the error for a connection that failed to open or broke."""
+    """Return the error for a connection that could not be opened, or that broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
 
 
 def closed(error: "ConnectionClosed", max_bytes: int) -> ClientError:
-    """Return the error for a WebSocket that closed before the job was done. max_bytes: the limit of a message."""
+    """Return the error for a WebSocket that closed too early. max_bytes: the maximum size of a message."""
     if error.sent is None or error.rcvd_then_sent:
         return Unreachable(f"the server closed before the job was done ({error})", reached=True)
     if error.sent.code == 1009:

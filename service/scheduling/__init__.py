@@ -1,1 +1,1 @@
-"""The choice of each tick's rows, the admission of jobs, and forecasts. Pure: no torch, no asyncio, no clock."""
+"""Chooses the rows of each tick, admits jobs, and makes forecasts. No torch, no asyncio, no clock."""

@@ -1,6 +1,6 @@
-"""Accepts or refuses jobs. A job's cost is known on arrival, so a refusal can say when to retry. No torch.
+"""Admission of jobs. A job's cost is known when it arrives, so a refusal can say when to retry. No torch.
 
-Any thread may admit a job. The worker's thread removes finished work. Times are arguments, in seconds of a monotonic
+Any thread may admit a job. The worker's thread removes finished work. Callers pass the time, in seconds of a monotonic
 clock.
 """
 
@@ -27,8 +27,8 @@ from tminus.service.scheduling.room import (
 from tminus.service.scheduling.scheduler import RESERVED_SHARE
 from tminus.service.work import JobRows, Outlook, Work
 
-RENEW_S = 5.0  # maximum age of a room forecast; jobs that ended since then only make it more cautious
-ROUNDING = 1e-6  # seconds
+RENEW_S = 5.0  # maximum age of a BacklogForecast; jobs that have ended since then only make the retry times later
+ROUNDING = 1e-6  # tolerance in seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +42,29 @@ class _Moment:
 
 
 class Admission:
-    """Holds the ledger of accepted work and the speed of each model. Refuses jobs that exceed a limit or end too late.
+    """Keeps the ledger of accepted work. Refuses jobs that exceed a limit or end too late.
 
-    The limits on jobs and backlog apply to all models together. Each model has separate slots for rows.
+    The limits on jobs and on backlog apply to all models together. The limit on rows applies to each model separately.
     """
 
     def __init__(self, limits: Limits, times: OwnerTimes | None = None, *, shared: bool = False) -> None:
-        """limits: only max_jobs and max_backlog_s are used. times: shared with the schedulers.
+        """limits: only max_jobs and max_backlog_s are used. times: the OwnerTimes that the schedulers use too.
 
         shared: the server may have several owners of jobs.
         """
         self._limits, self._times, self._shared = limits, times or OwnerTimes(), shared
-        # Guards the ledger and the speeds. Make no forecast under this lock, because the worker must not wait for one.
+        # Guards the ledger and the speeds. Make no forecast while holding this lock, because the worker may need it.
         self._lock = threading.Lock()
-        # The ledger, keyed by job id, in order of arrival. The schedulers count the same work, but only in the worker's
-        # thread, and only after a job has begun. The ledger counts a job from its admission, in another thread.
+        # The ledger, keyed by job id, in order of arrival. The schedulers keep the same counts, but they know a job
+        # only after the worker's thread has begun it, and only that thread may use them.
         self._jobs: dict[str, Pending] = {}
-        self._speeds: dict[int, Speed] = {}  # keyed by model
+        self._speeds: dict[int, Speed] = {}  # keyed by model number
         # Held during the admission of one request. Guards the attributes below. Acquire it before _lock.
         self._admitting = threading.Lock()
-        # Keyed by owner. The key None is for limits of the whole server.
+        # Keyed by owner. The queue under None is for the limits of the whole server.
         self._retry_queues: defaultdict[str | None, RetryQueue] = defaultdict(RetryQueue)
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
-        # (forecast, time of the forecast), keyed by owner. Cleared when a job is accepted.
+        # (forecast, time when it was made), keyed by owner. Cleared when a job is accepted.
         self._forecasts: dict[str | None, tuple[BacklogForecast, float]] = {}
 
     # --- from any thread ---
@@ -83,7 +83,7 @@ class Admission:
 
         has_picture: the job starts from a picture.
 
-        An idle server accepts any valid job. Overloaded has a Retry-After that differs between clients, but it reserves
+        An idle server accepts any valid job. Each refused client gets a different Retry-After, but a refusal reserves
         no capacity.
         """
         with self._admitting:
@@ -108,7 +108,10 @@ class Admission:
         deadline_s: float | None = None,
         has_picture: bool = False,
     ) -> Outlook:
-        """Return the outlook of a job that any replica may run, without counting the job. Raises as `enter` does."""
+        """Return the outlook of a job that any replica may run. Raises like `enter`.
+
+        The job is not added to this server's ledger.
+        """
         with self._admitting:
             server = self._now()
             job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
@@ -122,9 +125,9 @@ class Admission:
             return Outlook(load.jobs, eta_s)
 
     def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
-        """Add a job that an earlier process accepted, regardless of the backlog and the job's deadline.
+        """Add a job that an earlier process accepted, without checking the backlog or the job's deadline.
 
-        Raises Overloaded if the limits leave no slots for the job. The Retry-After is always 1 s, not a forecast.
+        Raises Overloaded if the job would exceed the limit on jobs or rows. The Retry-After is then always 1 s.
         """
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
@@ -139,7 +142,7 @@ class Admission:
         return forecast(server.jobs, server.speeds, job_id, server.service_time_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
-        """Return the outlook of each job, keyed by job id."""
+        """Forecast each accepted job. Returns the outlooks, keyed by job id."""
         server = self._now()
         outlooks = forecast(server.jobs, server.speeds, service_time_s=server.service_time_s)
         with self._admitting:
@@ -150,23 +153,23 @@ class Admission:
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds of the remaining accepted work, at the speed of full ticks."""
+        """Predicted duration of all remaining work, if every tick is full."""
         load = self._now().load
         return load.ticks_s + load.autoencoder_s
 
     def places_per_s(self, model: int) -> float:
-        """Return a model's places per second in full ticks; infinite if the model's speed was not measured."""
+        """Return how many places per second a model can run. Infinite if the model's speed was not measured."""
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
 
     def work_left_s(self, model: int) -> float:
-        """Return the seconds that a model's remaining work takes in full ticks."""
+        """Predict the duration of a model's remaining work, if every tick is full."""
         jobs, speeds = self._read()
         return sum(job.places_left * speeds[model].place_s for job in jobs if job.work.model == model)
 
     def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
-        """Return a model's Intake, which takes jobs with less than `ahead_s` seconds of work before them."""
+        """Return a model's Intake. It takes a job if less than `ahead_s` seconds of work go before it."""
         jobs, speeds = self._read()
         if not (place_s := speeds[model].place_s):
             return Intake(math.inf, oldest_us=oldest_us)
@@ -175,19 +178,19 @@ class Admission:
 
     @property
     def tick_time_ratio(self) -> float:
-        """Current duration of ticks relative to the start, for the model that has slowed down most."""
+        """How many times longer a tick takes than at the start, for the model that has slowed down most."""
         with self._lock:
             return max((speed.correction for speed in self._speeds.values()), default=1.0)
 
     @property
     def longest_tick_s(self) -> float:
-        """Predicted seconds of a full tick of the slowest model."""
+        """Predicted duration of a full tick of the slowest model."""
         with self._lock:
             return max((speed.longest_tick_s for speed in self._speeds.values()), default=0.0)
 
     @property
     def rows(self) -> int:
-        """Rows of all accepted jobs that have not ended."""
+        """Number of rows of all accepted jobs."""
         return sum(job.work.rows for job in self._read()[0])
 
     # --- models ---
@@ -198,7 +201,7 @@ class Admission:
             self._speeds[model] = speed
 
     def remove(self, model: int) -> None:
-        """Remove a model that has no jobs and gets no more jobs."""
+        """Remove a model. No job may use the model now or later."""
         with self._lock:
             assert all(job.work.model != model for job in self._jobs.values())
             self._speeds.pop(model, None)
@@ -208,9 +211,9 @@ class Admission:
     def stepped(
         self, model: int, jobs: Iterable[JobRows], places: int, seconds: float, *, overlaps: bool = False
     ) -> None:
-        """Remove a tick's work from the ledger, and update the model's speed.
+        """Subtract a tick's work from the ledger, and update the model's speed.
 
-        places: 0 if `seconds` is not a measurement. overlaps: the tick began while another tick was in flight.
+        places: 0 if `seconds` is not a measurement. overlaps: another tick was in flight when this tick began.
         """
         with self._lock:
             for job_id, _, count in jobs:
@@ -221,14 +224,14 @@ class Admission:
                 self._speeds[model] = self._speeds[model].observe(places, seconds, overlaps=overlaps)
 
     def decoded(self, job_id: str) -> None:
-        """Remove the work of one decoded image from the ledger."""
+        """Subtract the decoding of one image from the ledger."""
         with self._lock:
             if (job := self._jobs.get(job_id)) is not None:
                 decode_s = self._speeds[job.work.model].decode_s
                 self._jobs[job_id] = replace(job, autoencoder_s=max(0.0, job.autoencoder_s - decode_s))
 
     def leave(self, job_id: str) -> None:
-        """Remove an ended job from the ledger. An unknown job is ignored."""
+        """Remove an ended job from the ledger. Unknown job ids are ignored."""
         with self._lock:
             self._jobs.pop(job_id, None)
 
@@ -236,7 +239,7 @@ class Admission:
 
     def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
         """Raise Overloaded for a job that would exceed a limit."""
-        if not server.load.jobs:  # refused clients may have left while the server was idle
+        if not server.load.jobs:  # clients that were refused earlier may be gone by now
             self._retry_queues.clear()
         speed = server.speeds[job.work.model]
         overload = find_overload(server.load, job.work, self._limits, speed)
@@ -259,7 +262,7 @@ class Admission:
         self._forecasts.clear()
 
     def _forget_gone(self, now_s: float) -> None:
-        """Forget owners without jobs when they are the large majority."""
+        """Forget the owners that have no jobs, if they are by far the most."""
         owners = {None, *(job.owner for job in self._read()[0])}
         if len(self._retry_queues) + len(self._arrivals) > 8 * len(owners) + 16:
             queues = {key: queue for key, queue in self._retry_queues.items() if key in owners}
@@ -270,7 +273,7 @@ class Admission:
     # --- forecasts ---
 
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
-        """Lengthen the ETA for shorter jobs that will probably arrive later and overtake the job."""
+        """Lengthen a job's ETA, because shorter jobs will probably arrive later and overtake it."""
         if not speed.policy.times.points:
             return outlook
         shorter = self._arrivals[job.owner].share(job.places_left * speed.place_s, now_s)
@@ -281,7 +284,7 @@ class Admission:
             return tuple(self._jobs.values()), dict(self._speeds)
 
     def _now(self, owner: str = "") -> _Moment:
-        """Return a copy of the ledger. owner: the owner of the request."""
+        """Copy the ledger. owner: the owner of the job that is being admitted."""
         jobs, speeds = self._read()
         load = load_of(jobs, speeds, owner if self._shared else None)
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
@@ -290,9 +293,9 @@ class Admission:
 def _pending(
     job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
 ) -> Pending:
-    """Make the ledger's entry of a new job.
+    """Make the ledger entry of a new job.
 
-    Raises InvalidField if the job has too many rows, or if even an idle server would miss the deadline.
+    Raises InvalidField if the job has too many rows, or if even an idle server would miss the job's deadline.
     """
     speed = server.speeds[work.model]
     if work.rows > speed.max_rows:

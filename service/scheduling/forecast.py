@@ -1,7 +1,7 @@
-"""Predicts each job's end and the number of jobs before it. Pure: no torch, no asyncio, no clock, no lock.
+"""Predicts when each job ends, and how many jobs are ahead of it. No torch, asyncio, clock or lock.
 
-The forecast runs the same schedulers in simulated time, on jobs without latents. Most ticks are like the tick before,
-so the simulation advances by strides of many ticks.
+A forecast runs the real schedulers in simulated time, on jobs without latents. Successive ticks are mostly alike, so
+the simulation takes many ticks at once. Such a group of ticks is called a stride.
 """
 
 from bisect import bisect_left, insort
@@ -15,50 +15,50 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler
 from tminus.service.work import Batch, Outlook, Work
 
-# A stride is at most 1/FINE of the simulated time so far, or of the steps until a row ends. So 1/FINE also bounds the
-# relative error of a predicted time. Measurements: docs/scheduling.md.
+# A stride lasts at most 1/FINE of the simulated time so far, or of the steps until a row ends. The relative error of a
+# predicted time is therefore at most 1/FINE. Measurements: docs/scheduling.md.
 FINE = 32
-EARLY = 4  # up to 1/EARLY of a batch's jobs may end within a stride, which leaves their places empty
+EARLY = 4  # up to 1/EARLY of a batch's jobs may end before the stride does; their places then stay empty
 
-LEARNING_RATE = 0.02  # weight of one tick in the average; small, because single ticks vary
-OUTLIER = 4.0  # a tick counts as at most this factor slower or faster than predicted
+LEARNING_RATE = 0.02  # weight of a new tick in the moving average; small, because ticks vary
+OUTLIER = 4.0  # a tick counts as at most OUTLIER times slower or faster than predicted
 MAX_CORRECTION = 100.0
 
 WINDOW_S = 10.0
-WINDOWS = 6  # number of windows; their median ignores a short burst
-MOST_SHARE = 0.9  # upper bound: a larger share would make the ETA useless
+WINDOWS = 6  # number of windows; the forecast uses their median, so a short burst has no effect
+MOST_SHARE = 0.9  # upper bound of a share; a larger share would make the ETA useless
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The measured speed of a model, for admission and forecast."""
+    """The measured speed of a model."""
 
-    policy: BatchPolicy  # without measured ticks, no job is refused for its duration
-    max_rows: int  # slots of the model's engine, one per image
-    decode_s: float = 0.0  # seconds for one image of a latent model
+    policy: BatchPolicy  # if its ticks are not measured, every job is predicted to take 0 s
+    max_rows: int  # number of slots in the model's engine; each image needs one
+    decode_s: float = 0.0  # seconds to decode one image of a latent model
     encode_s: float = 0.0
-    correction: float = 1.0  # current duration of ticks, relative to the start
+    correction: float = 1.0  # current duration of a tick divided by its duration at the start
 
     @property
     def place_s(self) -> float:
-        """Predicted seconds of one place in a full tick that overlaps another tick."""
+        """Predicted duration of a full tick that overlaps another tick, divided by the number of places."""
         return self.tick_s(self.policy.max_batch, overlaps=True) / self.policy.max_batch
 
     @property
     def longest_tick_s(self) -> float:
-        """Predicted seconds of the largest tick."""
+        """Predicted duration of the largest tick."""
         return self.tick_s(self.policy.full_batch)
 
     def tick_s(self, places: int, *, overlaps: bool = False) -> float:
-        """Predict the seconds of a tick.
+        """Predict the duration of a tick.
 
-        overlaps: another tick is in flight. The seconds then count from that tick's end.
+        overlaps: another tick is in flight. The duration then counts from the end of the other tick.
         """
         times = self.policy.times
         return self.correction * times.seconds(places) * ((times.overlapped or 1.0) if overlaps else 1.0)
 
     def observe(self, places: int, seconds: float, *, overlaps: bool = False) -> "Speed":
-        """Return a copy with the correction updated from a tick."""
+        """Return a copy with a correction that takes a measured tick into account."""
         predicted_s = self.tick_s(places, overlaps=overlaps)
         if predicted_s <= 0 or not seconds >= 0:
             return self
@@ -67,19 +67,22 @@ class Speed:
         return replace(self, correction=min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION))
 
     def with_autoencoder_s(self, work: Work, *, has_picture: bool) -> Work:
-        """Return the job's work with the autoencoder's time. has_picture: the job starts from a picture."""
+        """Return a copy of a job's work with its autoencoder time. has_picture: the job starts from a picture."""
         autoencoder_s = work.rows * self.decode_s + (self.encode_s if has_picture else 0.0)
         return replace(work, autoencoder_s=autoencoder_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job in the forecast. All its rows count as equally advanced, because the scheduler keeps them nearly level."""
+    """A job in a forecast.
+
+    The scheduler keeps the rows of a job nearly level, so a forecast assumes that they are level.
+    """
 
     job_id: str
     work: Work
     places_left: int  # sum over all rows
-    autoencoder_s: float = 0.0  # remaining seconds to encode and decode, for a latent model
+    autoencoder_s: float = 0.0  # remaining seconds to encode and decode; 0 unless the model is latent
     owner: str = ""
 
     @property
@@ -96,15 +99,15 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Stride:
-    """The result of several simulated ticks that count as equal."""
+    """A group of simulated ticks, all with the same duration and rows."""
 
     model: int
-    places: Mapping[str, int]  # keyed by job id
-    ended: Mapping[str, float]  # end of each finished job in simulated seconds, keyed by job id
+    places: Mapping[str, int]  # number of places that were run, keyed by job id
+    ended: Mapping[str, float]  # simulated time in seconds when each finished job ended, keyed by job id
 
 
 class Simulation:
-    """Simulates the jobs of all models, assuming that no other job arrives."""
+    """Simulates the given jobs, assuming that no other job arrives."""
 
     def __init__(
         self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], service_time_s: Mapping[str, float] | None = None
@@ -126,7 +129,7 @@ class Simulation:
             self._times.stepped({owner: service_time_s[owner] for owner in self._times.owners})
 
     def running(self) -> frozenset[str]:
-        """Return the ids of the jobs whose unfinished rows all step in the next tick."""
+        """Return the ids of the jobs that have all their unfinished rows in the next tick."""
         schedulers = [self._schedulers[model] for model in self._model_scheduler.shares()]
         batches = [(scheduler, scheduler.next_batch()) for scheduler in schedulers]
         return frozenset(
@@ -137,12 +140,12 @@ class Simulation:
         )
 
     def step(self) -> Stride | None:
-        """Simulate the next stride. Return None when all work is done."""
+        """Simulate one stride. Returns None if no work is left."""
         if (turn := self._model_scheduler.next()) is None:
             return None
         model = turn.model
         scheduler, batches = self._schedulers[model], list[Batch]()
-        while (batch := scheduler.next_batch()) is not None:  # all ticks that are in flight at the same time
+        while (batch := scheduler.next_batch()) is not None:  # collect all ticks that may be in flight together
             scheduler.begin(batch)
             batches.append(batch)
         if not batches:
@@ -161,9 +164,9 @@ class Simulation:
         return Stride(model, places, ended)
 
     def _ticks(self, scheduler: Scheduler, batch: Batch, tick_s: float) -> tuple[int, dict[str, int]]:
-        """Return the number of ticks in the next stride, and the number of ticks until the end of each job."""
+        """Return the length of the next stride in ticks, and the number of ticks until each job ends."""
         busy = len(self._model_scheduler.busy())
-        whole = True  # the batch has all rows of its jobs, so no other row steps before a row ends
+        whole = True  # True if the batch has every unfinished row of its jobs; it then stays the same until a row ends
         alike, last = [], {}
         for job_id, rows, _ in batch.jobs:
             work, steps = self._works[job_id], {step for step, _ in rows}
@@ -173,7 +176,7 @@ class Simulation:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._times.has_one_owner:  # otherwise batches of other jobs alternate with this batch
+        if busy == 1 and self._times.has_one_owner:  # otherwise other jobs' ticks alternate with this batch's ticks
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks
@@ -181,7 +184,10 @@ class Simulation:
 
 
 def _alike(work: Work, step: int) -> int:
-    """Return the number of steps that cost the same as this step: until guidance starts or stops, or the job ends."""
+    """Return the number of steps, from this step on, that all cost the same.
+
+    The cost changes where guidance starts or stops. The job's last step also ends the count.
+    """
     guided = work.guided
     return (guided.start if step < guided.start else guided.stop if step < guided.stop else work.steps) - step
 
@@ -192,12 +198,13 @@ def forecast(
     until: str | None = None,
     service_time_s: Mapping[str, float] | None = None,
 ) -> dict[str, Outlook]:
-    """Predict each job's outlook, keyed by job id, assuming that no other job arrives.
+    """Predict the outlook of each job, keyed by job id. Assumes that no other job arrives.
 
-    jobs: in order of arrival. until: stop when this job ends. service_time_s: keyed by owner.
+    jobs: in order of arrival. until: the id of a job; the forecast stops when that job ends. service_time_s: keyed by
+    owner.
     """
     simulation = Simulation(jobs, speeds, service_time_s)
-    outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # these only wait for delivery
+    outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # all steps of these jobs are done
     shortest_first = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].policy.place_s)
     ranks = {job.job_id: rank for rank, job in enumerate(shortest_first)}
     running = simulation.running()
@@ -214,7 +221,7 @@ def forecast(
 def _add_autoencoder_time(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
     """Add the autoencoder's time to each ETA.
 
-    The autoencoder takes finished jobs one by one, the job of the least served owner first.
+    The autoencoder takes one denoised job at a time. The job of the owner with the least service time goes first.
     """
     latent = [job for job in jobs if job.autoencoder_s and job.job_id in outlooks]
     coming = deque(sorted(latent, key=lambda job: outlooks[job.job_id].eta_s))
@@ -237,24 +244,24 @@ def _add_autoencoder_time(outlooks: dict[str, Outlook], jobs: Sequence[Pending])
 
 
 def stretch(share: float, least_share: float) -> float:
-    """Return the factor by which a job slows down while shorter jobs take a share of the machine.
+    """Return how many times longer a job takes if shorter jobs use this share of the machine.
 
-    least_share: the share that the job always keeps.
+    least_share: the share of the machine that the job always keeps.
     """
     return 1 / max(1 - min(share, MOST_SHARE), least_share)
 
 
 class Arrivals:
-    """Records the work of the jobs accepted in the last minute, so an ETA can allow for more such jobs.
+    """Records the work of the last minute's jobs, so an ETA can allow for more jobs like them.
 
-    A later job overtakes an earlier job that has more work left. If such later jobs take a share of the machine, the
-    earlier job takes 1 / (1 - share) times as long: the busy period of a queue with priorities (Kleinrock 1976, vol. 2,
-    sec. 3.3).
+    A new job overtakes an earlier job that has more work left. If such new jobs use a certain share of the machine, the
+    earlier job takes 1 / (1 - share) times as long. This is the busy period of a priority queue (Kleinrock 1976, vol.
+    2, sec. 3.3).
     """
 
     def __init__(self) -> None:
-        self._current, self._sizes = 0, list[float]()  # number of the current window, and seconds of each job in it
-        # For each past window: its number, its sizes in ascending order, and the cumulative sums of the sizes.
+        self._current, self._sizes = 0, list[float]()  # number of the current window, and its jobs' sizes in seconds
+        # For each past window: its number, its jobs' sizes in ascending order, and the cumulative sums of the sizes.
         self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
 
     def add(self, work_s: float, now_s: float) -> None:
@@ -262,12 +269,15 @@ class Arrivals:
         self._sizes.append(work_s)
 
     def are_over(self, now_s: float) -> bool:
-        """Return True if all recorded jobs are too old to count."""
+        """Return True if all recorded jobs are too old to matter."""
         self._advance_clock(now_s)
         return not self._sizes and all(number < self._current - WINDOWS for number, *_ in self._over)
 
     def share(self, left_s: float, now_s: float) -> float:
-        """Return the share of the machine taken by jobs shorter than `left_s`. The current window does not count."""
+        """Return the share of the machine that went to jobs with less than `left_s` seconds of work.
+
+        Only past windows count, not the current one.
+        """
         self._advance_clock(now_s)
         shorter = [0.0] * WINDOWS
         for number, sizes, sums in self._over:

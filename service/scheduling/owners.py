@@ -1,16 +1,16 @@
-"""Shares time fairly among the owners of jobs: the owner with the least service goes first. Pure: no torch, no clock.
+"""Shares time fairly among the owners of jobs. Pure: no torch, no clock.
 
-An owner is the name of an API key, or empty. Service time is the machine's time in seconds that an owner's jobs took.
-Each place of a tick goes to the owner with the least service time. The result is max-min fair shares (fair queueing:
-Demers, Keshav and Shenker 1989). An idle owner falls behind the other owners by up to BURST_S. It then goes first until
-it has caught up.
+An owner is the name of an API key, or the empty string. An owner's service time is the machine time, in seconds, that
+its jobs have used. Each place of a tick goes to the owner with the least service time. This gives max-min fair shares
+(fair queueing: Demers, Keshav and Shenker 1989). While an owner is idle, its service time falls behind that of the
+others by at most BURST_S seconds. Afterwards this owner goes first until it has caught up.
 """
 
 import heapq
 import threading
 from collections.abc import Iterable, Mapping
 
-BURST_S = 10.0  # seconds; an owner's service time is at most this far below the largest
+BURST_S = 10.0  # an owner's service time is at most this many seconds below the largest service time
 
 
 class OwnerTimes:
@@ -18,7 +18,7 @@ class OwnerTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._service_time_s: dict[str, float] = {}  # keeps owners without jobs, until no owner has a job
+        self._service_time_s: dict[str, float] = {}  # includes owners that have no jobs now
         self._jobs: dict[str, int] = {}
 
     def join(self, owner: str) -> None:
@@ -39,7 +39,7 @@ class OwnerTimes:
                 del self._jobs[owner]
 
     def stepped(self, seconds: Mapping[str, float], ticks: int = 1) -> None:
-        """Add to each owner's service time. seconds: per tick, keyed by owner."""
+        """Add to the service time of owners. seconds: the time to add per tick, keyed by owner."""
         with self._lock:
             for owner, charged_s in seconds.items():
                 self._service_time_s[owner] = self._service_time_s.get(owner, 0.0) + ticks * charged_s
@@ -50,11 +50,11 @@ class OwnerTimes:
                         self._service_time_s[owner] = least_s
 
     def service_time_s(self, owner: str) -> float:
-        """Return an owner's service time. The starting point is the same for all owners."""
+        """Return an owner's service time in seconds. Only differences between owners have a meaning."""
         return self._service_time_s.get(owner, 0.0)
 
     def of(self, owners: Iterable[str]) -> dict[str, float]:
-        """Return each owner's service time. For an owner without jobs, return the time that `join` would set."""
+        """Return each owner's service time. For an owner without jobs, it is the time that `join` would set."""
         with self._lock:
             return {owner: self._on_joining(owner) for owner in owners}
 
@@ -78,7 +78,7 @@ class OwnerTimes:
 
 
 def allot(places: int, place_s: float, wants: Mapping[str, int], service_time_s: Mapping[str, float]) -> dict[str, int]:
-    """Return each owner's places in a tick. Each place goes to the owner with the least service time.
+    """Divide the places of a tick. Each place goes to the owner with the least service time at that point.
 
     wants: the number of places that each owner can use.
     """
@@ -89,7 +89,7 @@ def allot(places: int, place_s: float, wants: Mapping[str, int], service_time_s:
         had, turn, owner = heapq.heappop(heap)
         ahead_s = heap[0][0] - had if heap else float("inf")
         left = min(wants[owner] - allotted[owner], places)
-        # Allot several places at once: all places that the owner gets before the next owner's turn.
+        # Skip ahead: allot all places that this owner gets before it is the next owner's turn.
         count = left if ahead_s >= left * place_s else min(left, int(ahead_s / place_s) + 1)
         allotted[owner] += count
         places -= count

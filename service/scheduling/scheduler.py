@@ -1,15 +1,16 @@
 """Picks the model and the rows of each tick. Pure: no torch, no asyncio, no clock.
 
-A place is one row's forward pass in a tick. A guided row takes two places.
+A tick is one batched step of some rows. A row is one image. A place is one slot of a forward pass: a row takes one
+place, and a guided row takes two.
 
-The job with the least work left goes first, so a short job does not wait behind a long job. A job that is much longer
-than another job is held back: it does not fill up the ticks of short jobs, so these ticks are shorter. The oldest job
-always has a share, to avoid starvation: a share of the places of each tick, or a share of the time while the job is
-held back. A row that is not picked waits; preemption costs nothing. Two ticks are in flight only while more rows wait
-than one tick has places, see `Scheduler.overlaps`.
+The job with the least work left goes first, so a short job does not wait behind a long one. A job that is much longer
+than another job is held back: its rows do not fill up the ticks of the shorter job, so those ticks take less time. To
+avoid starvation, the oldest job always gets a share. This is a share of the places of each tick or, if the job is held
+back, a share of the time. A row that is not picked simply waits: preemption costs nothing. Two ticks are in flight only
+while more rows wait than fit into one tick; see `Scheduler.overlaps`.
 
 These rules order the jobs of one owner. If several owners have jobs, the places of a tick are first divided among the
-owners (owners.py). A tick runs one model. The same rules pick the model, by seconds instead of places.
+owners (owners.py). A tick runs only one model. The model is picked by the same rules, with seconds instead of places.
 """
 
 import math
@@ -27,12 +28,13 @@ from tminus.service.work import Batch, JobRows, Work
 
 Rank = tuple[float, float, int]  # (the owner's service time, seconds of work left, arrival number)
 
-RESERVED_SHARE = 0.25  # the oldest job's share of the places, or of the time
-# An owner leads if it is behind the next owner by this many full ticks, or this many seconds, whichever is less.
+RESERVED_SHARE = 0.25  # share of the oldest job: of the places or, if the job is held back, of the time
+# An owner leads if its service time is far below that of every other owner. "Far" is the smaller of two limits: the
+# duration of LEAD_TICKS full ticks, and MOST_LEAD_S seconds.
 LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2
-LONGER = 1.25  # other owners' rows may lengthen a leader's tick by at most this factor
-MOST_IN_FLIGHT = 2  # Python works on one tick while the processor computes the other
-MUCH_LONGER = 8  # a job is much longer than another if its total work is at least this many times as large
+LONGER = 1.25  # rows of other owners may make a leader's tick at most this many times longer
+MOST_IN_FLIGHT = 2  # one tick is prepared or evaluated in Python while the device computes the other
+MUCH_LONGER = 8  # a job is much longer than another if its total work is at least this many times larger
 LEVEL_S = 0.5  # owners whose service times differ by at most this many seconds count as equal
 
 Model = TypeVar("Model")
@@ -40,13 +42,14 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True, slots=True)
 class TickTimes:
-    """Measured durations of ticks by number of places, interpolated linearly.
+    """Measured durations of ticks by number of places, with linear interpolation.
 
     Without measured points, every tick is predicted to take 0 s.
     """
 
-    points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    # Duration of a full tick that overlaps another tick, relative to a tick alone. None: ticks do not overlap.
+    points: tuple[tuple[int, float], ...] = ()  # (places, seconds), in ascending order of places
+    # Duration of a full tick that overlaps another tick, divided by the duration of a full tick alone. None if ticks
+    # never overlap.
     overlapped: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class TickTimes:
         assert all(0 <= seconds < math.inf for _, seconds in self.points), self.points
 
     def seconds(self, places: int) -> float:
-        """Predict the seconds of a tick: constant below the first point, and extrapolated after the last point."""
+        """Predict the duration of a tick: constant before the first point, and extrapolated after the last."""
         points = self.points
         if not points:
             return 0.0
@@ -66,7 +69,7 @@ class TickTimes:
         (b0, t0), (b1, t1) = points[right - 1 : right + 1]
         slope = (t1 - t0) / (b1 - b0)
         if places > b1:
-            # Noise can make the last point faster than the one before. A falling line must not be extrapolated.
+            # Noise in the measurements can make the last line fall. Do not extrapolate a falling line.
             return t1 + max(0.0, slope) * (places - b1)
         return t0 + slope * (places - b0)
 
@@ -79,13 +82,13 @@ UNMEASURED = TickTimes()
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """Divides the places of a tick. The oldest job gets its reserved places first, unless the job is held back."""
+    """Divides the places of a tick. The oldest job gets its reserved places first, unless it is held back."""
 
-    max_batch: int  # places in a tick; at least 2, because a guided row takes two
-    short_batch: int  # much longer jobs fill a tick with a short job only up to a multiple of this number
-    reserved: int  # places for the oldest job unless it is held back; with 0, it has no share of the time either
-    times: TickTimes = UNMEASURED  # measured at the start
-    place_s: float = 1.0  # seconds of a place in a full tick, to compare jobs of several models
+    max_batch: int  # places of a tick; at least 2, because a guided row takes two
+    short_batch: int  # held-back jobs fill a tick only up to the next multiple of this number of places
+    reserved: int  # places reserved for the oldest job unless it is held back; 0 also removes its share of the time
+    times: TickTimes = UNMEASURED
+    place_s: float = 1.0  # duration of a full tick divided by its places; makes jobs of several models comparable
 
     @classmethod
     def of(cls, max_batch: int, short_batch: int | None = None, times: TickTimes = UNMEASURED) -> "BatchPolicy":
@@ -97,32 +100,31 @@ class BatchPolicy:
 
     @property
     def full_batch(self) -> int:
-        """Places of each tick while two ticks are in flight and enough rows wait to fill both."""
+        """Places of each tick if two ticks are in flight and enough rows wait to fill both."""
         if self.times.overlapped is None:
             return self.max_batch
         return max(self.max_batch, min(2 * self.max_batch, self.times.points[-1][0]))
 
     def is_leader(self, ahead_s: float) -> bool:
-        """Return True if the owner with the least service time leads.
+        """Return True if the owner with the least service time leads. Others may lengthen its ticks only a little.
 
-        ahead_s: the next owner's service time minus the least. Rows of other owners may lengthen a leader's ticks only
-        a little.
+        ahead_s: the service time of the next owner minus that of this owner.
         """
         return ahead_s > min(LEAD_TICKS * self.max_batch * self.place_s, MOST_LEAD_S)
 
     def places_for_others(self, places: int) -> int:
-        """Return the places that other owners may have in a leader's tick. places: the leader's places."""
+        """Return how many places other owners may use in a leader's tick. places: the leader's own places."""
         return _places_for_others(self.times, self.max_batch, places)
 
     def tick_s(self, places: int) -> float:
-        """Predict the seconds of a tick. Without measurements, each place takes `place_s`."""
+        """Predict the duration of a tick. If no ticks were measured, each place takes `place_s`."""
         return self.times.seconds(places) or places * self.place_s
 
     def charge(self, places: Mapping[str, int], leader: str | None, *, only_owner: bool) -> dict[str, float]:
         """Return the seconds to charge each owner for its places in a tick.
 
-        The leader is also charged for the places that other owners could not get. only_owner: no other owner has a
-        job. Then only the time beyond half of the machine is charged. This charge counts when another owner arrives.
+        The leader also pays for the places that other owners could not get. only_owner: no other owner has a job. Such
+        an owner pays only for the time beyond half of the machine; this matters once another owner arrives.
         """
         total = sum(places.values())
         tick_s = self.tick_s(total)
@@ -135,10 +137,10 @@ class BatchPolicy:
         return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
-        """Return the places in a tick that an owner's oldest job gets first. places: the owner's places.
+        """Return how many of an owner's places its oldest job gets before any other job.
 
-        needed: places of one row of the job. turn: number of the tick. If the job's share is less than one row, the job
-        gets a row in some ticks only.
+        places: the owner's places in this tick. needed: the places that one row of the job takes. turn: the number of
+        the tick. If the job's share is less than one row, the job gets a row only in some ticks.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch
@@ -149,7 +151,7 @@ class BatchPolicy:
         return needed if turn * share % 1 < share and needed <= places else 0
 
     def short_room(self, size: int, free: int) -> int:
-        """Return the free places for held-back jobs, which fill a tick only up to a multiple of short_batch."""
+        """Return how many places held-back jobs may still fill, up to the next multiple of short_batch."""
         used = size - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, size) - used
 
@@ -164,7 +166,7 @@ def _places_for_others(times: TickTimes, max_batch: int, places: int) -> int:
 
 @dataclass(slots=True)
 class QueuedJob:
-    """A job with its unfinished rows in two sorted lists, the least advanced row first."""
+    """A job and its unfinished rows. The rows are in two sorted lists, the least advanced row first."""
 
     id: str
     owner: str
@@ -172,15 +174,15 @@ class QueuedJob:
     work: Work
     total: int  # total work of the job, in places
     rows: tuple[int, ...]
-    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows) of one-place rows
+    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in `rows`) of the one-place rows
     doubles: list[tuple[int, int]] = field(default_factory=list)  # the same for guided rows, which take two places
     places_left: int = 0
     started: bool = False
-    in_flight: tuple[JobRows, ...] = ()  # rows in ticks in flight; these rows are in neither list
+    in_flight: tuple[JobRows, ...] = ()  # the rows that are in a tick now; they are in neither list
     key: tuple[int, int, str] = (0, 0, "")  # sort key in the owner's queue
 
     def put(self, rows: Iterable[tuple[int, int]], ticks: int = 0) -> None:
-        """Advance rows by `ticks` steps and add them to the lists. Finished rows are left out."""
+        """Advance rows by `ticks` steps, and add the unfinished ones to the lists."""
         guided, steps = self.work.guided, self.work.steps
         for before, index in rows:
             if (step := before + ticks) < steps:
@@ -189,7 +191,7 @@ class QueuedJob:
         self.doubles.sort()
 
     def begin(self, picked: JobRows) -> None:
-        """Move the rows of a batch from the lists to `in_flight`."""
+        """Move the rows of a batch from the two lists to `in_flight`."""
         doubles = picked.places - len(picked.steps)
         singles = len(picked.steps) - doubles
         first = (*self.singles[:singles], *self.doubles[:doubles])
@@ -198,7 +200,7 @@ class QueuedJob:
         self.in_flight += (picked,)
 
     def end(self, picked: JobRows, ticks: int) -> int:
-        """Advance the rows of a batch by `ticks` steps, at most to the last step. Return the places that this took."""
+        """Advance the rows of a batch by `ticks` steps, but not beyond the last step. Returns the places used."""
         self.in_flight = tuple(each for each in self.in_flight if each is not picked)
         taken, left = picked.places, self.work.places_left
         if ticks > 1:
@@ -209,23 +211,23 @@ class QueuedJob:
 
     @property
     def places_now(self) -> int:
-        """Places for one step of all rows that are not in flight."""
+        """Number of places that one step of all rows takes, except the rows in flight."""
         return len(self.singles) + 2 * len(self.doubles)
 
 
 class OwnerQueue:
-    """The unfinished jobs of one owner, ordered by remaining work."""
+    """One owner's unfinished jobs, in order of their remaining work."""
 
     def __init__(self, policy: BatchPolicy) -> None:
         self._policy = policy
-        # In order of arrival. An OrderedDict finds its first entry at once. A dict first walks over deleted entries.
+        # In order of arrival. An OrderedDict finds its first entry at once; a dict would skip deleted entries.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
-        self._much_longer: float | None = None  # cache; None after a job was added or removed
-        # Sort keys of the jobs, with the next job last, because a list changes cheaply at its end. Jobs with all rows
-        # in flight are left out.
+        self._much_longer: float | None = None  # cached value of `much_longer`; None after a job was added or removed
+        # Sort keys of the jobs, except jobs with all rows in flight. The job that goes first is at the end of the list,
+        # where adding and removing is cheap.
         self._queue: list[tuple[int, int, str]] = []
-        self.ticks = 0  # ticks in which the owner had places
-        self._owed_seconds = 0.0  # owed to the oldest job while the job is held back
+        self.ticks = 0  # number of ticks so far in which the owner had places
+        self._owed_seconds = 0.0  # time that the oldest job is still owed because it was held back
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -236,21 +238,21 @@ class OwnerQueue:
         self.put_back(job)
 
     def forget(self, job: QueuedJob) -> None:
-        """Remove a job. Call `take_out` first."""
+        """Remove a job. The caller must first call `take_out`."""
         if job is self.oldest:
             self._owed_seconds = 0.0
         del self._jobs[job.id]
         self._much_longer = None
 
     def put_back(self, job: QueuedJob) -> None:
-        """Add a job to the queue by its remaining work, unless all its rows are in flight."""
+        """Add a job to the queue, unless all its rows are in flight."""
         if not job.singles and not job.doubles:
             return
         job.key = (-job.places_left, -job.arrival, job.id)
         insort(self._queue, job.key)
 
     def take_out(self, job: QueuedJob) -> None:
-        """Remove a job from the queue. Call this before the job's rows change."""
+        """Remove a job from the queue. This must happen before the job's rows change."""
         if job.singles or job.doubles:
             del self._queue[bisect_left(self._queue, job.key)]
 
@@ -260,15 +262,15 @@ class OwnerQueue:
 
     @property
     def next(self) -> QueuedJob:
-        """The job that goes first. If all rows are in flight, the oldest job."""
+        """The job that goes first, or the oldest job if every unfinished row is in flight."""
         return self._jobs[self._queue[-1][2]] if self._queue else self.oldest
 
     @property
     def much_longer(self) -> float:
-        """The least total work, in places, of a job that counts as much longer than the shortest job.
+        """A job is held back if its total work, in places, is at least this value.
 
-        Infinite if there are more jobs than places: throughput then matters most, and full ticks maximize it. The total
-        work of a job never changes, so this value changes only when a job is added or removed.
+        Infinite if there are more jobs than places in a tick: throughput then matters most, and full ticks give the
+        highest throughput. A job's total work never changes, so this value changes only when a job is added or removed.
         """
         if self._much_longer is None:
             policy = self._policy
@@ -279,7 +281,7 @@ class OwnerQueue:
 
     @property
     def places_now(self) -> int:
-        """Places for one step of all rows that are not in flight; at most max_batch."""
+        """Number of places that one step of all rows takes, except the rows in flight. At most max_batch."""
         places = 0
         for job in self._jobs.values():
             places += job.places_now
@@ -288,8 +290,11 @@ class OwnerQueue:
         return places
 
     def fill(self, pick: "_Pick", places: int, much_longer: float = math.inf) -> None:
-        """Add rows to a batch, up to `places` places. Jobs of at least `much_longer` total work are held back."""
-        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: number of places to leave free
+        """Add rows of this owner to a batch. places: the maximum number of places.
+
+        much_longer: jobs with at least this much total work are held back.
+        """
+        end, jobs, policy = pick.free - places, self._jobs, self._policy  # end: how many places must stay free
         if len(jobs) > 1:
             oldest = self.oldest
             if oldest.total < much_longer:
@@ -307,14 +312,14 @@ class OwnerQueue:
 
     @property
     def holds_back_oldest(self) -> bool:
-        """True if the oldest job is held back for much shorter jobs. It then has a share of the time."""
+        """True if the oldest job is held back because another job is much shorter."""
         return len(self._jobs) > 1 and self.oldest.total >= self.much_longer
 
     def stepped(self, seconds: float, shares: Mapping[str, float] | None) -> None:
-        """Record a tick of this duration.
+        """Record that a tick took this many seconds.
 
-        shares: each job's share of this owner's places, or 1.0 if all rows of the job were in the tick. None if another
-        owner went first, because then no job was held back.
+        shares: each job's share of this owner's places; 1.0 if the tick contained all unfinished rows of the job. None
+        if a different owner led the tick, because no job is held back in such a tick.
         """
         self.ticks += 1
         if shares is not None and self.holds_back_oldest:
@@ -324,7 +329,7 @@ class OwnerQueue:
             self._owed_seconds = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """Return how many such ticks the oldest job is owed; None if the job is not held back."""
+        """Return how many ticks like this one the oldest job is owed; None if the job is not held back."""
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
@@ -337,7 +342,7 @@ class OwnerQueue:
 class _Pick:
     """A batch under construction.
 
-    It takes the least advanced rows of each list, so two counts per job identify the rows.
+    Rows are always taken from the front of a job's two lists, so two counts per job say which rows were taken.
     """
 
     def __init__(self, max_batch: int) -> None:
@@ -345,11 +350,12 @@ class _Pick:
         self._rows: list[int] = []
         self._steps: list[int] = []
         self._guided: list[int] = []
-        # (job, number of its singles, number of its doubles), in order of the jobs' first rows.
+        # (job, number of one-place rows taken, number of guided rows taken), in the order in which the jobs joined the
+        # batch.
         self._taken: dict[str, tuple[QueuedJob, int, int]] = {}
 
     def take(self, job: QueuedJob, places: int) -> None:
-        """Add a job's least advanced rows to the batch, up to `places` places."""
+        """Add the least advanced rows of a job to the batch. places: the maximum number of places."""
         _, single, double = self._taken.get(job.id, (job, 0, 0))
         singles, doubles = job.singles[single : single + places], job.doubles[double : double + places // 2]
         if not singles and not doubles:
@@ -382,35 +388,38 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """The changes made by a tick."""
+    """The effects of a tick."""
 
     started: tuple[str, ...]  # jobs that took their first step
     finished: tuple[str, ...]
-    places: Mapping[str, int]  # places used, keyed by job id
+    places: Mapping[str, int]  # number of places used, keyed by job id
 
 
 class Scheduler:
-    """Chooses the rows of each tick for one model's jobs. Knows the step of each row, but no latents.
+    """Chooses the rows of each tick for one model's jobs. Knows the step of each row, but not its latent.
 
-    Each choice considers all owners. It considers at most as many jobs of an owner as the tick has places.
+    To choose a batch, the scheduler looks at every owner, but only at as many jobs of each owner as a tick has places.
     """
 
     def __init__(
         self, policy: BatchPolicy, arrivals: Iterator[int] | None = None, owner_times: OwnerTimes | None = None
     ) -> None:
-        """arrivals: yields arrival numbers for jobs. All schedulers of a server share `arrivals` and `owner_times`."""
+        """arrivals: numbers the jobs in order of arrival.
+
+        All schedulers of a server must share the same `arrivals` and `owner_times`.
+        """
         self._policy = policy
         self._arrivals = count() if arrivals is None else arrivals
         self._jobs: dict[str, QueuedJob] = {}
-        self._owners: dict[str, OwnerQueue] = {}  # owners with jobs
+        self._owners: dict[str, OwnerQueue] = {}  # only owners with jobs
         self._owner_times = OwnerTimes() if owner_times is None else owner_times
-        self._leader: str | None = None  # leader of the tick chosen last
+        self._leader: str | None = None  # leader of the batch that was chosen last
         self._in_flight: list[Batch] = []  # ticks that have begun and not ended
-        self._leaders: list[str | None] = []  # leader of each tick in flight
-        self._totals: tuple[int, int] | None = None  # cache: least and most total work of a job
+        self._leaders: list[str | None] = []  # leader of each tick in `_in_flight`
+        self._totals: tuple[int, int] | None = None  # cache: smallest and largest total work of any job
 
     def isolated_scheduler(self) -> "Scheduler":
-        """Return a scheduler for jobs of the same model that step in separate ticks."""
+        """Return a second scheduler for the same model. Its jobs step in ticks of their own."""
         return Scheduler(self._policy, self._arrivals, self._owner_times)
 
     def add(
@@ -435,7 +444,7 @@ class Scheduler:
         self._totals = None
 
     def cancel(self, job_id: str) -> None:
-        """Remove a job at once. An unknown job is ignored."""
+        """Remove a job at once. Unknown job ids are ignored."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._owners[job.owner].take_out(job)
@@ -457,10 +466,11 @@ class Scheduler:
 
     @property
     def overlaps(self) -> bool:
-        """True if a second tick begins while a tick is in flight, so the processor always has work.
+        """True if a second tick may begin while one is in flight, so the device always has work.
 
-        This needs more rows than one tick has places. Unless there are more jobs than places, no job may be much longer
-        than another, because a short job would wait for two ticks.
+        This requires more rows than fit into one tick. It also requires that no job is much longer than another,
+        because a short job would have to wait for two ticks. The second condition is dropped if there are more jobs
+        than places.
         """
         policy = self._policy
         if policy.times.overlapped is None:
@@ -476,7 +486,7 @@ class Scheduler:
         return self._wants(policy.max_batch + 1)
 
     def _wants(self, places: int) -> bool:
-        """Return True if one step of all rows takes at least `places` places."""
+        """Return True if one step of every unfinished row would take at least this many places."""
         wanted = 0
         for job in self._jobs.values():
             wanted += job.places_now + sum(picked.places for picked in job.in_flight)
@@ -485,9 +495,9 @@ class Scheduler:
         return False
 
     def begin(self, batch: Batch) -> bool:
-        """Begin the batch chosen last. Return True if another tick may begin.
+        """Begin the batch that was chosen last. Returns True if another tick may begin.
 
-        The rows of the batch are not chosen again until the batch ends.
+        The rows of the batch cannot be chosen again until the batch ends.
         """
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
@@ -500,14 +510,14 @@ class Scheduler:
         return self.overlaps
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """Return `OwnerQueue.turn_ticks` of the only owner."""
+        """Call `OwnerQueue.turn_ticks` of the only owner."""
         (queue,) = self._owners.values()
         return queue.turn_ticks(batch)
 
     def _share_out(self, pick: "_Pick") -> None:
         """Divide the places of a batch among several owners."""
         policy = self._policy
-        # Every owner needs at least one place, so there is no need to consider more owners than places.
+        # Each owner gets at least one place, so a tick cannot hold more owners than places.
         owners = [owner for owner in self._owners_by_service_time() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return
@@ -523,7 +533,7 @@ class Scheduler:
         for owner, places in allotted.items():
             if places:
                 self._owners[owner].fill(pick, places)
-        for owner in wants:  # use the places that an owner could not use, such as a single place for a guided row
+        for owner in wants:  # give away unused places: a single place is too small for a guided row
             if not pick.free:
                 break
             self._owners[owner].fill(pick, pick.free)
@@ -533,9 +543,10 @@ class Scheduler:
         return sorted(owners, key=lambda owner: (self._owner_times.service_time_s(owner), owners[owner].oldest.arrival))
 
     def advance(self, batch: Batch, ticks: int = 1) -> Advance:
-        """Record that a batch has stepped. The batch must be in flight, or the batch chosen last.
+        """Record that a batch has stepped. The batch must be in flight, or be the last one chosen.
 
-        Cancelled jobs are left out. ticks: number of times the batch stepped; only forecasts set it.
+        Jobs that were cancelled since are skipped. ticks: how many times the batch has stepped; only forecasts set
+        this.
         """
         assert batch.jobs, "it does not come from next_batch"
         if batch not in self._in_flight:
@@ -544,9 +555,9 @@ class Scheduler:
         batch, leader = self._in_flight.pop(at), self._leaders.pop(at)
         started: list[str] = []
         finished: list[str] = []
-        places: dict[str, int] = {}  # places in one tick, keyed by owner
-        taken: dict[str, int] = {}  # places in all ticks, keyed by job id
-        whole: set[str] = set()  # jobs with all unfinished rows in the batch
+        places: dict[str, int] = {}  # places used in each tick, keyed by owner
+        taken: dict[str, int] = {}  # places used in all ticks, keyed by job id
+        whole: set[str] = set()  # ids of jobs with all their unfinished rows in this batch
         for picked in batch.jobs:
             job = self._jobs.get(picked.job_id)
             if job is None:
@@ -604,19 +615,19 @@ class Scheduler:
 
     @property
     def next_rank(self) -> Rank:
-        """Rank of the job that goes next."""
+        """Rank of the job that goes first. Lower ranks go first."""
         owner = self.owners[0]
         job = self._owners[owner].next
         return self._owner_times.service_time_s(owner), job.places_left * self._policy.place_s, job.arrival
 
     @property
     def oldest(self) -> int:
-        """Arrival number of the next owner's oldest job."""
+        """Arrival number of the oldest job of the owner that goes first."""
         return self._owners[self.owners[0]].oldest.arrival
 
     @property
     def owners(self) -> list[str]:
-        """Owners with jobs in this scheduler, the least served first."""
+        """Owners with jobs in this scheduler, in ascending order of service time."""
         return list(self._owners) if len(self._owners) == 1 else self._owners_by_service_time()
 
     def has_jobs_of(self, owner: str) -> bool:
@@ -625,26 +636,26 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True)
 class Turn(Generic[Model]):
-    """The choice of a model for the next tick."""
+    """The model chosen for the next tick."""
 
     model: Model
-    creditor: tuple[str, Model] | None  # (owner, model) of the oldest job, if the tick counts toward the job's share
+    creditor: tuple[str, Model] | None  # (owner, model) of the oldest job, if this tick changes its owed time
 
 
 class ModelScheduler(Generic[Model]):
-    """Picks the model of each tick: usually the model of the next job, sometimes the model of the oldest job.
+    """Picks the model of each tick: usually that of the next job, sometimes that of the oldest job.
 
-    An owner's oldest job has a share of the time. This class records the time owed to the job's model. Each model has
-    a separate scheduler. An isolated job counts as a model here.
+    An owner's oldest job has a share of the time. This class records how much time the model of that job is owed. Each
+    model has a scheduler of its own. An isolated job counts as a separate model.
     """
 
     def __init__(self) -> None:
         self._schedulers: dict[Model, Scheduler] = {}
-        self._tick_s: dict[Model, float] = {}  # duration of each model's last tick
-        self._owed_seconds: dict[tuple[str, Model], float] = {}  # keyed by (owner, model of the owner's oldest job)
+        self._tick_s: dict[Model, float] = {}  # duration of the last tick of each model
+        self._owed_seconds: dict[tuple[str, Model], float] = {}  # keyed by owner and the model of its oldest job
 
     def put(self, model: Model, scheduler: Scheduler, tick_s: float = 0.0) -> None:
-        """Add a model. tick_s: assumed seconds of a tick until the first tick is measured."""
+        """Add a model. tick_s: the assumed duration of a tick until one is measured."""
         assert model not in self._schedulers
         self._schedulers[model], self._tick_s[model] = scheduler, tick_s
 
@@ -662,14 +673,14 @@ class ModelScheduler(Generic[Model]):
         return {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
 
     def shares(self) -> list[Model]:
-        """Return the models that share the time now: the models of the next job and of the oldest job."""
+        """Return the models that share the time now: the model of the next job, and that of the oldest job."""
         busy = self.busy()
         if len(busy) < 2:
             return list(busy)
         ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
         first = min(ranks, key=ranks.__getitem__)
         owners = busy[first].owners
-        # Leave out models whose next owner has had more service, or has no job of the first model.
+        # Skip a model if its next owner has no job of the model `first`, or has had more service.
         level = [
             model
             for model, scheduler in busy.items()
@@ -679,7 +690,10 @@ class ModelScheduler(Generic[Model]):
         return [first, oldest] if first != oldest else [first]
 
     def next(self) -> Turn[Model] | None:
-        """Return the turn of the next tick. Without work, return None or the turn of a model without a next batch."""
+        """Choose the model of the next tick. Returns None if no model has work.
+
+        If there is only one model, it is chosen even without work. The chosen model may have no next batch.
+        """
         if len(self._schedulers) == 1:  # the usual case
             (model,) = self._schedulers
             return Turn(model, None)
@@ -703,7 +717,7 @@ class ModelScheduler(Generic[Model]):
             self._forget_settled()
 
     def _forget_settled(self) -> None:
-        """Remove the owed time of owners without jobs of the model."""
+        """Drop owed time for models that are gone or have no job of the owner."""
         for owner, model in list(self._owed_seconds):
             if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
                 del self._owed_seconds[owner, model]

@@ -1,1 +1,1 @@
-"""The worker's thread, which runs jobs on the engine, and the frames for viewers of a job."""
+"""The worker's thread, which runs jobs on the engine, and the thread for autoencoder tasks."""

@@ -1,7 +1,7 @@
-"""A thread that encodes pictures and decodes latents for jobs of latent models, concurrently with ticks.
+"""A thread that encodes pictures and decodes latents for jobs of latent models, while ticks run.
 
-The thread runs one task at a time, for the owner with the least service time. Among this owner's jobs, it usually
-picks the job with the fewest tasks left, so short jobs do not wait for long ones.
+The thread runs one task at a time, for the owner with the least service time. It usually picks this owner's job with
+the fewest tasks left, so short jobs do not wait for long ones.
 """
 
 import logging
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Any]
 Result = TypeVar("Result")
-OLDEST_EVERY = 4  # one of OLDEST_EVERY tasks belongs to the owner's oldest job, so this job always progresses
+OLDEST_EVERY = 4  # every fourth task of an owner belongs to the owner's oldest job, so that job always makes progress
 JOIN_S = 10.0  # seconds that `close` waits for the running task
 
 
 class Turnstile:
-    """Lets ticks and autoencoder tasks run at the same time, but an isolated job only alone.
+    """Lets ticks and autoencoder tasks run at the same time. An isolated job runs alone.
 
     Callers enter in order of arrival, so ticks and autoencoder tasks cannot starve each other.
     """
@@ -36,11 +36,11 @@ class Turnstile:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
-        self._inside: list[bool] = []  # one entry per caller inside: True if isolated
+        self._inside: list[bool] = []  # one entry per caller inside; True if the caller is isolated
 
     @property
     def is_open(self) -> bool:
-        """True if a caller that is not isolated can enter without waiting."""
+        """True if a caller that is not isolated could enter without waiting."""
         with self._changed:
             return not self._waiting and not any(self._inside)
 
@@ -48,10 +48,10 @@ class Turnstile:
     def enter(
         self, *, isolated: bool, again: bool = False, before_wait: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Enter when no isolated caller is inside; an isolated caller enters when the turnstile is empty.
+        """Wait until no isolated caller is inside, then enter. An isolated caller waits until nobody is inside.
 
-        again: the caller is already inside and not isolated. It enters without waiting, because queued callers may wait
-        for it to leave. before_wait: called if the caller must wait.
+        again: the caller is already inside and not isolated. It enters at once, because callers in the queue may be
+        waiting for it to leave. before_wait: called if the caller must wait.
         """
         me = object()
 
@@ -76,12 +76,12 @@ class Turnstile:
 
 
 class TaskDone(NamedTuple):
-    """A finished or failed task. A failed task ends its job."""
+    """A task that finished or failed. If a task fails, its job fails too."""
 
     kind: str
     seconds: float
     job: RunningJob | None  # None if the task belongs to no job
-    results: Sequence[Any] | None  # results of all the job's tasks; None if tasks remain
+    results: Sequence[Any] | None  # results of all tasks of the job; None while tasks remain
     error: Exception | None
 
 
@@ -93,47 +93,47 @@ class _Tasks:
     kind: str
     tasks: deque[Task]
     owner: str = ""
-    isolated: bool = False  # no tick runs while one of these tasks runs
+    isolated: bool = False  # True if no tick may run at the same time
     job: RunningJob | None = None
     future: "Future[Any] | None" = None
     results: list[Any] = field(default_factory=list)
 
 
 class AutoencoderThread:
-    """Runs autoencoder tasks in a thread, which starts with the first task.
+    """Runs autoencoder tasks in a separate thread. The first task starts the thread.
 
-    Any thread may call `run`. Only the worker's thread calls the other methods.
+    Any thread may call `run`. Only the worker's thread may call the other methods.
     """
 
     def __init__(self, on_task_done: Callable[[TaskDone], None], report: Callable[[Collection[str]], None]) -> None:
-        """Both callbacks run in the autoencoder's thread.
+        """on_task_done: called after each task.
 
-        on_task_done: called after each task. report: called before each task of a durable job with the job's id, and
-        after the task with an empty list.
+        report: called before each task of a durable job, with the job's id in a list, and after the task with an empty
+        list. Both callbacks run in the autoencoder's thread.
         """
         self._on_task_done, self._report = on_task_done, report
-        self.turnstile = Turnstile()  # held while a task runs
+        self.turnstile = Turnstile()  # the thread is inside while it runs a task
         self._changed = threading.Condition()
         self._waiting: dict[str, _Tasks] = {}  # keyed by name, in order of arrival
         self._owner_times = OwnerTimes()
-        self._tasks_begun: Counter[str] = Counter()  # keyed by owner
+        self._tasks_begun: Counter[str] = Counter()  # number of tasks begun, keyed by owner
         self._closed = False
         self._thread: threading.Thread | None = None
-        # Jobs between `put` and `drop`. Only the worker's thread uses this dict, so it needs no lock.
+        # Jobs that were put and not dropped yet. Only the worker's thread uses this dict, so it needs no lock.
         self.jobs: dict[str, RunningJob] = {}
         self.pulse = Pulse("the autoencoder")
 
     def put(self, job: RunningJob, kind: str, tasks: Sequence[Task]) -> None:
-        """Queue a job's tasks. The last `TaskDone` of the job has all results, or the error of the failed task."""
+        """Queue the tasks of a job. The job's last `TaskDone` has the results of all tasks, or an error."""
         self.jobs[job.id] = job
         if job.span is not None:
             job.span.span.add_event(f"{kind} begins")
         self._put(_Tasks(job.id, kind, deque(tasks), job.new.owner, job.new.isolated, job))
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
-        """Queue a task that belongs to no job. The future fails with Draining if the thread is closed."""
+        """Queue a task that belongs to no job. If the thread is closed, the future fails with Draining."""
         future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()  # otherwise `set_result` raises if the client has cancelled the future
+        future.set_running_or_notify_cancel()  # else `set_result` would raise after the client has cancelled the future
         if not self._put(_Tasks(f"{kind} {id(future)}", kind, deque([task]), future=future)):
             future.set_exception(Draining())
         return future
@@ -151,7 +151,7 @@ class AutoencoderThread:
             return True
 
     def drop(self, job_id: str) -> None:
-        """Forget a job. If a task of the job is running, the task still ends and is reported."""
+        """Forget a job. If one of its tasks is running, the task still runs to its end and is reported."""
         self.jobs.pop(job_id, None)
         with self._changed:
             self._forget(job_id)
@@ -159,7 +159,7 @@ class AutoencoderThread:
     def close(self) -> bool:
         """End the thread after the running task. Futures of queued tasks fail with Draining.
 
-        Return False if the thread still runs after JOIN_S.
+        Returns False if the thread still runs after JOIN_S.
         """
         with self._changed:
             self._closed = True
@@ -184,7 +184,7 @@ class AutoencoderThread:
                 began_s = time.perf_counter()
                 try:
                     tasks.results.append(task())
-                except Exception as raised:  # an error ends the job, not the thread
+                except Exception as raised:  # an error ends only the job, not the thread
                     error = raised
                 self.pulse.rest()
                 if durable:

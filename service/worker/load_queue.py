@@ -1,4 +1,4 @@
-"""The queue of models to load, and the list of unloaded models. startup/loader.py loads the models."""
+"""The queue of models to load, and the set of unloaded models. startup/loader.py does the loading."""
 
 import asyncio
 import math
@@ -13,12 +13,12 @@ from tminus.service.errors import Draining, ModelLoading
 from tminus.service.worker.worker import WorkerState
 
 Reason = Literal["admin", "demand"]
-END_LOOK_S = 0.2  # seconds between checks for a shutdown, while a call waits for a load
-LOAD_S = 10.0  # estimated seconds of a load, before any load was measured
+END_LOOK_S = 0.2  # interval between checks for a shutdown while a call waits for a load
+LOAD_S = 10.0  # assumed duration of a load until a load has been measured
 
 
 class LoadTimes:
-    """Measures loads: the duration of each model's last load, and the start of the running load."""
+    """How long each model's last load took, and when the running load began."""
 
     def __init__(self) -> None:
         self._took_s: dict[str, float] = {}  # keyed by model name
@@ -27,7 +27,7 @@ class LoadTimes:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Measure the load that the block runs. If the block raises, the duration is discarded."""
+        """Measure the `with` block, which loads the model. If the block raises, nothing is recorded."""
         self._running, self._began_s = name, time.monotonic()
         try:
             yield
@@ -36,45 +36,46 @@ class LoadTimes:
             self._running = None
 
     def knows(self, name: str) -> bool:
-        """Return True if a load of the model has been measured."""
+        """Return True if a load of this model has been measured."""
         return name in self._took_s
 
     def expected_s(self, name: str) -> float:
-        """Estimate the seconds of a model's load, or the remaining seconds if the load is running."""
+        """Predict how long the load of a model takes. If the load is running, predict the time that is left."""
         took_s = self._took_s.get(name) or (median(self._took_s.values()) if self._took_s else LOAD_S)
         return max(0.0, took_s - (time.monotonic() - self._began_s)) if name == self._running else took_s
 
 
 @dataclass(slots=True, eq=False)
 class PendingLoad:
-    """A queued or running load, and the number of requests that wait for it."""
+    """A load that is queued or running."""
 
     name: str
     reason: Reason
-    again: bool  # read the folder even if the model is in memory
+    again: bool  # True to read the model's folder even if the model is in memory
     done: "asyncio.Future[None]"
     requests: int = 0
 
 
 class LoadQueue:
-    """Holds the pending loads, oldest first, and the names of unloaded models. Use it in the event loop's thread only.
+    """Holds the pending loads, oldest first, and the names of unloaded models.
 
-    Callers of `ensure_loaded` and `load` wait here. The loader runs each pending load and then calls `end`.
+    `ensure_loaded` and `load` queue a load and wait for it. The loader runs the queued loads, and calls `end` after
+    each. All methods must be called in the event loop's thread.
     """
 
     def __init__(self, state: WorkerState, max_wait_s: float, unloaded: Iterable[str] = ()) -> None:
-        """max_wait_s: the longest wait of a request. unloaded: names of the models that start unloaded."""
+        """max_wait_s: how long a request may wait. unloaded: names of the models that start unloaded."""
         self.times = LoadTimes()
         self.pending: list[PendingLoad] = []
         self._state, self._max_wait_s, self._unloaded = state, max_wait_s, set(unloaded)
         self._changed = asyncio.Event()
 
     def is_unloaded(self, name: str) -> bool:
-        """Return True if a model is unloaded or about to be. The worker then gets no jobs of the model."""
+        """Return True if a model is unloaded, or will be soon. The worker then gets no jobs for the model."""
         return name in self._unloaded
 
     def mark_unloaded(self, name: str) -> None:
-        """Keep the model's jobs from the worker until `mark_loaded`."""
+        """Stop giving the worker jobs for a model, until `mark_loaded` is called."""
         self._unloaded.add(name)
         self._changed.set()
 
@@ -82,17 +83,17 @@ class LoadQueue:
         self._unloaded.discard(name)
 
     async def wait(self, most_s: float | None) -> None:
-        """Wait until a load is queued or a model is marked as unloaded, for at most `most_s` seconds."""
+        """Wait until a load is queued or a model is marked as unloaded, but at most `most_s` seconds."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), most_s)
         self._changed.clear()
 
     def find(self, name: str) -> PendingLoad | None:
-        """Return the oldest pending load of a model."""
+        """Return the oldest pending load of a model, or None."""
         return next((each for each in self.pending if each.name == name), None)
 
     def expected_s(self, name: str) -> float:
-        """Estimate the seconds until a model is in memory, including the loads queued before it."""
+        """Predict the seconds until a model is in memory. This includes the loads that are queued before it."""
         total_s = 0.0
         for each in self.pending:
             total_s += self.times.expected_s(each.name)
@@ -101,9 +102,9 @@ class LoadQueue:
         return total_s + self.times.expected_s(name)
 
     async def ensure_loaded(self, name: str, deadline_s: float | None = None) -> None:
-        """Wait until a request's model is in memory. Raises ModelLoading, and the errors of `load`.
+        """Wait until the model of a request is in memory. Raises ModelLoading, and the errors of `load`.
 
-        Until the load ends, the waiting request does not prevent the model's unloading. deadline_s: seconds from now.
+        While it waits, the request does not keep the model from being unloaded. deadline_s: maximum seconds to wait.
         """
         pending, began_s = self._find_or_add(name, "demand"), time.monotonic()
         expected_s = self.expected_s(name)
@@ -118,20 +119,21 @@ class LoadQueue:
             pending.requests -= 1
 
     async def load(self, name: str, reason: Reason = "demand", *, again: bool = False) -> None:
-        """Queue a load, and wait until the model is in memory. again: reread the folder of a model in memory.
+        """Queue a load, and wait until the model is in memory.
 
-        Raises Draining, NotReady, CheckpointRefused and any other error of the load.
+        again: read the model's folder even if the model is in memory. Raises Draining, NotReady, CheckpointRefused, or
+        any other error that the load raised.
         """
         await self._wait(self._find_or_add(name, reason, again=again), math.inf)
 
     def end(self, pending: PendingLoad, error: Exception | None = None) -> None:
-        """Remove a load from the queue, and wake the tasks that wait for the load."""
+        """Remove a load from the queue, and wake the calls that wait for it."""
         self.pending.remove(pending)
         if error is None:
             pending.done.set_result(None)
         else:
             pending.done.set_exception(error)
-            pending.done.exception()  # retrieve the exception, so asyncio does not log it when no task waits
+            pending.done.exception()  # mark the exception as retrieved, so asyncio does not log it if no call waits
 
     def close(self) -> None:
         """Fail all pending loads with Draining."""
@@ -148,9 +150,9 @@ class LoadQueue:
         return pending
 
     async def _wait(self, pending: PendingLoad, most_s: float) -> None:
-        """Wait for a load. If the wait is cancelled, the load continues.
+        """Wait for a load. Cancelling the wait does not cancel the load.
 
-        Raises the load's error, Draining or TimeoutError.
+        Raises Draining, TimeoutError, or the error that the load raised.
         """
         until_s = time.monotonic() + most_s
         while not pending.done.done():

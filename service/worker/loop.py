@@ -1,6 +1,6 @@
-"""Runs accepted jobs in one thread: ticks, snapshots, deadlines and results. No queue, no lock.
+"""Runs accepted jobs in one thread: ticks, snapshots, deadlines and results. Has no queue and no lock.
 
-The scheduler chooses each batch, and the engine steps it. The loop appends events to a list for the worker.
+The scheduler chooses each batch, and the engine computes it. The loop appends events to a list, which the worker reads.
 """
 
 import logging
@@ -32,10 +32,10 @@ from tminus.service.worker.ticks import CurrentJobs, ReportCurrentJobs, TickEnd,
 
 log = logging.getLogger(__name__)
 
-# Reasons why a durable job leaves this process:
+# Reasons why a durable job stops running in this process:
 SUSPENDED = "suspended"  # the server is shutting down; the next start resumes the job
-LOST = "lost"  # another replica runs the job or has ended it
-# Messages about failed jobs: the first is for the client, the second for the log.
+LOST = "lost"  # another replica is running the job, or has ended it
+# For each kind of failure: the message for the client, and the message for the log.
 NOT_STEPPED = "a step of this job failed", "tick of %d rows failed"
 NOT_RECORDED = "its steps could not be read", "job %s could not be recorded"
 NOT_CODED = "its images could not be encoded or decoded", "an image of job %s could not be encoded or decoded"
@@ -49,18 +49,21 @@ class Ticked(NamedTuple):
 
 
 class ImageDecoded(NamedTuple):
-    """Event: one image of a latent model's job has been decoded, and more images remain."""
+    """Event: one image of a latent model's job has been decoded, but not the last one."""
 
     job: RunningJob
 
 
 class Ended(NamedTuple):
-    """Event: a job has ended with a result or an error. Neither is set if the client left before the job began."""
+    """Event: a job has ended, with a result or an error.
+
+    Both are None if the client left before the job began.
+    """
 
     job: RunningJob
     result: JobResult | None = None
     error: ServiceError | None = None
-    reason: str | None = None  # reason for giving the job up; None if it finished or never began
+    reason: str | None = None  # why the job was given up; None if it finished, or never began
 
 
 Event = Ticked | ImageDecoded | Ended
@@ -72,20 +75,21 @@ class Loop:
     def __init__(
         self, *, clock: Callable[[], float], on_task_done: Callable[[TaskDone], None], report: ReportCurrentJobs
     ) -> None:
-        """on_task_done: called in the autoencoder's thread after each task. The callback must pass a job's task on to
-        `Loop.on_task_done`, in the loop's thread.
+        """on_task_done: called in the autoencoder's thread after each task.
 
-        report: called in each thread with the ids of the durable jobs that the thread is working on.
+        If the task belongs to a job, the callback must arrange a call of `Loop.on_task_done` in the loop's thread.
+
+        report: called in each of the two threads, with the ids of the durable jobs that the thread is working on.
         """
         self._models: dict[int, LoadedModel] = {}
-        self._has_latent_model = False  # stays True after the first latent model: the autoencoder's thread may run
+        self._has_latent_model = False  # once True, the autoencoder's thread may be running
         self._clock = clock
-        self.events: deque[Event] = deque()  # events for the worker to handle
-        # Jobs with rows in an engine, in order of arrival. `_durable` holds the durable jobs among them. While a job's
-        # picture is encoded or its images are decoded, the job is in `autoencoder.jobs` instead.
+        self.events: deque[Event] = deque()  # handled and removed by the worker
+        # Jobs with rows in an engine, in order of arrival. `_durable` has the durable ones among them. While a job's
+        # input is encoded or its output is decoded, the job is in `autoencoder.jobs` instead.
         self._jobs: dict[str, RunningJob] = {}
         self._durable: dict[str, RunningJob] = {}
-        self._deadlines: dict[str, float] = {}  # absolute times of the jobs with a deadline, keyed by job id
+        self._deadlines: dict[str, float] = {}  # clock time of each job's deadline, keyed by job id
         self.autoencoder = AutoencoderThread(on_task_done, partial(report, "codes"))
         self.ticks = Ticks(clock)
         self.current = CurrentJobs(self.ticks, self.autoencoder.turnstile, report)
@@ -98,7 +102,7 @@ class Loop:
     # --- between ticks ---
 
     def load(self, model: LoadedModel) -> None:
-        """Warm up a model and accept its jobs from now on."""
+        """Warm up a model. From now on, its jobs are accepted."""
         began_s = self._clock()
         model.warm_up()
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
@@ -120,10 +124,10 @@ class Loop:
             del self.spare_work[number]
 
     def accept(self, job: RunningJob) -> None:
-        """Start a job. Its rows step from the next tick on, or after its picture is encoded."""
+        """Start a job. Its rows step from the next tick on, or once its picture is encoded."""
         with self._working_on([job]):
-            answered = job.future.done() and not job.future.cancelled()  # the job failed while the worker hung
-            # The client cannot cancel a running future, so from here on only the worker ends the job.
+            answered = job.future.done() and not job.future.cancelled()  # answered while the worker hung
+            # The client cannot cancel a running future. From now on, only the worker ends the job.
             if answered or not job.future.set_running_or_notify_cancel():
                 self.events.append(Ended(job))
                 return
@@ -135,7 +139,7 @@ class Loop:
                 self._begin(job)
 
     def _working_on(self, jobs: Sequence[RunningJob]) -> AbstractContextManager[None]:
-        """Return a context for work on these jobs. An isolated job waits until no tick or autoencoder task runs."""
+        """Return a context for work on these jobs. An isolated job first waits for all other work."""
         if jobs[0].new.isolated:
             self._end_ticks()
         return self.current.working_on(jobs, autoencoder_may_run=self._has_latent_model)
@@ -170,7 +174,7 @@ class Loop:
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
     def on_task_done(self, done: TaskDone) -> None:
-        """Continue a job after one of its autoencoder tasks. An ended job is ignored."""
+        """Continue a job after one of its autoencoder tasks. If the job has already ended, nothing happens."""
         job = done.job
         if job is None or self.autoencoder.jobs.get(job.id) is not job:
             return
@@ -195,10 +199,10 @@ class Loop:
         return self._jobs.get(job_id) or self.autoencoder.jobs.get(job_id)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
-        """End a job with an error and free its rows. An unknown job is ignored."""
+        """End a job with an error, and free its rows. Unknown job ids are ignored."""
         if (job := self.find(job_id)) is None:
             return
-        self._end_ticks(job)  # otherwise a later end of these ticks would overwrite slots of another job
+        self._end_ticks(job)  # these ticks write to the job's slots, which another job may get
         if self.find(job_id) is not job:
             return
         if job_id in self._jobs:
@@ -214,7 +218,7 @@ class Loop:
                 self.give_up(job.id, error, error.code)
 
     def unload(self, number: int) -> None:
-        """Give up a model's remaining jobs, and remove the model."""
+        """Give up the remaining jobs of a model, then remove the model."""
         self.give_up_all(ModelUnloaded(self._models[number].info.name), number)
         self.ticks.remove(self._models.pop(number))
         self.spare_work.pop(number, None)
@@ -222,7 +226,7 @@ class Loop:
     # --- shutdown ---
 
     def suspend_durable(self) -> None:
-        """Take a last snapshot of the durable jobs, then give them up. The next start of the server resumes them."""
+        """Take a last snapshot of each durable job, then give the jobs up. The next process resumes them."""
         if self._durable:
             self._end_ticks()
         for model in self._models.values():
@@ -231,7 +235,7 @@ class Loop:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def abandon(self) -> None:
-        """Drop every job without calling the engine, whose state is unknown after a crash."""
+        """Drop all jobs after a crash. The engine is not called, because its state is unknown."""
         self.ticks.abandon()
         for jobs in (self._jobs, self._durable, self.autoencoder.jobs, self._deadlines):
             jobs.clear()
@@ -244,14 +248,14 @@ class Loop:
         now_s = self._clock()
         for job_id in [job_id for job_id, when_s in self._deadlines.items() if when_s <= now_s]:
             job = self.find(job_id)
-            # `give_up` ends ticks in flight. If this job finished in one of these ticks, it is gone.
+            # `give_up` of an earlier job may have ended a tick in which this job finished. Then `job` is None.
             if job is not None and job.new.deadline_s is not None:
                 self.give_up(job_id, DeadlinePassed.of(job.new.deadline_s), "deadline")
 
     def tick(self) -> bool:
-        """Begin as many ticks as may be in flight, then end the oldest. Return False if no tick is in flight.
+        """Begin as many ticks as may be in flight, then end the oldest one. Returns False if there was none.
 
-        The work after a tick is done while the network runs the next tick.
+        While the results of one tick are handled, the network already computes the next tick.
         """
         while self._begin_next():
             pass
@@ -263,7 +267,7 @@ class Loop:
         return True
 
     def _begin_next(self) -> bool:
-        """Begin the next tick, unless it must wait for ticks in flight. Return True if another tick may begin."""
+        """Begin the next tick if that is possible now. Returns True if yet another tick may begin."""
         if (chosen := self.ticks.next()) is None or (self.ticks and not self.autoencoder.turnstile.is_open):
             return False
         turn, batch = chosen
@@ -279,12 +283,12 @@ class Loop:
                 return True
 
     def _end_ticks(self, job: RunningJob | None = None) -> None:
-        """End the ticks in flight, oldest first. job: stop when no tick in flight has rows of this job."""
+        """End the ticks in flight, oldest first. job: stop as soon as no tick in flight has rows of this job."""
         while self.ticks and (job is None or job in self.ticks.jobs_in_flight):
             self._end_tick()
 
     def _end_tick(self) -> None:
-        """End the oldest tick in flight, and handle the results for its jobs."""
+        """End the oldest tick in flight, and handle its results."""
         tick = self.ticks.oldest
         with tick.inside:
             end = self.ticks.end()
@@ -294,7 +298,7 @@ class Loop:
                 self._failed(end.error, tick.jobs, *NOT_STEPPED, len(tick.batch.rows))
 
     def _act_on(self, end: TickEnd) -> None:
-        """Record, fail, deliver and preview the jobs of a tick that has ended."""
+        """Handle the results of a tick: record rows, deliver finished jobs, and send previews."""
         tick, now_s = end.tick, end.now_s
         for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             job.steps_taken += len(picked.steps)
@@ -304,7 +308,7 @@ class Loop:
         for job in started:
             job.start(tick.began_s, now_s)
         self.events.append(Ticked(end, started))
-        # Record all jobs first: `give_up` may end another tick, which may finish jobs of this tick.
+        # Record every job before giving any up: `give_up` may end another tick, and these jobs may finish in that tick.
         recorded = [
             (job, job.record([(step + 1, index) for step, index in picked.steps]))
             for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True)
@@ -326,7 +330,7 @@ class Loop:
             self._take_snapshots(tick.model)
 
     def _take_snapshots(self, model: LoadedModel) -> None:
-        """Take snapshots of the model's unfinished durable jobs that have stepped since their last snapshot."""
+        """Take a snapshot of each of a model's durable jobs that has moved since its last snapshot."""
         jobs = [job for job in self._durable.values() if job.model.number == model.number]
         moved = [job for job in jobs if job.steps_kept < job.steps_taken < job.spec.n * job.work.steps]
         if model.keeper is None or not moved:
@@ -342,13 +346,13 @@ class Loop:
         model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """Read a finished job's images, free its rows and end the job. Latents are decoded before the job ends."""
+        """Read a finished job's images, free its rows and end the job. A latent model's job is decoded first."""
         engine, latent = job.model.engine, job.model.info.latent is not None
         reads: list[Callable[[], Pixels]] = [lambda: np.empty(0, np.uint8)]
         wanted = job.work.steps == job.spec.end  # False if the client requested only the recording
         if wanted:
             try:
-                # Read the latents one by one, so the autoencoder can decode a shorter job's latents in between.
+                # Read the latents one image at a time: the autoencoder can decode a shorter job's latents in between.
                 reads = [
                     engine.images(rows, job.spec.depth)
                     for rows in ([(row,) for row in job.rows] if latent else [job.rows])
@@ -368,7 +372,7 @@ class Loop:
     # --- helpers ---
 
     def _leave(self, ended: Ended) -> None:
-        """Forget a job whose rows are free, and append its `Ended` event."""
+        """Forget a job that has no rows in an engine, and append its `Ended` event."""
         job = ended.job
         for jobs in (self._jobs, self._durable, self._deadlines):
             jobs.pop(job.id, None)
@@ -377,16 +381,13 @@ class Loop:
         self.events.append(ended)
 
     def _failed(self, error: Exception, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object) -> None:
-        """Give up jobs of one model after an error. Clients see the error's type, but not its text."""
+        """Give up some jobs of one model after an error. Clients see the type of the error, but not its text."""
         self._note_error(error, jobs[0].model.engine, log_line, *args)
         for job in jobs:
             self.give_up(job.id, EngineFailed(f"{detail}: {type(error).__name__}"), EngineFailed.code)
 
     def _note_error(self, error: Exception, engine: RowEngine, log_line: str, *args: object) -> None:
-        """Log an error. Raise the error if the device is lost, which ends the worker.
-
-        On a lost device every further job would fail too.
-        """
+        """Log an error. If the device is lost, raise it, which ends the worker: later jobs would fail too."""
         log.error(log_line, *args, exc_info=error)
         if engine.is_lost():
             raise error

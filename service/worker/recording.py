@@ -1,6 +1,6 @@
-"""Recorders of a running job's frames and latents.
+"""Recorders, which keep frames or latents of a running job.
 
-Each row is recorded at its own steps, so the server's load does not change a recording.
+A row is recorded when it reaches certain steps, so the load of the server does not change a recording.
 """
 
 from abc import ABC, abstractmethod
@@ -21,28 +21,28 @@ Kept = TypeVar("Kept")
 
 
 class Recorder(ABC, Generic[Kept]):
-    """Records data of one job's rows. The worker's thread records, and the thread that encodes the response reads.
+    """Records data of the rows of one job.
 
-    A preview shows all rows at one moment, so their steps may differ. A recorded frame shows all rows after the same
-    step.
+    The worker's thread records. A different thread, which encodes the response, reads. In a preview, the rows of a job
+    may be at different steps. In a recorded frame, all rows are at the same step.
     """
 
     def __init__(self) -> None:
-        # Keyed by step. A part holds rows' indices in the job, the rows' positions in an array, and a function that
-        # returns the array.
+        # Parts, keyed by step. A part has the indices of some rows in the job, their positions in an array, and a
+        # function that returns the array.
         self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
-        self.until: int | None = None  # the job ends after this step, if no images were requested
+        self.until: int | None = None  # the step after which the job ends; set only if no images were requested
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Return True if a row is recorded after `step` steps. Step 0 is before the first pass."""
+        """Return True if a row must be recorded after this number of steps. Step 0 is before the first pass."""
 
     @abstractmethod
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Kept]:
-        """Read rows from the engine. The returned function may block until the GPU is done."""
+        """Read rows from the engine. Returns a function that may block until the GPU is done."""
 
     def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
-        """Record the rows that are due. taken: (steps taken, index in the job) for each row."""
+        """Record the rows that are due. taken: for each row, the steps it has taken and its index in the job."""
         due = [each for each in taken if self.due(each[0])]
         if not due:
             return
@@ -66,14 +66,14 @@ class Recording(Recorder[Mapping[Show, Images]]):
         from_noise: bool = False,
         until: int | None = None,
     ) -> None:
-        """from_noise: record the initial noise too. until: the last step to record; None records all steps."""
+        """from_noise: also record the initial noise. until: the last step to record; None: record all steps."""
         super().__init__()
         self._shows = shows
         self._every, self._n, self._steps = every, n, steps
         self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Return True if a frame is due after `step` steps. The last step is the job's result, not a frame."""
+        """Return True if a frame is due after this number of steps. There is no frame after the last step."""
         wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
         return wanted and step % self._every == 0
 
@@ -81,9 +81,9 @@ class Recording(Recorder[Mapping[Show, Images]]):
         return engine.preview(rows, self._shows)
 
     def frames(self) -> dict[int, dict[Show, Images]]:
-        """Return the frames, keyed by step in ascending order. Each is uint8 [n, H, W, C].
+        """Return the frames, keyed by step in ascending order. Each frame is uint8 [n, H, W, C].
 
-        May block until the GPU is done. Call it after the job has ended.
+        Call this only after the job has ended. May block until the GPU is done.
         """
         frames: dict[int, dict[Show, Images]] = {}
         for step in sorted(self._parts):
@@ -96,17 +96,17 @@ class Recording(Recorder[Mapping[Show, Images]]):
 
 
 class TrajectoryRecorder(Recorder[Point]):
-    """Records a job's trajectory: the rows before and after every pass, or every selected pass."""
+    """Records a job's trajectory: its rows before and after each selected pass, by default every pass."""
 
     def __init__(self, spec: SampleSpec, selection: Selection | None = None, dtype: TrajectoryType = "float32") -> None:
-        """dtype: the dtype of x_t and x_0 in the trajectory. Recorded points are float32."""
+        """dtype: the dtype of x_t and x_0 in the trajectory. The recorded data itself is float32."""
         super().__init__()
         self._spec, self._selection, self._dtype = spec, selection or Selection.whole(spec.num_passes), dtype
         self._due = {*self._selection.points, *(each + 1 for each in self._selection.predictions)}
-        self._plan: PlanNumbers | None = None  # set by the first `read`
+        self._plan: PlanNumbers | None = None  # set by the first call of `read`
 
     def due(self, step: int) -> bool:
-        """Return True if x_t after `step` steps, or x_0 of the last of these passes, is selected."""
+        """Return True if x_t after this number of steps is selected, or x_0 of the last of these steps."""
         return step in self._due
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:
@@ -115,14 +115,14 @@ class TrajectoryRecorder(Recorder[Point]):
         return engine.point(rows)
 
     def trajectory(self) -> Trajectory:
-        """Return the trajectory. May block until the GPU is done. Call it once, after the job has ended."""
+        """Return the trajectory. Call this once, after the job has ended. May block until the GPU is done."""
         assert self._plan is not None
         selection, shape = self._selection, (self._spec.n, *self._parts[min(self._due)][0][2]().x.shape[1:])
         point, prediction = ({k: at for at, k in enumerate(each)} for each in (selection.points, selection.predictions))
         x_t, x_0 = (np.empty((len(each), *shape), self._dtype) for each in (point, prediction))
         v = np.empty((len(prediction), *shape), np.float32) if self._plan.learned else None
         for step in sorted(self._due):
-            for indices, positions, read in self._parts.pop(step):  # pop, to free each point after its copy
+            for indices, positions, read in self._parts.pop(step):  # `pop` frees the recorded data once it is copied
                 here = read()
                 if step in point:
                     x_t[point[step], indices] = here.x[positions]
@@ -135,22 +135,26 @@ class TrajectoryRecorder(Recorder[Point]):
 
 
 def frame_count(every: int, steps: int) -> int:
-    """Return the number of frames of a recording, including the result."""
+    """Return the number of frames in a recording, including the result."""
     return (steps - 1) // every + 1
 
 
 class RecordingRoom:
-    """Bounds the memory for frames and pixels of responses in preparation. Use it in the event loop's thread only."""
+    """Limits the memory for frames and pixels of responses in preparation.
+
+    All methods must be called in the event loop's thread.
+    """
 
     def __init__(self, budget: ByteBudget) -> None:
-        """budget: counts the bytes of all responses, including responses that are being sent."""
+        """budget: counts the bytes of all responses, including the responses that are being sent."""
         self._budget = budget
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
-        """Reserve memory for a response during the block. A small response, or the only response, always fits.
+        """Reserve memory for one response while the `with` block runs.
 
-        Raises Overloaded. The error names `field`, the request parameter that determines the size.
+        A small response always fits, and so does the only response. Raises Overloaded if the memory is not available.
+        The error names `field`, the request parameter that determines the size.
         """
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold(SMALL_BYTES if self._budget.held_bytes else size_bytes) as room:

@@ -1,4 +1,4 @@
-"""Jobs as requested, jobs accepted by the worker, and the list of accepted jobs. No torch."""
+"""Requested jobs, accepted jobs, and the collection of all accepted jobs. No torch."""
 
 import logging
 import threading
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as requested. It holds the request's parameters and reaches the engine unchanged."""
+    """A job as requested by a client. It reaches the engine unchanged."""
 
-    id: str  # never reused, so a late message about a deleted job cannot affect another job
+    id: str  # never reused, so a late message about a deleted job cannot reach a new job
     spec: SampleSpec
-    work: Work  # cost of the job, and its model's number
+    work: Work  # the cost of the job, and the number of its model
     owner: str = ""  # name of the API key
-    deadline_s: float | None = None  # seconds from acceptance; the job is refused if its forecast is later
-    inputs: Inputs | None = None  # pixels; the spec has only their hashes
-    durable: bool = False  # snapshots of the job are stored
+    deadline_s: float | None = None  # seconds from acceptance; a job with a later forecast is refused
+    inputs: Inputs | None = None  # input pixels; the spec has only their hashes
+    durable: bool = False  # True if snapshots of the job are stored
     watch: Watch | None = None  # the job's first viewer
     recording: Recorder[Any] | None = None
-    snapshot: Snapshot | None = None  # state to resume from, if an earlier process began the job
-    is_repeatable: bool = True  # the client chose the seed, so the same request makes the same images
-    isolated: bool = False  # the job steps in separate ticks, because it may have caused a crash
+    snapshot: Snapshot | None = None  # the state to resume from, if an earlier process began the job
+    is_repeatable: bool = True  # True if the client chose the seed; the same request then gives the same images
+    isolated: bool = False  # True if the job may have caused a crash; it then steps in ticks of its own
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":
-        """Return a copy with a recorder. If the recorder has `until`, the job ends after that step."""
+        """Return a copy with a recorder. If `recording.until` is set, the job ends after that step."""
         if recording is None:
             return self
         return replace(self, recording=recording, work=self.work.ending_at(recording.until))
@@ -48,27 +48,30 @@ class NewJob:
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """An accepted job. After it is queued, only the worker's thread changes it. Any thread may read its status."""
+    """An accepted job. Only the worker's thread may change it once it is queued.
 
-    new: NewJob  # inputs and snapshot are dropped after the engine has them
+    Any thread may read its status.
+    """
+
+    new: NewJob  # its inputs and snapshot are dropped once the engine has them
     model: LoadedModel
     submitted_s: float
     id: str = field(init=False)
     spec: SampleSpec = field(init=False)
     work: Work = field(init=False)
-    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # Unix time; submitted_s has another clock
-    outlook: Outlook | None = None  # forecast at acceptance
+    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # Unix time, unlike submitted_s
+    outlook: Outlook | None = None  # the forecast made when the job was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
     watches: list[Watch] = field(init=False)
     request_id: str = field(default_factory=REQUEST_ID.get)
-    rows: tuple[int, ...] = ()  # empty until the engine has allocated slots
+    rows: tuple[int, ...] = ()  # slots in the engine; empty until they are allocated
     started_s: float | None = None
     first_step_s: float = 0.0
     denoised_s: float | None = None
-    # Sum of the steps of all rows, including steps before spec.start. The scheduler knows each row's step, but only the
-    # worker's thread may ask it, and other threads read the status.
+    # Total number of steps of all rows, including the steps before spec.start. The scheduler knows the step of each
+    # row, but only the worker's thread may use the scheduler, and other threads need this number for the job's status.
     steps_taken: int = field(init=False)
-    steps_kept: int = field(init=False)  # steps_taken at the last snapshot
+    steps_kept: int = field(init=False)  # the value of steps_taken at the last snapshot
     span: JobSpan | None = None  # None if tracing is off
 
     def __post_init__(self) -> None:
@@ -95,19 +98,19 @@ class RunningJob:
         }
 
     def fail(self, error: Exception) -> None:
-        """End the job with an error. Does nothing if the client was answered while the worker hung."""
+        """End the job with an error. Does nothing if the client got an error while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
             self._end_span(error)
 
     def finish(self, result: JobResult) -> None:
-        """End the job with its images. Does nothing if the client was answered while the worker hung."""
+        """End the job with its images. Does nothing if the client got an error while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_result(result)
             self._end_span(None, result.decode_s)
 
     def result(self, read: Callable[[], Pixels], now_s: float) -> JobResult:
-        """Return the job's result, with the duration of each phase. read: reads the images."""
+        """Make the job's result, with the duration of each phase. read: a function that returns the images."""
         assert self.started_s is not None
         assert self.denoised_s is not None
         queue_s, denoise_s = self.started_s - self.submitted_s, self.denoised_s - self.started_s
@@ -135,23 +138,23 @@ class RunningJob:
 
     @property
     def exemplar(self) -> dict[str, str]:
-        """Exemplar labels that link a metric to the job's request."""
+        """Labels that link a metric to this job's request."""
         return exemplar(self.request_id, None if self.span is None else self.span.span)
 
     @property
     def needs_picture(self) -> bool:
-        """True if the engine needs the input picture. A job resumed from a snapshot needs it only with a mask."""
+        """True if the engine needs the input picture. A resumed job needs it only if there is a mask."""
         inputs = self.new.inputs
         return inputs is not None and (self.new.snapshot is None or inputs.mask is not None)
 
     @property
     def first_steps(self) -> Sequence[int]:
-        """First step of each row. Valid only until `new.snapshot` is dropped."""
+        """First step of each row. Valid only while `new.snapshot` is still set."""
         return self.new.snapshot.steps if self.new.snapshot is not None else (self.spec.start,) * self.spec.n
 
     @property
     def step(self) -> int:
-        """Average number of steps per row in this job. The scheduler keeps the rows at nearly the same step."""
+        """Average number of steps taken per row. The scheduler keeps all rows at nearly the same step."""
         return self.steps_taken // self.spec.n - self.spec.start
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
@@ -171,16 +174,19 @@ class RunningJob:
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
-        """Return the status from an earlier forecast. If the job is newer, use its forecast at acceptance."""
+        """Return the job's status, based on an earlier forecast.
+
+        A job that arrived after that forecast uses the forecast from its acceptance.
+        """
         told: JobStatus | Outlook | None = forecast.get(self.id, self.outlook)
         assert told is not None
         since_s = now_s - self.submitted_s - (told.age_s if isinstance(told, JobStatus) else 0.0)
         return self.status(Outlook(told.position, max(0.0, told.eta_s - since_s)), now_s)
 
     def record(self, next_steps: Sequence[tuple[int, int]]) -> Exception | None:
-        """Record the rows that are due. Return the error if this fails.
+        """Record the rows that are due. If this fails, return the error.
 
-        next_steps: (next step, index in the job) for each row.
+        next_steps: for each row, its next step and its index in the job.
         """
         assert self.new.recording is not None
         taken = [(step - self.spec.start, index) for step, index in next_steps]
@@ -191,7 +197,7 @@ class RunningJob:
         return None
 
     def show(self, now_s: float) -> None:
-        """Send a frame to each viewer that is due. Viewers of the same `show` share one frame."""
+        """Send a frame to each viewer that is due for one. Viewers with the same `show` get the same frame."""
         frames: dict[tuple[Show, ...], Frame] = {}
         for watch in self.watches:
             if not watch.due(self.step, now_s):
@@ -200,15 +206,12 @@ class RunningJob:
                 if watch.show not in frames:
                     frames[watch.show] = Frame(self.step, self.model.engine.preview(self.rows, watch.show))
                 watch.put(frames[watch.show])
-            except Exception:  # a failed preview must not end the job
+            except Exception:  # a preview that fails must not end the job
                 log.exception("job %s could not be shown", self.id, extra=self.log_fields)
 
 
 class AcceptedJobs:
-    """The accepted jobs: in the worker's queue or in the loop.
-
-    Thread-safe. Hold `gate` to call `add`.
-    """
+    """All accepted jobs that have not ended. Thread-safe, but the caller of `add` must hold `gate`."""
 
     def __init__(self, admission: Admission, clock: Callable[[], float]) -> None:
         self.gate = threading.Lock()
@@ -217,18 +220,17 @@ class AcceptedJobs:
         self._owners: Counter[tuple[str, bool]] = Counter()  # number of jobs, keyed by (owner, durable)
 
     def add(self, job: RunningJob) -> None:
-        """Add a job. The caller must hold `gate`."""
         self._jobs[job.id] = job
         self._owners[job.new.owner, job.new.durable] += 1
 
     def remove(self, job_id: str) -> None:
-        """Remove a job. A missing job is ignored: `fail_all` may have removed it."""
+        """Remove a job. Does nothing if `fail_all` has already removed it."""
         with self.gate:
             if (job := self._jobs.pop(job_id, None)) is not None:
                 self._owners[job.new.owner, job.new.durable] -= 1
 
     def fail_all(self, failure: ServiceError) -> None:
-        """Remove all jobs and fail them, without calling the engine."""
+        """Remove all jobs, and fail them without calling the engine."""
         with self.gate:
             jobs, self._jobs = self._jobs, {}
             self._owners.clear()
@@ -236,7 +238,7 @@ class AcceptedJobs:
             job.fail(failure)
 
     def number_of(self, owner: str, *, durable: bool | None = None) -> int:
-        """Count the jobs of one API key. durable: count only durable jobs (True) or only other jobs (False)."""
+        """Count the jobs of one API key. durable: count only durable jobs, or only the others (False)."""
         with self.gate:
             return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
 
@@ -249,14 +251,14 @@ class AcceptedJobs:
             return job_id in self._jobs
 
     def statuses(self) -> list[JobStatus]:
-        """Return the status of each waiting or running job, in order of arrival, from a new forecast."""
+        """Make a new forecast, and return the status of each job in order of arrival."""
         outlooks = self._admission.outlooks(self._clock())
         with self.gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
 
     def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
-        """Return the statuses without a new forecast. A job newer than `forecast` uses its forecast at acceptance."""
+        """Return the status of each job without a new forecast: see `RunningJob.quick_status`."""
         with self.gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.quick_status(forecast, now_s) for job in jobs]

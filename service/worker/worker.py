@@ -1,7 +1,7 @@
-"""The worker's thread. Other threads reach it only through commands and futures.
+"""The worker's thread. Other threads use it only through commands and futures.
 
-This module holds the queue of commands, the lock under which jobs are accepted or refused, the worker's state, and the
-handlers of the loop's events. loop.py runs the jobs.
+This module has the queue of commands, the lock for accepting jobs, the worker's state, and the handlers of the loop's
+events. loop.py runs the jobs.
 """
 
 import logging
@@ -39,9 +39,9 @@ class Outcomes:
     def __init__(
         self, jobs: AcceptedJobs, admission: Admission, metrics: Metrics, on_device_lost: Callable[[str], None]
     ) -> None:
-        """on_device_lost: called with the id of a job whose images cannot be read because the device is lost.
+        """on_device_lost: called with the id of a job if its images cannot be read because the device is lost.
 
-        Any thread may call on_device_lost.
+        The call may come from any thread.
         """
         self._jobs, self._admission, self._metrics, self._on_device_lost = jobs, admission, metrics, on_device_lost
 
@@ -61,7 +61,7 @@ class Outcomes:
                         self._finish(job, event.result)
 
     def _count(self, ticked: Ticked) -> None:
-        """Remove a tick's work from admission's ledger, and record metrics."""
+        """Subtract a tick's work from the ledger of Admission, and record metrics."""
         end, tick, row_steps = ticked.end, ticked.end.tick, dict[str, int]()
         for job, picked in zip(tick.jobs, tick.batch.jobs, strict=True):
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + len(picked.steps)
@@ -98,10 +98,10 @@ class Outcomes:
         job.finish(replace(result, read=partial(self._read, result.read, job)))
 
     def _read(self, read: Callable[[], Pixels], job: RunningJob) -> Pixels:
-        """Read a job's images in another thread. End the worker if the device is lost.
+        """Read a job's images, in any thread. If the device is lost, end the worker.
 
-        A GPU reports an error only to a thread that waits for it, and this may be the first wait. The job then fails
-        with Draining, as if the server had ended before the job.
+        A GPU reports an error only when a thread waits for it, and this may be the first time. The job then fails with
+        Draining, as if the server had shut down before the end of the job.
         """
         try:
             return read()
@@ -119,27 +119,27 @@ CRASHED = "the worker has stopped; the server's log says why"
 
 
 class WorkerState:
-    """Flags of a worker, set by the worker's threads."""
+    """The state of a worker. The worker's threads set it, and any thread may read it."""
 
     def __init__(self, thread: threading.Thread, own: Sequence[Pulse], others: Sequence[Pulse]) -> None:
         """own: pulses of the worker's threads. others: pulses of other threads.
 
-        No job is accepted while any of these threads hangs.
+        While any of these threads hangs, no job is accepted.
         """
         self._thread, self._own, self._others = thread, own, others
         self.is_warm, self.is_draining, self.is_closed = (threading.Event() for _ in range(3))
-        self.crashed = False  # an error ended the thread
-        self.jobs_of_the_crash = frozenset[str]()  # ids of jobs that may have caused the crash
-        self.autoencoder_hangs = False  # the autoencoder's thread did not end when closed
+        self.crashed = False  # True if an error has ended the thread
+        self.jobs_of_the_crash = frozenset[str]()  # ids of the jobs that may have caused the crash
+        self.autoencoder_hangs = False  # True if the autoencoder's thread did not end when it was closed
 
     @property
     def ready(self) -> bool:
-        """True after the warm-up, while jobs are accepted."""
+        """True if jobs are accepted."""
         return self.is_warm.is_set() and self.alive and not self.draining and self.stall is None
 
     @property
     def draining(self) -> bool:
-        """True if new jobs are refused because the worker is ending."""
+        """True if the worker is ending, and so refuses new jobs."""
         return self.is_draining.is_set()
 
     @property
@@ -148,22 +148,22 @@ class WorkerState:
 
     @property
     def hangs(self) -> bool:
-        """True if the worker was closed but one of its threads still runs."""
+        """True if the worker was closed, but one of its threads still runs."""
         return self.is_closed.is_set() and (self._thread.is_alive() or self.autoencoder_hangs)
 
     @property
     def stall(self) -> Stalled | None:
-        """The error that refuses jobs while a thread hangs; None if no thread hangs. The longest hang counts."""
+        """The error for new jobs while a thread hangs; otherwise None. It names the longest hang."""
         stalled_s, name = max((pulse.stalled_s, pulse.name) for pulse in (*self._own, *self._others))
         return Stalled(stalled_s, name) if stalled_s else None
 
     @property
     def stalled_s(self) -> float:
-        """Seconds for which a tick, command or autoencoder task has hung; 0.0 if none hangs."""
+        """How many seconds a tick, command or autoencoder task has hung; 0.0 if none hangs."""
         return max(pulse.stalled_s for pulse in self._own)
 
     def check_open(self) -> None:
-        """Raise NotReady, Draining, Stalled or EngineFailed if the worker refuses jobs now."""
+        """Raise NotReady, Draining, Stalled or EngineFailed unless the worker accepts jobs."""
         if self.crashed:
             raise EngineFailed(CRASHED)
         if self.draining or self.is_closed.is_set():
@@ -177,8 +177,8 @@ class WorkerState:
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-SPARE_S = 1.0  # idle seconds before models run their spare work
-CLOSE_S = 10.0  # seconds that `close` waits for the running tick
+SPARE_S = 1.0  # idle seconds before a model's spare work begins
+CLOSE_S = 10.0  # maximum seconds that `close` waits for the running tick
 
 
 class Worker:
@@ -194,30 +194,30 @@ class Worker:
         report: ReportCurrentJobs = report_nothing,
         other_pulses: Sequence[Pulse] = (),
     ) -> None:
-        """models: loaded at the start. Admission must already know their speeds. report: see Loop.
+        """models: the models to load at the start. Admission must already know their speeds. report: see Loop.
 
-        other_pulses: pulses of other threads. No job is accepted while one of these threads hangs.
+        other_pulses: pulses of other threads. While one of these threads hangs, no job is accepted.
         """
-        self._models = {model.number: model for model in models}  # guarded by the gate
+        self._models = {model.number: model for model in models}  # hold `_gate` to use it
         self._admission, self._metrics, self._clock = admission, metrics, clock
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.jobs = AcceptedJobs(admission, clock)
-        self._gate = self.jobs.gate  # ensures that no job is queued after the thread has ended
+        self._gate = self.jobs.gate  # held so that no job is queued after the thread has ended
         self._loop = Loop(clock=clock, on_task_done=self._on_task_done, report=report)
         self._outcomes = Outcomes(self.jobs, admission, metrics, self._on_device_lost)
-        self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # reset by each command and tick
+        self._pulse = Pulse("the worker", lambda: admission.longest_tick_s, clock)  # restarted by each command and tick
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
         self.state = WorkerState(self._thread, (self._pulse, self._loop.autoencoder.pulse), other_pulses)
 
     # --- from any thread ---
 
     def start(self) -> None:
-        """Start the thread. Jobs are accepted after its warm-up."""
+        """Start the thread. It accepts jobs once it has warmed up."""
         self._thread.start()
 
     @property
     def rows_active(self) -> int:
-        """Rows in the last tick; 0 when idle."""
+        """Number of rows in the last tick; 0 if the worker is idle."""
         return self._loop.ticks.rows_active if self._loop.ticks.has_next else 0
 
     def submit(self, new: NewJob) -> Ticket:
@@ -227,14 +227,14 @@ class Worker:
         """
         self.state.check_open()
         model, now_s = self._model(new.work.model), self._clock()
-        # Do not hold the gate here: this may take milliseconds, and the worker's thread needs the gate when a job ends.
+        # Do not hold `_gate` during this call. It can take milliseconds, and the worker needs `_gate` to end a job.
         outlook = self._admission.enter(
             new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
         )
         return self._let_in(RunningJob(new, model, now_s), outlook)
 
     def resume(self, new: NewJob) -> Ticket:
-        """Resume a durable job from its snapshot. An earlier process accepted the job.
+        """Resume a durable job from its snapshot. The job was accepted by an earlier process.
 
         Raises ModelUnloaded, Overloaded if no slots are free, and the errors of `WorkerState.check_open`.
         """
@@ -249,7 +249,7 @@ class Worker:
         job.outlook = outlook
 
         def accept() -> None:
-            if not self.state.crashed:  # after a crash the job has already failed
+            if not self.state.crashed:  # a crash has already failed the job
                 self._loop.accept(job)
 
         with self._gate:
@@ -265,7 +265,7 @@ class Worker:
         return Ticket(job.future, outlook)
 
     def run(self, act: Callable[[RowEngine], Result], *, model: int = 0) -> "Future[Result]":
-        """Call a short function with a model's engine between two ticks.
+        """Call a function with a model's engine, between two ticks. The function must be short.
 
         Raises ModelUnloaded, and the errors of `WorkerState.check_open`.
         """
@@ -288,11 +288,11 @@ class Worker:
     def unload(self, number: int) -> "Future[None]":
         """Remove a model between two ticks, and give up its remaining jobs.
 
-        When the future is done, admission has no job of the model. Raises the errors of `WorkerState.check_open`.
+        Once the future is done, Admission has no job of the model. Raises the errors of `WorkerState.check_open`.
         """
         self.state.check_open()
         with self._gate:
-            self._models.pop(number, None)  # a job queued after the command would have no model
+            self._models.pop(number, None)  # from now on, no job can be queued for the model
         return self._post(lambda: self._loop.unload(number))
 
     def _model(self, number: int) -> LoadedModel:
@@ -332,7 +332,7 @@ class Worker:
         return self._loop.autoencoder.run(kind, task)
 
     def watch(self, job_id: str, watch: Watch) -> None:
-        """Add a viewer to a job. An unknown job is ignored."""
+        """Add a viewer to a job. Unknown job ids are ignored."""
 
         def add() -> None:
             if (job := self._loop.find(job_id)) is not None:
@@ -348,25 +348,25 @@ class Worker:
         self._commands.put(remove)
 
     def cancel(self, job_id: str, reason: str) -> bool:
-        """Cancel a job and free its rows before the next tick. Return False if the job is unknown or has ended."""
+        """Cancel a job, and free its rows before the next tick. Returns False if no such job is accepted."""
         known = job_id in self.jobs
         self._commands.put(lambda: self._loop.give_up(job_id, JobCancelled(f"cancelled: {reason}"), reason))
         return known
 
     def drain(self) -> None:
-        """Refuse new jobs, and end the thread when the accepted jobs are done.
+        """Refuse new jobs, and end the thread once the accepted jobs are done.
 
-        Durable jobs end at once: a last snapshot is taken, and the jobs fail with Draining. This method takes no lock,
-        so a signal handler may call it.
+        Durable jobs end at once, with a last snapshot and the error Draining. This method takes no lock, so a signal
+        handler may call it.
         """
         self.state.is_draining.set()
-        self._commands.put(lambda: None)  # wakes the thread if it waits for a command
+        self._commands.put(lambda: None)  # wakes the thread if it is waiting for a command
 
     def join(self) -> None:
         self._thread.join()
 
     def close(self) -> bool:
-        """Give up unfinished jobs and end the thread. Return False if one of the worker's threads hangs."""
+        """Give up the unfinished jobs, and end the thread. Returns False if one of the worker's threads hangs."""
         self.state.is_closed.set()
         self.drain()
         if self._thread.ident is not None:
@@ -387,7 +387,7 @@ class Worker:
                 self.take_commands(wait=idle)
                 idle = not self.step()
             failure: ServiceError = Draining()
-        except BaseException:  # includes SystemExit, which would end only this thread
+        except BaseException:  # includes SystemExit, which would end this thread silently
             log.exception("the worker stopped")
             state.jobs_of_the_crash |= self._loop.current.ids
             failure = EngineFailed(CRASHED)
@@ -396,28 +396,28 @@ class Worker:
             drained = not state.crashed and not state.is_closed.is_set()
             state.is_closed.set()
         try:
-            self._outcomes.act_on(self._loop.events)  # some jobs may have finished before a crash
+            self._outcomes.act_on(self._loop.events)  # jobs may have finished before a crash
         finally:
-            if state.crashed:  # the engine's state is unknown, but every job gets an answer
+            if state.crashed:  # the engine's state is unknown, so answer every job without it
                 self._loop.abandon()
                 self.jobs.fail_all(failure)
         self.take_commands(wait=False)
-        if drained:  # the commands above may have started a durable job
+        if drained:  # the commands above may have accepted durable jobs
             self._loop.suspend_durable()
         self._loop.give_up_all(failure)
         self._outcomes.act_on(self._loop.events)
-        state.autoencoder_hangs = not self._loop.autoencoder.close()  # last: this may take JOIN_S
+        state.autoencoder_hangs = not self._loop.autoencoder.close()  # comes last because it can take JOIN_S
         self._pulse.rest()
 
     def warm_up(self) -> None:
-        """Run a tick of each model. Call this, `take_commands` and `step` from the worker's thread only."""
-        for number in tuple(self._models):  # a loop variable would keep an unloaded model in memory
+        """Warm up all models. Only the worker's thread may call this method, `take_commands` and `step`."""
+        for number in tuple(self._models):  # a loop variable for the model would keep it in memory
             self._pulse.begin()
             self._loop.load(self._models[number])
         self.state.is_warm.set()
 
     def take_commands(self, *, wait: bool) -> None:
-        """Run the queued commands of other threads. wait: if the queue is empty, wait for a command."""
+        """Run the commands that other threads have queued. wait: if there are none, wait for one."""
         while wait or not self._commands.empty():
             command = self._wait_for_command() if wait else self._commands.get()
             self._pulse.begin()
@@ -426,7 +426,7 @@ class Worker:
             wait = False
 
     def _wait_for_command(self) -> Callable[[], object]:
-        """Wait for a command. Meanwhile run the models' spare work, one item at a time."""
+        """Wait for a command. Until one arrives, run the models' spare work, one item at a time."""
         patience_s = SPARE_S
         while self._loop.spare_work and not self._loop.has_work:
             self._pulse.rest()
@@ -445,23 +445,23 @@ class Worker:
         if self.state.draining:
             self._loop.suspend_durable()
         if self._loop.events:
-            self._outcomes.act_on(self._loop.events)  # clients of jobs that were given up need not wait for the tick
+            self._outcomes.act_on(self._loop.events)  # tell the clients of overdue jobs before the tick runs
         ticked = not self.state.is_closed.is_set() and self._loop.tick()
         self._outcomes.act_on(self._loop.events)
         return ticked
 
     def _on_task_done(self, done: TaskDone) -> None:
-        """Record a finished autoencoder task. Called in the autoencoder's thread."""
+        """Record a finished autoencoder task. Runs in the autoencoder's thread."""
         self._metrics.observe("tminus_autoencoder_duration_seconds", done.seconds, done.kind)
         if done.job is not None:
             self._commands.put(lambda: self._loop.on_task_done(done))
 
     def _on_device_lost(self, job_id: str) -> None:
-        """End the worker because the device is lost. Called in the thread that reads a job's images."""
+        """End the worker because the device is lost. Runs in the thread that was reading a job's images."""
 
         def end() -> None:
-            self.state.jobs_of_the_crash |= {job_id}  # the job's last step may have caused the loss
-            # Several threads may report the loss. Only the first command ends the thread.
+            self.state.jobs_of_the_crash |= {job_id}  # the last step of this job may be the cause
+            # Several threads may report the loss. Only the first report ends the worker's thread.
             if not self.state.is_closed.is_set():
                 raise RuntimeError("the device is lost")
 
