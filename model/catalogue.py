@@ -1,13 +1,13 @@
-"""Facts about each sampler: its use, passes and timesteps. Also the recommended settings. Imports no torch.
+"""Facts about the samplers: passes, timesteps, sources and advice. Imports no torch.
 
-The service counts passes with these facts. model/solvers.py has the coefficients.
+The service counts passes from these facts. The coefficients are in model/solvers.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TABLE = "table"  # the spacing of a sampler whose timesteps are in a table of the checkpoint
+TABLE = "table"  # spacing of samplers whose timesteps come from a table of the checkpoint
 MAX_GUIDANCE = 50.0
 
 
@@ -17,34 +17,33 @@ class SamplerFacts:
 
     when: str  # advice for users
     source: str
-    good_steps: int  # default steps of a request that names only the sampler
+    good_steps: int  # default steps of a request without steps
     passes_per_step: int = 1
-    passes_to_start: int = 0  # extra passes in the first `steps_to_start` steps together, if more steps follow
+    passes_to_start: int = 0  # extra passes in total of the first `steps_to_start` steps, if more steps follow
     steps_to_start: int = 1
-    leaves_out_cleanest: bool = False  # leading and linspace spread one more point, as in diffusers' multistep solvers
-    fractional: bool = False  # visits fractional timesteps, if the network accepts them
-    spacing: str | None = None  # default spacing, if the checkpoint's config is for a different kind of sampler
-    noise: Literal["none", "eta", "always"] = (
-        "none"  # always: all steps but the last add noise; eta: only if eta is above 0
-    )
-    looks_back: int = 0  # number of earlier x_0 predictions in the mean of a step that adds noise
-    needs_signal: bool = False  # the first step is undefined at alpha_bar = 0
-    # The last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false.
+    leaves_out_cleanest: bool = False  # leading and linspace drop the cleanest of steps + 1 points, as in diffusers
+    fractional: bool = False  # True if the sampler uses fractional timesteps when the network accepts them
+    spacing: str | None = None  # default spacing if the config is for another kind of sampler; None: the config's
+    # Fresh noise in all steps but the last. "eta" adds noise only if eta is above 0.
+    noise: Literal["none", "eta", "always"] = "none"
+    looks_back: int = 0  # number of earlier predictions of x_0 in the mean of a step with noise
+    needs_signal: bool = False  # True if the first step is undefined at alpha_bar = 0
+    # True if the last step ends at alpha_bar_0 instead of 1 when the config sets set_alpha_to_one to false.
     may_end_at_alpha_bar_0: bool = False
 
     @property
     def can_teach(self) -> bool:
-        """True if x_T determines x_0, with one pass per step. Only such samplers teach tables and students."""
+        """True if x_T determines x_0 and each step takes one pass. Only such samplers can teach tables and students."""
         return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
-        """Return the number of forward passes of one row, without guidance. The last step of heun takes one pass."""
+        """Return the network passes of one row, unguided. The last step always takes one pass."""
         if steps < 2:
             return steps
         return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)
 
     def max_steps(self, num_timesteps: int) -> int:
-        """Return the largest number of steps that takes at most T passes, for T timesteps."""
+        """Return the largest number of steps that takes at most T passes, where T is num_timesteps."""
         most = (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1
         if most > self.steps_to_start:
             return most
@@ -144,14 +143,14 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
 }
-TABLE_SAMPLERS = ("tuned", "consistency")  # available for checkpoints with such tables, see sampler_tables.py
+TABLE_SAMPLERS = ("tuned", "consistency")  # only for checkpoints with tables, see sampler_tables.py
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # available for every checkpoint
-TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # teachers in tune and distill
+TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for `tminus tune` and `tminus distill`
 
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """Recommended settings for sampling. guidance=1 means no guidance."""
+    """The recommended settings of a checkpoint. Guidance 1 is off."""
 
     sampler: str
     steps: int
@@ -159,7 +158,7 @@ class Recommended:
 
     @classmethod
     def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
-        """Read `recommended` of a tminus.json. Raises ValueError, naming the field, its bound and its value."""
+        """Validate `recommended` of tminus.json. Raises ValueError with the field, its bound and its value."""
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
             if not ok:
@@ -175,7 +174,7 @@ class Recommended:
         known = isinstance(sampler, str) and sampler in SAMPLER_FACTS
         require(known, "recommended sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
-        whole = type(steps) is int and 1 <= steps <= most  # True is an int, but no number of steps
+        whole = type(steps) is int and 1 <= steps <= most  # type() excludes True, which is an int
         require(whole, "recommended steps", f"an integer in 1..{most}", steps)
         number = type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
         require(number, "recommended guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
@@ -183,15 +182,15 @@ class Recommended:
         return cls(sampler, steps, float(guidance))
 
     def __str__(self) -> str:
-        """Format the settings for users: `20 steps of dpmpp_2m, guidance 1.5`."""
+        """Return text for users: `20 steps of dpmpp_2m, guidance 1.5`."""
         guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
-    """Return a sampler's settings for a checkpoint that recommends none: `good_steps` steps, without guidance.
+    """Return a sampler's default settings, unguided, for a checkpoint without recommended settings.
 
-    num_timesteps: limits the steps.
+    num_timesteps limits the number of steps.
     """
     facts = SAMPLER_FACTS[sampler]
     return Recommended(sampler, min(facts.good_steps, facts.max_steps(num_timesteps)))

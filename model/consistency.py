@@ -1,7 +1,7 @@
-"""Multistep consistency sampling (Song et al. 2023, algorithm 1): the tables of consistency models and of students.
+"""Tables for multistep consistency sampling (Song et al. 2023, algorithm 1), for consistency models and students.
 
-The x of a consistency model has variance 1 + sigma^2. The x in this project is sqrt(alpha_bar) times that x, with
-alpha_bar = 1 / (1 + sigma^2). A student of `tminus distill` is an ordinary network. Its trajectories end at sigma 0.
+The x of a consistency model has variance 1 + sigma^2. Our x is sqrt(alpha_bar) times as large, with alpha_bar =
+1 / (1 + sigma^2). A student of `tminus distill` is an ordinary network. Its trajectories end at sigma 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ MAX_STEPS = 8
 
 
 def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Mapping[str, Any] | None = None) -> Table:
-    """Make the table of decreasing timesteps: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
+    """Return the table for decreasing timesteps: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
 
-    The last step gives x0. The table's guidance is 1, because a student's guidance is folded into its weights.
+    The last step returns x0. Guidance is 1, because a student's guidance is folded into its weights.
     """
     reached = noise.schedule().alpha_bar_at(timesteps)[1:]
     sigma_min = noise.sigma_min if noise.is_consistency else 0.0
@@ -29,7 +29,7 @@ def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Map
 
 
 def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
-    """Make the tables of a consistency model for 1, 2, ... steps, at diffusers' timesteps."""
+    """Return the tables of a consistency model for 1, 2, ... steps, at the timesteps of diffusers."""
     T = noise.num_train_timesteps
     counts = range(1, min(MAX_STEPS, T) + 1)
     return tuple(consistency_table(noise, [float(T - 1 - k * (T // n)) for k in range(n)]) for n in counts)

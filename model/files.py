@@ -1,4 +1,4 @@
-"""Reads JSON files of bounded size, and writes files atomically. Any file of a checkpoint may be damaged."""
+"""Read JSON with size limits, and write files atomically. Any file of a checkpoint folder may be damaged."""
 
 import json
 import os
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of the weights file
-AUTOENCODERS = ("vqvae", "vae")  # the autoencoder's folder in LDMPipeline, and in other pipelines
+WEIGHTS_NAME = "diffusion_pytorch_model"  # file name of the weights in diffusers, without suffix
+AUTOENCODERS = ("vqvae", "vae")  # folder of the autoencoder in LDMPipeline, and in other pipelines
 MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """Raised if a checkpoint folder cannot be served. The message names the file and the fault.
+    """A checkpoint folder is not supported. The message names the file and the fault.
 
-    Messages are cut to MAX_MESSAGE, because a quoted file may be megabytes long.
+    Long messages are truncated, because a quoted file may be megabytes long.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,13 +40,13 @@ def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to 200 characters."""
+    """Return the first line of an error's message, at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file, sync and rename it. Readers see the old or the new file, even after a crash."""
-    temporary = file.with_name(f".{file.name}.part")  # the name never changes, so a file left by a kill is overwritten
+    """Write to a temporary file, sync, and rename. Readers see the old file or the new one, even after a crash."""
+    temporary = file.with_name(f".{file.name}.part")  # a fixed name, so the next write replaces a leftover
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -62,7 +62,7 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text atomically."""
+    """Write text atomically as UTF-8."""
     write_bytes(file, text.encode("utf-8", errors="replace"))
 
 

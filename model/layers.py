@@ -1,4 +1,4 @@
-"""Layers of a denoising U-Net. Modules have diffusers' names, so diffusers' state dicts load unchanged."""
+"""The layers of a denoising U-Net. Modules are named as in diffusers, so its state dicts load unchanged."""
 
 import math
 from collections.abc import Callable
@@ -27,15 +27,15 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
 
 
 class FourierFeatures(nn.Module):
-    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once in training.
+    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t (Song et al. 2021, appendix C).
 
-    Source: Song et al. 2021, appendix C. The result is finite for every t: a t of 0 or less counts as the smallest
-    positive number.
+    The frequencies are random and fixed before training. The result is finite for every t: values of 0 or less count as
+    the smallest positive normal number.
     """
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        # Loaded from a checkpoint, never trained here.
+        # The values come from a checkpoint and are never trained here.
         self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class FourierFeatures(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP that maps a timestep's embedding [B, dim] to temb [B, temb_dim]."""
+    """MLP of two layers that maps a timestep embedding [B, dim] to temb [B, temb_dim]."""
 
     def __init__(self, dim: int, temb_dim: int) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ def nearest_up(x: Tensor) -> Tensor:
 
 
 def average_down(x: Tensor) -> Tensor:
-    """Halve H and W by averaging blocks of 2x2 pixels."""
+    """Halve H and W by averaging 2x2 pixels."""
     return F.avg_pool2d(x, 2)
 
 
 class FirResample(nn.Module):
     """Double or halve H and W with the filter (1, 3, 3, 1) in both directions (Karras et al. 2019).
 
-    x is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices or three
-    averages of neighbours.
+    The border is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices or
+    three averages of neighbours.
     """
 
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        # Create the filter on the CPU even for a network on the meta device: no checkpoint file contains the filter.
+        # The filter is in no checkpoint, so create it on the CPU even if the network is built on the meta device.
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu") / (4 if up else 8)
         kernel = taps.outer(taps).expand(channels, 1, 4, 4).contiguous()
         self.register_buffer("kernel", kernel, persistent=False)
@@ -91,11 +91,13 @@ class FirResample(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
 
-    x [B, in, H, W], act_temb [B, temb] (after the activation) -> [B, out, H', W'].
+    x [B, in, H, W], act_temb [B, temb] (already activated) -> [B, out, H', W'].
 
-    resample: doubles or halves H and W. groups_out: groups of the second norm; None means `groups`. always_project: put
-    a convolution on the residual connection even if the channels stay the same. scale_shift=True: the timestep scales
-    and shifts the second norm (Dhariwal & Nichol 2021, AdaGN). temb_dim=None: no timestep, as in autoencoders.
+    groups_out: groups of the second norm; None means `groups`.
+    scale_shift: the timestep scales and shifts the second norm (AdaGN, Dhariwal & Nichol 2021).
+    resample: doubles or halves H and W.
+    always_project: put a convolution on the residual connection even if the number of channels does not change.
+    temb_dim: None for a block without timestep, as in autoencoders.
     """
 
     def __init__(
@@ -152,9 +154,9 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
+    """Self-attention over the pixels of x [B, C, H, W], with a residual connection and C // head_dim heads.
 
-    groups=None omits the group norm, as in the mid block of a scale_shift network. There are C // head_dim heads.
+    groups: None omits the group norm, as in the mid block of a scale_shift network.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a stride-2 convolution. padding=0 pads only right and bottom, as the net of Ho et al. does."""
+    """Halve H and W by a convolution of stride 2. padding=0 pads only right and bottom, as in Ho et al. 2020."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -195,7 +197,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a convolution."""
+    """Double H and W by nearest-neighbour interpolation and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,9 +1,6 @@
-"""Prepares pictures for a model, and converts uint8 [0, 255] to the model's range, [-1, 1], and back.
+"""Convert pictures to model inputs, and model outputs to pixel values. Imports no torch.
 
-This module also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
-
-The same function prepares training pictures and uploads, so a model sees both alike. No torch, because the service
-decodes uploads with this module.
+Training pictures and uploads are converted by the same function, so the model sees the same pixels.
 """
 
 import contextlib
@@ -18,8 +15,8 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 BLACK: Colour = (0, 0, 0)
-VALUE_RANGE = (-1.0, 1.0)  # the smallest and the largest value of a model's channel
-MAX_CHANNELS = 64  # bound for an image; picture files have four at most
+VALUE_RANGE = (-1.0, 1.0)  # range of a channel in the model
+MAX_CHANNELS = 64  # limit for images; picture files have at most four
 RGBA = 4
 MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's modes, keyed by number of channels
 
@@ -35,7 +32,7 @@ def to_uint8(x: "Tensor") -> "Tensor":
 
 
 def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Convert a NumPy array as `to_uint8` does, with identical results."""
+    """Convert like `to_uint8`, for a NumPy array. The results are identical."""
     whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     return whole
 
@@ -46,10 +43,11 @@ def to_uint16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def shown_channels(channels: int, *, alpha: bool) -> int:
-    """Return the number of an image's first channels that a picture shows: 1 for grey, 3 for RGB, 4 for RGBA.
+    """Return the number of channels in an image's picture file: 1 for grey, 3 for RGB, 4 for RGBA.
 
-    alpha: the last of four channels is alpha. Without alpha, a picture shows the first channel of one or two channels,
-    and the first three channels of three or more.
+    The picture shows the first channels. Two channels give a grey picture; four or more give RGB.
+
+    alpha: True if the last of four channels is alpha. The picture is then RGBA.
     """
     if alpha:
         return RGBA
@@ -63,13 +61,14 @@ def fit_picture(
     background: Colour = BLACK,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """Prepare a picture for a model: uint8 [height, width, channels], for a size of (width, height).
+    """Convert a picture to uint8 [height, width, channels] for a model. size_px is (width, height).
 
     The picture is rotated by its EXIF orientation and converted to grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA
-    (4, straight alpha). For grey and RGB, transparent pixels are laid over the background. CMYK becomes RGB by the
-    complement; colour profiles are ignored. A picture of a different size is cropped about its centre to the target's
-    shape, then resampled, with colours weighted by alpha. Raises OSError and other errors of Pillow for an undecodable
-    picture.
+    (4, straight alpha). For grey and RGB, transparent pixels are blended with the background. CMYK is converted by the
+    complement. Colour profiles are ignored. A picture of another size is cropped about its centre to the target's
+    aspect ratio, then resampled, with colours weighted by alpha.
+
+    Raises OSError and other errors of Pillow if the picture cannot be decoded.
     """
     if channels not in MODES:
         raise ValueError(f"the channels of a picture must be 1, 3 or 4 (RGBA), got {channels}")
@@ -86,7 +85,7 @@ def fit_picture(
 
 
 def colour(text: str) -> Colour:
-    """Read a colour: a CSS name, or #rrggbb. Raises ValueError."""
+    """Parse a CSS colour name or #rrggbb. Raises ValueError."""
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
@@ -94,24 +93,24 @@ def colour(text: str) -> Colour:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Rotate a picture in place by its EXIF orientation, and return it. Broken EXIF data are ignored."""
-    with contextlib.suppress(Exception):  # cameras write broken EXIF data into good pictures
+    """Rotate a picture in place by its EXIF orientation, and return the picture. Invalid EXIF data is ignored."""
+    with contextlib.suppress(Exception):  # cameras write invalid EXIF data into good pictures
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def may_be_transparent(image: Image.Image) -> bool:
-    """Return True if some pixels may be transparent. Raises OSError if the picture's palette is missing."""
-    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, but later fails an assertion
+    """Return True if some pixels may be transparent. Raises OSError if the picture needs a palette and has none."""
+    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, but fails an assertion later
         raise OSError("it has no palette")
     return image.has_transparency_data
 
 
 def _opaque(image: Image.Image, background: Colour) -> Image.Image:
-    """Convert 16 bits to 8, and lay transparent pixels over the background."""
+    """Convert 16 bits to 8, and blend transparent pixels with the background."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        # Round here: Pillow's own conversion clips at 255.
+        # Round to nearest. Pillow's own conversion clips at 255.
         grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is None:
             return grey
@@ -120,6 +119,6 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     if not may_be_transparent(image):
         return image
     if background == BLACK:
-        # Over black, multiply each colour by its alpha. (alpha_composite would hold the GIL for 90 ms.)
+        # Over black, blending multiplies a colour by its alpha. alpha_composite would hold the GIL for 90 ms.
         return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))

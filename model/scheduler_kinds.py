@@ -1,4 +1,4 @@
-"""The supported scheduler classes of diffusers, and the sampler for each class and scheduler_config.json."""
+"""The supported schedulers of diffusers, and the sampler for each class and scheduler_config.json."""
 
 import math
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from itertools import takewhile
 from typing import Any, Literal
 
 Family = Literal["betas", "consistency", "edm", "flow", "ve"]
-# For each prediction type, the form of the noise levels: betas, or a formula of t.
+# Keyed by prediction type. The noise levels are betas, or a formula of t.
 FAMILY_OF: Mapping[str, Family] = {
     "epsilon": "betas",
     "sample": "betas",
     "v_prediction": "betas",
     "consistency": "consistency",
     "edm": "edm",
-    "edm_v_prediction": "edm",  # out has the opposite sign, as in diffusers
+    "edm_v_prediction": "edm",  # the output has the opposite sign, as in diffusers
     "flow": "flow",
     "score": "ve",
 }
@@ -30,7 +30,7 @@ _OF_BETAS = (
 )
 _OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
 _CLIP = ("clip_sample", "clip_sample_range")
-# The fields that NoiseConfig shares with each class of diffusers, in the class's own names.
+# The fields that NoiseConfig shares with each class of diffusers, under the class's field names.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
     "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
@@ -48,7 +48,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
 # Fields that are read for every class with betas, even if the class lacks them. Any sampler may clip, and variance_type
-# determines the network's output channels.
+# describes the network's output channels.
 READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -75,9 +75,9 @@ _DPM_SOLVER = {
 }
 
 
-# These fields change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if these
-# features are on, and then the config is refused. tensor_format belongs to another tensor library. A solver's last step
-# ends without noise, and is always of first order.
+# Fields that change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if those
+# features are on, and then the config is rejected. tensor_format belongs to another tensor library. lower_order_final
+# and euler_at_final: a solver's last step is of order 1 anyway, because the step ends without noise.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
@@ -93,33 +93,32 @@ _OF_DDPM = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_predict
 
 @dataclass(frozen=True, slots=True)
 class SchedulerKind:
-    """A scheduler class of diffusers, and the field values that make it one of our samplers."""
+    """A scheduler class of diffusers with the field values that correspond to one of our samplers."""
 
     class_name: str
     sampler: str
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that select the sampler within the class, with the values for this one."""
+    """Required field values, which select this sampler within the class."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of the class that are not in `must` and differ from DDPMScheduler's."""
+    """Defaults of the class that differ from the value in `must` or from DDPMScheduler's default."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """The class's own names of DDPMScheduler's fields. Keys: the class's names."""
+    """The NoiseConfig field for each field that the class names differently."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """Values that the class replaces by others, by (field, value). diffusers' from_config leaves such values behind."""
+    """Replacements of values, keyed by (field, value), as the class makes them. diffusers' from_config can write such
+    values.
+    """
     family: Family = "betas"
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
-    """Our prediction type for each value that the class allows."""
+    """Our prediction type for each prediction_type that the class allows."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that are read from a config, in the class's own names."""
+        """The fields that are read from a config, under the class's field names."""
         return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
 
     @property
     def clips_by_threshold(self) -> bool:
-        """True if the class has dynamic thresholding instead of clip_sample.
-
-        With sample_max_value 1, thresholding equals this clip.
-        """
+        """True if the class has thresholding instead of clip_sample. With sample_max_value 1 both clip equally."""
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own
 
@@ -225,7 +224,7 @@ KINDS = (
             ("dpmpp_2m_sde", {"algorithm_type": "sde-dpmsolver++"}),
         )
     ),
-    # From a pull request (huggingface/diffusers 4481); some published folders use it.
+    # Proposed in a pull request (huggingface/diffusers 4481). Some published checkpoints use this class.
     SchedulerKind(
         "KarrasEDMScheduler",
         "heun",
@@ -264,13 +263,13 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
-# A class of diffusers ignores fields of other classes. from_config keeps the fields of a config's former class.
+# diffusers' from_config keeps the fields of the config's former class. A class ignores the fields of other classes.
 FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:
-    """Return the kind for a class and its config fields. Raises ValueError for an unsupported class or value."""
+    """Return the kind for a class and its fields. Raises ValueError for an unsupported class or value."""
     name = SAME_AS.get(class_name, class_name) if isinstance(class_name, str) else None
     of_class = [kind for kind in KINDS if kind.class_name == name]
     if not of_class:
@@ -278,7 +277,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
             f"scheduler config: {class_name!r:.100} is not served; those that are: {', '.join(CLASS_NAMES)}. If the "
             "network was trained with the same betas, the config of one of these can take its place"
         )
-    # A class may have several samplers. Take the sampler with the most matching fields before the first mismatch.
+    # A class may implement several samplers. Choose the kind with the most correct fields before the first wrong one.
     kind = max(of_class, key=lambda kind: len(_right(kind, given)))
     wrong = list(kind.must)[len(_right(kind, given)) :]
     if wrong:
@@ -288,7 +287,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
-    """Return the required fields before the first mismatch. A null field counts as missing."""
+    """Return the fields of `kind.must` before the first wrong value. null counts as missing."""
     told = {key: value for key, value in given.items() if value is not None}
     read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
     values = {**kind.must, **kind.defaults, **told, **read}

@@ -1,4 +1,4 @@
-"""The timesteps that a sampler visits, as plain numbers without torch: the service computes costs from them."""
+"""The timesteps of each sampler, as plain numbers without torch. The service computes costs from these."""
 
 import math
 from bisect import bisect_left
@@ -10,11 +10,11 @@ import numpy as np
 from tminus.model.catalogue import SAMPLER_FACTS
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
-# A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5), so lower steps are wasted.
+# A jump from this sigma to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5). Steps below are wasted.
 SIGMA_MIN = 0.03
-# In Ho et al.'s schedule t = T - 1 has sigma 157. A cosine schedule goes on to 20,000, but above 157 x_t is noise.
+# The schedule of Ho et al. 2020 ends at sigma 157. A cosine schedule reaches 20,000, but above 157 x_t is pure noise.
 SIGMA_MAX = 160.0
-RHO = 3  # Karras et al. 2022, eq. 5: 3 evens out the truncation error. Their 7 gave 1.35 times the Fréchet distance
+RHO = 3  # Karras et al. 2022, eq. 5: 3 equalises the truncation error. Their 7 gave 1.35 times the Fréchet distance.
 
 
 def make_timesteps(
@@ -28,22 +28,24 @@ def make_timesteps(
     fractional: bool = False,
     continuous: bool = False,
 ) -> list[float]:
-    """Choose `steps` of the T timesteps, in descending order. leading, trailing, linspace: Lin et al. 2024, table 2.
+    """Return `steps` of the T timesteps in decreasing order.
 
-    karras is one ramp for all samplers (Karras et al. 2022, eq. 5). It needs log_sigmas: log sqrt((1 - alpha_bar) /
-    alpha_bar) of t = 0..T-1, ascending. Only leading uses the offset.
+    leading, trailing, linspace: as in Lin et al. 2024, table 2, and as in diffusers with the exceptions below.
+    karras: one ramp of noise levels for all samplers (Karras et al. 2022, eq. 5). Needs log_sigmas.
 
-    fractional: the network accepts fractional timesteps. A sampler with fractional timesteps then gets them unrounded
-    with linspace and karras. continuous: noise levels are a formula of t, as for EDM and flow matching. Every sampler
-    then gets timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
+    offset: added to the timesteps of leading, at most up to T - 1.
+    log_sigmas: log sqrt((1 - alpha_bar) / alpha_bar) of t = 0..T-1, ascending.
+    fractional: True if the network accepts fractional timesteps. A sampler that uses them gets unrounded timesteps with
+    linspace and karras.
+    continuous: True if the noise levels are a formula of t, as in EDM and flow matching. Every sampler then gets
+    unrounded timesteps, and linspace is `steps` points from T - 1 to 0.
 
-    A multistep solver ends in a jump from its last timestep to no noise, so leading and linspace spread steps + 1
-    points and leave out the cleanest. leading, trailing and linspace give diffusers' timesteps, with three exceptions.
-    All timesteps differ: with steps = T a multistep solver visits every timestep (diffusers repeats some). trailing
-    never has timestep -1 (diffusers' arange goes one too far for some steps). The offset never leads past T - 1.
+    A multistep solver jumps from its last timestep to no noise, so leading and linspace drop the cleanest of steps + 1
+    points. Unlike diffusers, all timesteps differ: with steps = T a multistep solver visits every timestep. Unlike
+    diffusers, trailing never includes timestep -1.
 
-    Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T, or a lower
-    bound for a sampler with more passes than steps.
+    Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T. The upper
+    bound is lower for a sampler with more passes than steps.
     """
     facts = SAMPLER_FACTS[sampler]
     most = facts.max_steps(num_timesteps)
@@ -58,7 +60,7 @@ def make_timesteps(
         return _between(ramp, log_sigmas) if exact else _nearest(ramp, log_sigmas)
     if spacing == "trailing":
         second = num_timesteps - num_timesteps / steps
-        stride = num_timesteps - second  # numpy's arange rounds, so halves round as in diffusers
+        stride = num_timesteps - second  # round as numpy's arange does, so halves round as in diffusers
         return [round(num_timesteps - k * stride) - 1 for k in range(steps)]
     points = steps + 1 if facts.leaves_out_cleanest and steps < num_timesteps else steps
     t: list[float]
@@ -69,7 +71,7 @@ def make_timesteps(
     elif spacing == "linspace" and continuous:
         t = np.linspace(0, num_timesteps - 1, steps).tolist() if steps > 1 else [float(num_timesteps - 1)]
     elif spacing == "linspace":
-        # numpy's linspace ends at exactly T - 1; for some step counts (points - 1) * stride exceeds it by rounding.
+        # np.linspace ends at exactly T - 1. With some step counts (points - 1) * stride exceeds T - 1 by rounding.
         even = np.linspace(0, num_timesteps - 1, points)
         t = (even if exact else even.round().astype(int)).tolist()
     else:
@@ -78,9 +80,9 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """Return the timestep of each pass through the network, from the descending timesteps of the steps.
+    """Return the timestep of each pass, given the decreasing timesteps of the steps.
 
-    heun and plms revisit some timesteps. A Runge-Kutta step of pndm takes four passes: one at its start, two in its
+    heun and plms use some timesteps twice. A Runge-Kutta step of pndm takes four passes: one at its start, two in its
     middle, and one at its end.
     """
     facts = SAMPLER_FACTS[sampler]
@@ -96,10 +98,10 @@ def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]
 
 
 def middles(timesteps: Sequence[float]) -> list[float]:
-    """Return the integer timestep in the middle of each Runge-Kutta step of pndm; of two middles, the cleaner one.
+    """Return the integer timestep in the middle of each Runge-Kutta step of pndm, rounded towards the cleaner end.
 
-    The list is empty if a Runge-Kutta step would end at the cleanest timestep. Such a step would divide an error in x_0
-    by a small sigma, to get an error in eps, and multiply it by the sigma at the step's start.
+    Up to three steps there are no Runge-Kutta steps. Close to the cleanest timestep an error in x_0 is divided by a
+    small sigma to become an error in eps, and is multiplied by the sigma at the step's start.
     """
     count = SAMPLER_FACTS["pndm"].steps_to_start
     return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
@@ -114,7 +116,7 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
 
 
 def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
-    """Return the timestep at a noise level, interpolated in log sigma, or the nearest timestep with a finite sigma."""
+    """Return the timestep at a noise level, interpolated linearly in log sigma. Clamped to finite sigmas."""
     high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
     low, above = log_sigmas[high - 1], log_sigmas[high]
     if not math.isfinite(above):
@@ -123,10 +125,10 @@ def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
 
 
 def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
-    """Return log sigma of each step (Karras et al. 2022, eq. 5).
+    """Return log sigma for each step (Karras et al. 2022, eq. 5), not increasing.
 
-    The ramp starts at the schedule's largest finite sigma, limited to between its smallest sigma and SIGMA_MAX. It
-    ends at SIGMA_MIN, or at the schedule's smallest sigma if that is larger, and never rises.
+    The ramp starts at the schedule's largest finite sigma, but at most at SIGMA_MAX. It ends at SIGMA_MIN if the start
+    is above SIGMA_MIN. Both ends are clamped to the range of the schedule's sigmas.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
@@ -139,20 +141,20 @@ def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
 
 
 def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Round noise levels to the nearest timesteps in log sigma, then make all timesteps different.
+    """Round noise levels to the nearest timesteps in log sigma, without repetitions. The first timestep is T - 1.
 
-    A repeated timestep is replaced by the next cleaner one, or by a noisier one if the remaining steps would not fit
-    otherwise. The first is always T - 1.
+    A timestep that is already used is replaced by the next cleaner timestep, or by a noisier one if too few cleaner
+    timesteps would remain.
     """
     nearest, steps = len(log_sigmas) - 1, len(ramp)
     t = [nearest]
     for k, log_sigma in enumerate(ramp[1:], 1):
         while nearest and abs(log_sigmas[nearest - 1] - log_sigma) <= abs(log_sigmas[nearest] - log_sigma):
-            nearest -= 1  # the ramp falls, so continue the search from the last timestep
+            nearest -= 1  # the ramp falls, so continue from the previous timestep
         t.append(max(min(nearest, t[-1] - 1), steps - 1 - k))
     return [*t]
 
 
 def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Return the fractional timesteps at these noise levels, interpolated in log sigma. The first is always T - 1."""
+    """Return the fractional timesteps at these noise levels. The first timestep is T - 1."""
     return [float(len(log_sigmas) - 1), *(timestep_at(log_sigma, log_sigmas) for log_sigma in ramp[1:])]

@@ -1,7 +1,7 @@
-"""The U-Net that predicts eps (Ho et al. 2020), with the module names of diffusers' `UNet2DModel`.
+"""The U-Net of Ho et al. 2020, with the module names of diffusers' `UNet2DModel`.
 
-Skip blocks are those of NCSN++ (Song et al. 2021, appendix H). Down blocks also read a downsampled copy of the input
-image. Up blocks also add to an output image, which is upsampled between levels.
+Skip blocks are those of NCSN++ (Song et al. 2021, appendix H). On the way down each level halves the input image and
+adds a projection of the image to its feature maps. On the way up each level doubles an output image and adds its own.
 """
 
 import math
@@ -64,7 +64,7 @@ def _skip_attentions(config: UNetConfig, channels: int, count: int) -> nn.Module
 
 
 class DownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then a downsampler unless this is the last block."""
+    """Resnets, with attention after each in an Attn block, then a downsampler except in the last block."""
 
     def __init__(self, kind: str, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, attention, resnet at the lowest resolution."""
+    """A resnet, attention, and another resnet at the lowest resolution."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet more than the down block, each with a skip connection, then an upsampler except in the last block."""
+    """Resnets with skip connections, one more than in a down block, then an upsampler except in the last block."""
 
     def __init__(self, kind: str, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class UpBlock(nn.Module):
 
 
 class SkipDownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then downsampling unless this is the last block."""
+    """Resnets, with attention after each in an Attn block, then downsampling except in the last block."""
 
     def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -175,7 +175,10 @@ class SkipDownBlock(nn.Module):
 
 
 class SkipUpBlock(nn.Module):
-    """One resnet more than the down block, attention after the last resnet in an Attn block, then upsampling."""
+    """Resnets with skip connections, one more than in a down block, then upsampling except in the last block.
+
+    An Attn block has one attention, after the last resnet.
+    """
 
     def __init__(self, attends: bool, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -227,9 +230,9 @@ def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """Make an embedding with nn.Embedding's own initialisation, or without values on the meta device.
+    """Create an embedding with the initialisation of nn.Embedding, or without values on the meta device.
 
-    On the meta device torch's initialisation would import torch._dynamo or sympy, which takes longer than the rest of
+    On the meta device torch's own initialisation imports torch._dynamo or sympy, which takes longer than the rest of
     loading a checkpoint.
     """
     weight = torch.empty(count, width)
@@ -258,11 +261,11 @@ def _embed_time(
 
 
 class UNet2D(Denoiser):
-    """The U-Net of Ho et al. 2020 and its descendants, as diffusers' `UNet2DModel`."""
+    """The U-Net of Ho et al. 2020 and its descendants, equivalent to diffusers' `UNet2DModel`."""
 
     config: UNetConfig
     unit_input = False
-    """Whether its training images were in [0, 1]. Its input is then (x + 1) / 2. Its config does not say."""
+    """True if the training images were in [0, 1]: x is then converted to (x + 1) / 2. The config has no such field."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -296,7 +299,7 @@ class UNet2D(Denoiser):
 
     @property
     def fractional(self) -> bool:
-        """True unless the timestep embedding is learned."""
+        """True unless the network has a learned embedding of timesteps."""
         return not isinstance(self.time_proj, nn.Embedding)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
@@ -304,7 +307,7 @@ class UNet2D(Denoiser):
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         centred = self.config.center_input_sample
-        if centred != self.unit_input:  # both conversions together cancel
+        if centred != self.unit_input:  # both conversions together cancel out
             x = 2 * x - 1 if centred else (x + 1) / 2
         h: Tensor = self.conv_in(x)
         skips, image = [h], x  # only Skip blocks use the image

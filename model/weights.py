@@ -1,7 +1,4 @@
-"""Finds, reads, hashes and writes the weights of a U-Net folder, whole or in shards, or of one file.
-
-Only tensors are unpickled.
-"""
+"""Find, read, hash and write the weights of a network, in a folder or in one file. Unpickles tensors only."""
 
 import hashlib
 import json
@@ -22,18 +19,19 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # includes dtypes refused for weights, so that error messages have torch's names
+SAFETENSORS_DTYPES = {  # includes unsupported dtypes, for error messages with torch's names
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, under diffusers' current names. Values are not checked.
+    """Read the weights of a U-Net folder, whole or in shards, under diffusers' current names.
 
-    Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
+    Raises CheckpointError for missing, truncated or unsafe files, and for tensors with missing values. NaN and infinity
+    are not detected.
     """
     state: dict[str, Tensor] = {}
     files = _weight_files(unet_folder)
@@ -48,9 +46,9 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
-    """Read the state dict of one file under the file's own names. Raises CheckpointError as `load_state_dict` does.
+    """Read the state dict of one file under the file's own names. Raises CheckpointError like `load_state_dict`.
 
-    part_of: finds the weights in a file that holds more; returns None for a file of another kind.
+    part_of: returns the weights within the content of a file that holds more, or None for other files.
     """
     _check_memory(file, [file])
     state = _read_tensors(file, part_of)
@@ -59,7 +57,7 @@ def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, An
 
 
 def _check_memory(where: Path, files: Iterable[Path]) -> None:
-    """Raise CheckpointError for weights larger than memory, before any is read."""
+    """Raise CheckpointError if the weights are larger than the free memory, before any file is read."""
     size, free = sum(file.stat().st_size for file in files), free_memory_bytes()
     if free is not None and size > free:
         raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
@@ -79,7 +77,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Return an error message if the weights do not fit this network, with the first name or shape that differs."""
+    """Return an error message with the first name or shape that differs, or None if the weights fit the network."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -93,10 +91,10 @@ def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cast weights of known shapes. Raises CheckpointError for values that are not finite."""
+    """Cast weights to float32. Raises CheckpointError for NaN and infinite values."""
     cast = {key: value.to(torch.float32) for key, value in state.items()}
     for key, value in cast.items():
-        # A sum is quick and keeps NaN and infinity. Check each value only if the sum is not finite.
+        # A sum is fast and keeps NaN and infinity. Check each value only if the sum is not finite.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
     return cast
@@ -108,10 +106,10 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights to diffusers' current names: Fourier features, and attention weights from before 2023."""
+    """Rename old parameters: Fourier features, and attention from before 2023 (query, key, value, proj_attn)."""
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # such files have both names
+        if key == OLD_FOURIER:  # files may contain both names
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
@@ -120,14 +118,14 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the weights of a folder in float32, as safetensors, atomically."""
+    """Write weights to a folder as float32 safetensors, atomically."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     file = folder / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes and values by sha256. The same weights have the same hash in any file format."""
+    """Return the sha256 of names, shapes and values. The hash of the same weights is the same in any file format."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().to("cpu", torch.float32).contiguous()
@@ -137,14 +135,14 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _weight_files(unet_folder: Path) -> list[Path]:
-    """List the files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
+    """List the files to read, in diffusers' order of preference: safetensors before .bin, whole files before shards.
 
-    A variant (fp16, non_ema) is read only if there are no plain weights.
+    Variants such as fp16 and non_ema are used only if there are no plain weights.
     """
     for variant in ("", ".*"):
         for suffix in ("safetensors", "bin"):
             whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
-            if whole := [file for file in whole if "-of-" not in file.name]:  # whole files, without shards
+            if whole := [file for file in whole if "-of-" not in file.name]:  # excludes shards
                 return whole[:1]
             if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
                 return _shards(indexes[0])
@@ -159,12 +157,14 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors into memory of this process.
+    """Read tensors into the process's own memory.
 
-    safetensors would map the file, or need twice the memory. If a mapped file is overwritten, the served weights
-    change. If it is truncated, the process ends. Raises ValueError for a file that changes while it is read.
+    safetensors maps the file instead: overwriting the file would then change the served weights, and truncating the
+    file would kill the process. Copies of the mapped tensors would take twice the memory.
+
+    Raises ValueError if the file changes during reading.
     """
-    with safe_open(file, "pt"):  # checks the whole header
+    with safe_open(file, "pt"):  # validates the whole header
         pass
     state = {}
     with file.open("rb") as opened:
@@ -188,7 +188,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_tensors(
     file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
 ) -> dict[str, Tensor]:
-    with file.open("rb") as opened:  # raises a clear OSError for an unreadable file; the readers below do not
+    with file.open("rb") as opened:  # raises a clear OSError for an unreadable file, unlike the readers below
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
                 f"{file}: a pointer of Git LFS and not the weights; run git lfs pull where it is from"
@@ -201,8 +201,8 @@ def _read_tensors(
         raise
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
-    except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
-        # Other messages describe the reader. Only those of safetensors and of the system describe the file.
+    except Exception as error:  # a damaged .bin raises KeyError, IndexError, struct.error, AssertionError and others
+        # Only messages of safetensors and of the operating system describe the file.
         is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
         why = f" ({first_line(error)})" if is_clear else ""
         raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error

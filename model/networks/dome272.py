@@ -1,4 +1,4 @@
-"""The U-Net of dome272/Diffusion-Models-pytorch: max-pooling, bilinear upsampling, attention at every level."""
+"""The U-Net of dome272/Diffusion-Models-pytorch: max pooling, bilinear upsampling, attention at each level."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ HEADS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dome272Config(NetConfig):
-    """All channels are fixed except in the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
+    """All widths are fixed except `middle`: 512, 512, 256 in the project's first version, 256, 256 in later ones."""
 
     CLASS_NAME: ClassVar[str] = "Dome272UNet"
     KIND: ClassVar[str] = "Dome272UNet config: "
@@ -43,7 +43,7 @@ class Dome272Config(NetConfig):
         return WIDTHS
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of one row in a forward pass. The largest attention is at the size of the images."""
+        """Estimate the memory of one row in a forward pass, in bytes. The largest attention is at full resolution."""
         pixels = [size_px[0] * size_px[1] >> 2 * level for level in range(len(WIDTHS))]
         maps = sum(4 * 6 * width * each for width, each in zip(WIDTHS, pixels, strict=True))
         return maps + 4 * HEADS * pixels[0] ** 2
@@ -68,14 +68,14 @@ class _DoubleConv(nn.Module):
 
 
 class _Resampling(nn.Module):
-    """Base of a down or up block: adds the timestep's embedding to each pixel."""
+    """A level down or up: convolutions, then the timestep embedding is added to each pixel."""
 
     def __init__(self, temb: int, cout: int) -> None:
         super().__init__()
         self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(temb, cout))
 
     def add_time(self, h: Tensor, act_temb: Tensor) -> Tensor:
-        emb: Tensor = self.emb_layer[1](act_temb)  # act_temb has passed SiLU already
+        emb: Tensor = self.emb_layer[1](act_temb)  # emb_layer[0], SiLU, is already applied
         return h + emb[:, :, None, None]
 
 
@@ -99,7 +99,7 @@ class _Up(_Resampling):
 
 
 class _Attention(nn.Module):
-    """Self-attention with the parameters of nn.MultiheadAttention and none of its options."""
+    """Self-attention with the parameter names of nn.MultiheadAttention."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -162,7 +162,6 @@ class Dome272UNet(Denoiser):
         self.outc = nn.Conv2d(a, config.out_channels, 1)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """Return sines and cosines, without an MLP."""
         return partial(_sines_and_cosines, self.config.time_dim)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:

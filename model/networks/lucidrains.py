@@ -1,4 +1,4 @@
-"""The Unet of lucidrains/denoising-diffusion-pytorch: RMS norms, linear attention, some learned keys and values."""
+"""The Unet of lucidrains/denoising-diffusion-pytorch: RMS norms, linear attention, learned extra keys and values."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tminus.model.layers import sinusoidal_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LucidrainsConfig(NetConfig):
-    """The arguments of the network. Arguments of a level are lists with one value per level."""
+    """The arguments of the network. Arguments with one value per level are lists."""
 
     CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
     KIND: ClassVar[str] = "LucidrainsUnet config: "
@@ -28,7 +28,7 @@ class LucidrainsConfig(NetConfig):
     attn_heads: Counts
     attn_dim_head: Counts
     full_attn: tuple[bool, ...]
-    """Whether a level has full attention; else its attention is linear in the number of pixels."""
+    """True for levels with full attention. The attention of other levels is linear in the number of pixels."""
     num_mem_kv: Count = 4
 
     def __post_init__(self) -> None:
@@ -91,13 +91,13 @@ class _Resnet(nn.Module):
         self.res_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # act_temb has passed SiLU already
+        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # mlp[0], SiLU, is already applied
         out: Tensor = self.block2(self.block1(x, scale, shift)) + self.res_conv(x)
         return out
 
 
 class _LinearAttention(nn.Module):
-    """Attention by a softmax over the channels of q and a softmax over the pixels of k (Shen et al. 2021)."""
+    """Linear attention, with softmax over the channels of q and over the pixels of k (Shen et al. 2021)."""
 
     def __init__(self, channels: int, heads: int, width: int, mem: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _RMSNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Use x.shape instead of len(x): tracing would make len(x) a constant.
+        # Use x.shape instead of len(x), which tracing would record as a constant.
         qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         q, k, v = (each.reshape(x.shape[0], self.heads, -1, each.shape[2]) for each in qkv)  # [B, heads, width, HW]
         mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
@@ -140,7 +140,7 @@ class _Attention(nn.Module):
 
 
 class LucidrainsUnet(Denoiser):
-    """The network, with the parameter names of its files."""
+    """The network. Parameters are named as in the project's files."""
 
     config: LucidrainsConfig
 
@@ -153,7 +153,7 @@ class LucidrainsUnet(Denoiser):
         self.init_conv = nn.Conv2d(config.in_channels, start, 7, padding=3)
         self.time_mlp = nn.Sequential(
             nn.Identity(), nn.Linear(config.dim, temb), nn.GELU(), nn.Linear(temb, temb)
-        )  # the identity has no parameters
+        )  # time_mlp[0] has no parameters
 
         def attention(level: int, channels: int) -> nn.Module:
             kind = _Attention if config.full_attn[level] else _LinearAttention
@@ -212,7 +212,7 @@ class LucidrainsUnet(Denoiser):
 
 
 def _embed_time(dim: int, mlp: nn.Sequential, t: Tensor) -> Tensor:
-    """Embed t [B] as [B, 4 dim]: sines, then cosines, and the two layers."""
+    """Embed timesteps: t [B] -> [B, 4 dim]."""
     embedding = sinusoidal_embedding(t, dim, flip_sin_to_cos=False, freq_shift=1)
     out: Tensor = mlp(embedding.to(next(mlp.parameters()).dtype))
     return out
