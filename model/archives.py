@@ -1,7 +1,7 @@
 """Pack and unpack the checkpoint archives of a release.
 
-checkpoints/archives.json lists their sizes and hashes; `python -m tests.release` writes the list. This module
-downloads nothing.
+checkpoints/archives.json lists the sizes and hashes of the archives. `python -m tests.release` writes that file. This
+module downloads nothing.
 """
 
 import io
@@ -16,7 +16,7 @@ PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """Describes a checkpoint archive of a release."""
+    """A checkpoint archive of a release."""
 
     about: str  # one-line description for users
     size_bytes: int
@@ -27,7 +27,7 @@ class Archive:
 class Release:
     """The release that matches this version of the code."""
 
-    address: str  # the base URL of its files
+    address: str  # base URL of the archives
     archives: dict[str, Archive]  # keyed by checkpoint name
 
 
@@ -43,25 +43,24 @@ def file_name(checkpoint: str) -> str:
 
 
 def pack(folder: Path) -> bytes:
-    """Pack a checkpoint folder as a tar archive. Equal files always give equal bytes.
+    """Pack a checkpoint folder as a tar archive. Folders with the same files give identical archives.
 
-    The archive is not compressed: weights hardly shrink, and the bytes would depend on the compressor's version.
+    The archive is not compressed: weights hardly shrink, and the output would depend on the compressor's version.
     """
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as packed:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             data = file.read_bytes()
-            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # without modification time and owner
+            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # omits modification time and owner
             member.size = len(data)
             packed.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 
 def unpack(file: Path, into: Path) -> None:
-    """Extract an archive into a folder. Modes, owners and times are ignored.
+    """Extract an archive into a folder. File modes, owners and times are ignored.
 
-    Raises ValueError if the file is not a tar archive, or if a member is not a regular file or points outside the
-    folder.
+    Raises ValueError if the file is not a tar archive, or if it contains anything but regular files inside the folder.
     """
     try:
         with tarfile.open(file, "r:") as packed:

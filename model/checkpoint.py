@@ -1,10 +1,10 @@
-"""Read and write checkpoint folders in the layout of diffusers. weights.py reads the weights.
+"""Read and write checkpoint folders in the diffusers layout. The weights are read in weights.py.
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
     vqvae/         the autoencoder of a latent model
-    tminus.json    fields unknown to diffusers: class names, the null class, recommended settings, provenance
+    tminus.json    what diffusers does not store: class names, null class, recommended settings, provenance
 
-Flat folders, with config.json and the weights in the root like google/ddpm-*, can be read too.
+Flat folders such as google/ddpm-*, with config.json and the weights at the top level, can also be read.
 """
 
 import logging
@@ -64,51 +64,57 @@ LAYOUTS = (
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = AUTOENCODERS[0]
-# Pipeline parts that are allowed. mel converts spectrograms to sound, and does not change images.
+# Allowed parts of a pipeline. mel converts spectrograms to sound and does not affect images.
 OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
     "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
-    "KarrasEDMScheduler": "KarrasEDMPipeline",  # from a pull request, see KarrasEDMScheduler in scheduler_kinds.py
+    "KarrasEDMScheduler": "KarrasEDMPipeline",  # from a pull request, see scheduler_kinds.py
 }
-DIFFUSERS_VERSION = "0.30.0"  # written to model_index.json; newer versions use the same layout
+DIFFUSERS_VERSION = "0.30.0"  # written to model_index.json; the layout has not changed since
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The classes of a checkpoint. null_class is the label for "no class", used for guidance."""
+    """The classes of a checkpoint. null_class is the label for "no class", which guidance needs."""
 
     class_names: tuple[str, ...] = ()
     null_class: int | None = None
 
     @property
     def num_classes(self) -> int:
-        """The number of classes without the null class."""
+        """The number of classes, not counting the null class."""
         return len(self.class_names)
 
 
 @dataclass(frozen=True, slots=True)
 class TminusJson:
-    """The content of tminus.json. Methods that read a field raise CheckpointError if its value is invalid."""
+    """The content of tminus.json.
+
+    Methods that read a field raise CheckpointError if its value is invalid.
+    """
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "TminusJson":
-        """Read the tminus.json of a folder. A missing file counts as empty."""
+        """Read tminus.json from a folder. A missing file counts as empty."""
         file = folder / TMINUS_FILE
         return cls(file, read_json(file)) if file.is_file() else cls(file)
 
     def require(self, ok: bool, name: str, bound: str) -> None:
-        """Raise CheckpointError with the file, the field, its bound and its value if `ok` is false."""
+        """Raise CheckpointError unless `ok`. The message states the file, field, bound and value."""
         if not ok:
             raise CheckpointError(f"{self.file}: {name} must be {bound}, got {self.values.get(name)!r:.500}")
 
     def labels(self, unet: NetConfig) -> Labels:
-        """Return the classes. Classes without names are named by number. The null class is last, see `null_last`."""
+        """Return the classes. If they have no names, their numbers serve as names.
+
+        The null class gets the last label; `null_last` reorders the embeddings to match.
+        """
         embeds = unet.num_class_embeds
         if embeds is None:
             return Labels()
@@ -129,7 +135,10 @@ class TminusJson:
         return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
     def approved(self, weights_hash: str) -> dict[tuple[str, str], float | None]:
-        """Return the relative error, if known, of each (executor, precision) approved for these weights."""
+        """Return the approved (executor, precision) pairs for these weights.
+
+        Each pair maps to its relative error, or to None if the error is unknown.
+        """
         checks = self.values.get("approved", [])
         listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
         self.require(listed, "approved", "a list of checks")
@@ -149,35 +158,35 @@ class TminusJson:
             raise CheckpointError(f"{self.file}: {error}") from error
 
     def student(self) -> Mapping[str, Any] | None:
-        """Return the facts about a student, or None for other networks."""
+        """Return the facts about a student, or None if the network is not a student."""
         student = self.values.get("student")
         self.require(student is None or isinstance(student, dict), "student", "an object")
         return student
 
     def folded_guidance(self) -> float:
-        """Return the guidance that `train` or `distill` folded into the weights, or 1 if there is none.
+        """Return the guidance that `train` or `distill` folded into the weights; 1 if none.
 
-        Students of earlier versions store this value only as student.guidance.
+        Students made by earlier versions store it only in student.guidance.
         """
         folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
     def trained_on(self) -> str | None:
-        """Return the name of the training data, or None if unknown."""
+        """Return the name of the training data, or None if it is unknown."""
         provenance = self.values.get("provenance", {})
         self.require(isinstance(provenance, dict), "provenance", "an object")
         return str(provenance["data"]) if provenance.get("data") else None
 
     def alpha(self, channels: int) -> bool:
-        """Return True if the last of four channels is alpha. This is the default for four channels."""
+        """Return True if the last of four channels is alpha, which is the default for four channels."""
         alpha = self.values.get("alpha", channels == RGBA)
         bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
         self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
         return bool(alpha)
 
     def side_px(self) -> int:
-        """Return the image size in pixels, for a config.json without sample_size."""
+        """Return size_px, the network's input size, which replaces a missing sample_size in config.json."""
         size: Any = self.values.get("size_px")
         if not is_count(size):
             folder = self.file.parent
@@ -186,7 +195,10 @@ class TminusJson:
 
 
 def check_layout(folder: Path) -> str | None:
-    """Return the scheduler class of model_index.json, if any. Raises CheckpointError if the path cannot be loaded."""
+    """Check that a folder looks like a checkpoint, and return the scheduler class of model_index.json.
+
+    Returns None if there is no such entry. Raises CheckpointError with an explanation if the folder cannot be loaded.
+    """
     if folder.is_file():
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
@@ -221,10 +233,10 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Return the content of model_index.json, empty if the file is missing.
+    """Return the content of model_index.json, or an empty dict if the file is missing.
 
-    Raises CheckpointError if the pipeline is not supported. An unknown pipeline class is supported if the pipeline
-    consists of a U-Net and a scheduler.
+    Raises CheckpointError if the pipeline is not supported. A pipeline of an unknown class is supported if it consists
+    of a U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
@@ -251,7 +263,7 @@ def _parts(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Return the reason why a pipeline is not supported, or an empty string."""
+    """Return why a pipeline is not supported, or an empty string if it is."""
     parts = _parts(index)
     if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
         return "it makes images of text, and a class is all that is taken here"
@@ -282,18 +294,18 @@ class Checkpoint:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     approved: Mapping[tuple[str, str], float | None] = field(default_factory=dict)
-    """The relative error, if known, of each (executor, precision) approved for these weights."""
+    """The approved (executor, precision) pairs. Each maps to its relative error, or to None if that is unknown."""
     recommended: Recommended | None = None
-    """The recommended settings of tminus.json; see `settings`."""
+    """The recommended settings in tminus.json, if any. See `settings`."""
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
-    """One message for each unusable file in samplers/: the file name and the reason."""
+    """A message for each table file that cannot be used, with the file name and the reason."""
     student: Mapping[str, Any] | None = None
-    """Facts about a student, or None for other networks. A student can only use its tables."""
+    """Facts about a student, or None if the network is not one. A student can use only its own tables."""
     autoencoder: Autoencoder | None = None
-    """The autoencoder of a latent model."""
+    """None unless the model works on latents."""
     folded_guidance: float = 1.0
-    """The guidance folded into the weights. It multiplies a request's guidance. Students accept no guidance."""
+    """The guidance folded into the weights. A request's guidance is multiplied by it. Students accept no guidance."""
     alpha: bool = False
     """True if the last of four channels is alpha."""
 
@@ -305,27 +317,28 @@ class Checkpoint:
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """The shape [C, H, W] of the network's input: an image, or the latents of an image."""
+        """The shape [C, H, W] of the network's input, which is an image or the latents of one."""
         factor = self.autoencoder.config.factor if self.autoencoder is not None else 1
         height, width = self.size_px
         return self.net.config.in_channels, height // factor, width // factor
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The available samplers, including those of tables. A student can only use its tables."""
+        """The available samplers. A student can use only those of its tables."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
 
     @property
     def default_sampler(self) -> str:
-        """The sampler of scheduler_config.json, or of the tables for a student."""
+        """The sampler of scheduler_config.json; for a student, the sampler of its tables."""
         return self.noise.default_sampler if self.student is None else self.samplers[0]
 
     @property
     def settings(self) -> Recommended:
-        """The default sampler, steps and guidance: the recommended settings if there are any, otherwise the usual ones.
+        """The default sampler, steps and guidance: the recommended ones if there are any.
 
-        The usual settings of a student come from the table whose number of steps is nearest to the sampler's default.
+        Otherwise a student uses the table whose number of steps is nearest to the sampler's default, and other networks
+        use `usual_settings`.
         """
         if self.recommended is not None:
             return self.recommended
@@ -350,7 +363,10 @@ class Checkpoint:
         spacing: str | None = None,
         start: int = 0,
     ) -> Plan:
-        """Compile a sampler, see `compile_plan`. Raises ValueError also if there is no table for these settings."""
+        """Compile a sampler; see `compile_plan` for the arguments.
+
+        Also raises ValueError if a table is needed and none matches the settings.
+        """
         schedule = self.noise.schedule()
         if sampler not in TABLE_SAMPLERS:
             return compile_plan(
@@ -377,7 +393,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Estimates the memory of a checkpoint in bytes, in float32, from its configuration."""
+    """The estimated memory use of a checkpoint in float32, derived from its configuration."""
 
     num_parameters: int
     row_px: tuple[int, int]
@@ -385,9 +401,9 @@ class Needs:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     pass_bytes: int
-    """The memory of one row in a forward pass."""
+    """The memory of a forward pass of one image."""
     coding_bytes: int = 0
-    """The memory of one image in the autoencoder of a latent model."""
+    """The memory for encoding or decoding one image; 0 without an autoencoder."""
 
     @property
     def weights_bytes(self) -> int:
@@ -395,17 +411,17 @@ class Needs:
 
     @property
     def loading_bytes(self) -> int:
-        """The estimated peak during loading, when the weights are in memory twice."""
+        """The estimated peak while loading, when memory holds the weights twice."""
         return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
 
     @property
     def serving_bytes(self) -> int:
-        """The estimated memory during serving, with the weights in memory once."""
+        """The estimated memory use while serving."""
         return self.weights_bytes + self.pass_bytes + self.coding_bytes
 
 
 def needs_of(folder: Path) -> Needs:
-    """Estimate the memory of a checkpoint without reading its weights. Raises CheckpointError."""
+    """Estimate a checkpoint's memory use without reading its weights. Raises CheckpointError."""
     try:
         unet, _, _, autoencoder = _read_configs(folder)
         with torch.device("meta"):
@@ -426,7 +442,10 @@ def needs_of(folder: Path) -> Needs:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint folder. Raises CheckpointError with a one-line message if the checkpoint is not supported."""
+    """Load a checkpoint folder.
+
+    Raises CheckpointError with a one-line message if the checkpoint is invalid or not supported.
+    """
     try:
         return _load(folder)
     except OSError as error:
@@ -440,18 +459,20 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
     try:
         unet = read_net_config(read_json(unet_folder_of(folder) / "config.json"))
         scheduler = read_json(find_scheduler(folder))
-        if autoencoder_folder is not None:  # latents are unbounded: do not clip them by default
+        if autoencoder_folder is not None:  # latents are unbounded, so do not clip by default
             scheduler.setdefault("clip_sample", False)
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
         if noise.family == "ve":
-            # Images in [0, 1] are supported only by UNet2DModel, without an autoencoder.
+            # VE models generate images in [0, 1]. Only UNet2DModel supports that range, and only without an
+            # autoencoder.
             if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
         elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":
-            # Diffusers divides the output of such a network by the time. Only VE models support this.
+            # With a Fourier embedding, diffusers divides the network's output by the time. This is only supported for
+            # VE models.
             wanted = "positional or learned without a ScoreSdeVeScheduler"
             raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
@@ -463,7 +484,7 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
 
 
 def unet_folder_of(folder: Path) -> Path:
-    """Return the folder of the network: unet/ if it exists, otherwise the checkpoint folder."""
+    """Return the folder that holds the network: unet/ if it exists, otherwise the checkpoint folder."""
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -533,8 +554,11 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
-    """Raise CheckpointError if the channels cannot be served. latent: the channels of an autoencoder's latents."""
-    learned = noise.variance_type == "learned_range"  # the second half of the output is v, see samplers.py
+    """Raise CheckpointError if the network has an unsupported number of channels.
+
+    latent: the number of latent channels, or None without an autoencoder.
+    """
+    learned = noise.variance_type == "learned_range"  # half of the output channels are v, see samplers.py
     possible = range(1, MAX_CHANNELS + 1) if latent is None else (latent,)
     if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
@@ -545,11 +569,11 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
 
 
 def fitting_network(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> Denoiser:
-    """Build the network for these weights on the meta device, without parameter values.
+    """Build the network on the meta device, and check that these weights fit it.
 
-    Raises CheckpointError with the first parameter that differs if the weights do not fit the network.
+    Raises CheckpointError with the first parameter that does not fit.
     """
-    # The meta device allocates no memory, so a config of a huge network is harmless.
+    # The meta device allocates no memory, so even the config of a huge network is harmless.
     try:
         with torch.device("meta"):
             net = build(unet)
@@ -576,13 +600,13 @@ def save_checkpoint(
     folded_guidance: float | None = None,
     alpha: bool | None = None,
 ) -> None:
-    """Write a checkpoint folder. Diffusers can load the folder too if it has this network class.
+    """Write a checkpoint folder. Each file is written atomically.
 
-    Each file is written atomically.
+    Diffusers can load the folder if it supports the network class.
 
-    alpha: True if the last of four channels is alpha; None leaves the field out.
+    alpha: True if the last of four channels is alpha; None omits the field from tminus.json.
 
-    Raises CheckpointError if the folder holds an autoencoder and this model has none.
+    Raises CheckpointError if the folder contains an autoencoder but this model does not use one.
     """
     check_place(folder, autoencoder)
     scheduler_class = noise.to_dict()["_class_name"]
@@ -594,8 +618,8 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        # Write the autoencoder at each save, although training does not change it. The folder may hold the autoencoder
-        # of an earlier run, and comparing the two takes longer than writing.
+        # Training does not change the autoencoder, but the folder may hold another one from an earlier run. Writing it
+        # again is faster than comparing the two.
         save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta: dict[str, Any] = {
         "name": folder.resolve().name,
@@ -627,13 +651,13 @@ def recommend(folder: Path, recommended: Recommended) -> None:
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:
-    """Return the relative error measured at approval, or None if unknown."""
+    """Return the relative error measured at approval, or None if it is unknown."""
     error = check.get("relative_error")
     return error if isinstance(error, float) and 0 < error < 1 else None
 
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
-    """Add an approval to tminus.json, replacing one with the same executor, precision and weights_hash."""
+    """Add an approval to tminus.json. It replaces one for the same executor, precision and weights."""
     tminus_json = TminusJson.read(folder)
     same = ("executor", "precision", "weights_hash")
     others = [old for old in tminus_json.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]

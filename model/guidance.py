@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022), which combines the outputs with and without a class."""
+"""Classifier-free guidance (Ho & Salimans 2022): combine outputs with and without a class."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,8 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
     """Return out_u + g (out_c - out_u), where g = 1 + w in Ho & Salimans 2022, eq. 6.
 
-    Only the first `channels` are guided; None means all. The other channels, the v of a learned variance, are taken
-    from out_c.
+    out_u and out_c are the outputs without and with a class. Guidance applies to the first `channels`; None means all
+    of them. The remaining channels hold the v of a learned variance and are copied from out_c.
     """
     if channels is None or channels == out_c.shape[1]:
         return out_u + guidance * (out_c - out_u)
@@ -25,9 +25,9 @@ def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int 
 def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int | None = None) -> Tensor:
     """Rescale guided outputs towards the standard deviation of out_c (Lin et al. 2024, eq. 15 and 16).
 
-    Returns guided * (share * std(out_c) / std(guided) + 1 - share). Standard deviations are taken over the first
-    `channels` of a row. All tensors are [B, C, H, W]; share is a number or [B, 1, 1, 1]. Each row's result is bitwise
-    independent of the other rows.
+    Returns guided * (share * std(out_c) / std(guided) + 1 - share), where std is taken per image over the first
+    `channels`. All tensors are [B, C, H, W]; share is a number or [B, 1, 1, 1]. An image's result does not depend on
+    the rest of the batch, not even in the last bit.
     """
     ratio = (_variance(out_c[:, :channels]) / _variance(guided[:, :channels]).clamp(min=1e-20)).sqrt()
     factor = share * ratio.reshape(-1, 1, 1, 1) + (1 - share)
@@ -37,14 +37,17 @@ def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int 
 
 
 def _variance(x: Tensor) -> Tensor:
-    """Return the variance of each row, [B, ...] -> [B]. The result of torch.var for a row depends on the batch."""
+    """Return the variance of each image, [B, ...] -> [B].
+
+    torch.var is not used because its rounding depends on the batch.
+    """
     flat = x.flatten(1)
     mean = _sum(flat) / flat.shape[1]
     return _sum((flat - mean[:, None]).square()) / flat.shape[1]
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum each row by adding halves, [B, N] -> [B]."""
+    """Sum each row of x [B, N] by repeatedly adding its two halves."""
     while x.shape[1] > 1:
         if x.shape[1] % 2:
             x = F.pad(x, (0, 1))
@@ -62,7 +65,10 @@ def guided(
     guidance: float,
     guidance_rescale: float = 0.0,
 ) -> Tensor:
-    """Run the network with one guidance for all rows. With guidance, the batch contains each row twice."""
+    """Run the network with the same guidance for all images.
+
+    With guidance, each image is in the network's batch twice.
+    """
     if guidance == 1.0 or class_labels is None or null_class is None:
         return net(x, t, class_labels)
     both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])

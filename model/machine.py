@@ -20,7 +20,7 @@ LOOK_S = 0.5
 
 
 def free_memory_bytes() -> int | None:
-    """Return the free memory of the machine or the container, whichever is less; None if unknown."""
+    """Return the free memory of the machine or the container, whichever has less; None if unknown."""
     known = [free for free in (_of_machine(), _of_cgroup()) if free is not None]
     return min(known, default=None)
 
@@ -34,7 +34,10 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """Return the free memory of the container (cgroup v2). File caches count as free: the kernel can drop them."""
+    """Return the free memory of the container (cgroup v2), or None without a known limit.
+
+    The file cache counts as free, because the kernel can drop it.
+    """
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" means no limit
         used = int((CGROUP / "memory.current").read_text())
@@ -46,7 +49,7 @@ def _of_cgroup() -> int | None:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the block. None leaves the number unchanged."""
+    """Set torch's number of threads inside the `with` block. None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -56,7 +59,10 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def threads_left(usual: int) -> int:
-    """Return torch's usual number of threads, or the number of free cores if that is lower. Logs a lower number."""
+    """Return the usual number of torch threads, reduced to the number of free cores.
+
+    Logs a message if the number is reduced.
+    """
     threads = min(usual, free_cores()) if usual > 1 else 1
     if threads < usual:
         log.info(
@@ -67,21 +73,26 @@ def threads_left(usual: int) -> int:
 
 
 def free_cores() -> int:
-    """Return the number of cores that other programs leave free, at least 1. Blocks for half a second to measure.
+    """Return how many cores other programs leave free, at least 1.
 
-    torch's threads wait for one another in every layer. One thread that shares its core with another program delays all
-    of them: two threads on a shared core are several times slower than one.
+    The measurement takes half a second.
+
+    torch's threads wait for each other in every layer, so one thread that shares its core with another program delays
+    all of them. Two threads on a shared core are several times slower than a single thread.
     """
     cores = os.sched_getaffinity(0)
-    # The load average includes programs that have just ended. The half-second measurement includes programs that run
-    # only for a moment. Count a core as busy only if both agree.
+    # The load average still counts programs that have just ended. The half-second measurement counts programs that run
+    # only for a moment. A core counts as busy only if both say so.
     of_last_minute = (os.cpu_count() or 1) - os.getloadavg()[0]
     free = max(of_last_minute, _idle_cores(cores))
     return max(1, min(round(free), len(cores), _quota()))
 
 
 def _idle_cores(cores: Set[int]) -> float:
-    """Measure the average number of idle cores among `cores`. Returns all of them if the system reports no times."""
+    """Measure how many of these cores are idle on average.
+
+    Returns the number of cores if the system does not report idle times.
+    """
     try:
         before, begun_s = _idle_s(cores), time.monotonic()
         time.sleep(LOOK_S)
@@ -91,7 +102,7 @@ def _idle_cores(cores: Set[int]) -> float:
 
 
 def _idle_s(cores: Set[int]) -> float:
-    """Return the idle time of these cores since boot, in core seconds. Waiting for a disk counts as idle."""
+    """Return the total idle time of these cores since boot, in seconds. Waiting for a disk is idle time."""
     ticks = 0
     for line in STAT.read_text().splitlines():
         name, *fields = line.split()
@@ -101,7 +112,10 @@ def _idle_s(cores: Set[int]) -> float:
 
 
 def _quota() -> int:
-    """Return the container's CPU limit (cgroup v2) in cores, rounded up; the machine's cores if there is none."""
+    """Return the container's CPU limit (cgroup v2) in cores, rounded up.
+
+    Without a limit, returns the machine's number of cores.
+    """
     try:
         limit, period = (CGROUP / "cpu.max").read_text().split()
         return math.ceil(int(limit) / int(period))
