@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A network in any executor: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
+"""A network run by any executor: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
 
 
 def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The supported schedulers of diffusers, and the sampler for each class and scheduler_config.json."""
+"""The supported diffusers schedulers, and which of our samplers each of them corresponds to."""
 
 import math
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from itertools import takewhile
 from typing import Any, Literal
 
 Family = Literal["betas", "consistency", "edm", "flow", "ve"]
-# Keyed by prediction type. The noise levels are betas, or a formula of t.
+# The family of noise levels for each prediction type: given by betas, or by a formula of t.
 FAMILY_OF: Mapping[str, Family] = {
     "epsilon": "betas",
     "sample": "betas",
     "v_prediction": "betas",
     "consistency": "consistency",
     "edm": "edm",
-    "edm_v_prediction": "edm",  # the output has the opposite sign, as in diffusers
+    "edm_v_prediction": "edm",  # with the output negated, as in diffusers
     "flow": "flow",
     "score": "ve",
 }
@@ -30,7 +30,7 @@ _OF_BETAS = (
 )
 _OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
 _CLIP = ("clip_sample", "clip_sample_range")
-# The fields that NoiseConfig shares with each class of diffusers, under the class's field names.
+# For each diffusers class, the names of the fields that NoiseConfig supports.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
     "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
@@ -47,8 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": ("num_train_timesteps", "shift"),
     "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
-# Fields that are read for every class with betas, even if the class lacks them. Any sampler may clip, and variance_type
-# describes the network's output channels.
+# Fields that are read for all classes with betas, even for a class that lacks them: any sampler may clip, and
+# variance_type determines the number of output channels.
 READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -75,15 +75,15 @@ _DPM_SOLVER = {
 }
 
 
-# Fields that change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if those
-# features are on, and then the config is rejected. tensor_format belongs to another tensor library. lower_order_final
-# and euler_at_final: a solver's last step is of order 1 anyway, because the step ends without noise.
+# Fields that do not affect images. Those for thresholding, flows, size-dependent shift and churn matter only if the
+# feature is on, and then the config is rejected. tensor_format chooses a tensor library. lower_order_final and
+# euler_at_final reduce the order of the last step, which is 1 anyway because the step ends without noise.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
     | {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "s_tmin", "s_tmax"}
 )
-# Fields of unsupported classes: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
+# Fields of unsupported schedulers: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, ScoreSdeVp and others.
 OF_OTHER_CLASSES = frozenset(
     {"original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "eta"}
     | {"noise_sampler_seed", "s_min", "s_max", "beta_min", "beta_max", "set_alpha_to_zero", "snr_shift_scale"}
@@ -93,32 +93,33 @@ _OF_DDPM = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_predict
 
 @dataclass(frozen=True, slots=True)
 class SchedulerKind:
-    """A scheduler class of diffusers with the field values that correspond to one of our samplers."""
+    """A diffusers scheduler class, with the settings that make it equivalent to one of our samplers."""
 
     class_name: str
     sampler: str
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Required field values, which select this sampler within the class."""
+    """Field values that select this sampler within the class. A config must have all of them."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of the class that differ from the value in `must` or from DDPMScheduler's default."""
+    """Defaults of the class that differ from the values in `must` or from the defaults of DDPMScheduler."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """The NoiseConfig field for each field that the class names differently."""
+    """For fields that the class names differently: the name in NoiseConfig, keyed by the name in the class."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """Replacements of values, keyed by (field, value), as the class makes them. diffusers' from_config can write such
-    values.
-    """
+    """Values that the class replaces by others, keyed by (field, value). A config made by from_config may have them."""
     family: Family = "betas"
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
-    """Our prediction type for each prediction_type that the class allows."""
+    """Our name for each prediction_type that the class allows."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that are read from a config, under the class's field names."""
+        """The fields that are read from a config of this class, by their names in the class."""
         return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
 
     @property
     def clips_by_threshold(self) -> bool:
-        """True if the class has thresholding instead of clip_sample. With sample_max_value 1 both clip equally."""
+        """True if the class has `thresholding` but no clip_sample.
+
+        With a sample_max_value of 1, thresholding is the same as clipping.
+        """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own
 
@@ -224,7 +225,7 @@ KINDS = (
             ("dpmpp_2m_sde", {"algorithm_type": "sde-dpmsolver++"}),
         )
     ),
-    # Proposed in a pull request (huggingface/diffusers 4481). Some published checkpoints use this class.
+    # From a pull request to diffusers (4481). Some published checkpoints use this class.
     SchedulerKind(
         "KarrasEDMScheduler",
         "heun",
@@ -263,13 +264,14 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
-# diffusers' from_config keeps the fields of the config's former class. A class ignores the fields of other classes.
+# When a user switches scheduler classes, diffusers' from_config keeps the fields of the old class. The new class
+# ignores them.
 FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:
-    """Return the kind for a class and its fields. Raises ValueError for an unsupported class or value."""
+    """Return the kind for a class and its settings. Raises ValueError if they are not supported."""
     name = SAME_AS.get(class_name, class_name) if isinstance(class_name, str) else None
     of_class = [kind for kind in KINDS if kind.class_name == name]
     if not of_class:
@@ -277,7 +279,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
             f"scheduler config: {class_name!r:.100} is not served; those that are: {', '.join(CLASS_NAMES)}. If the "
             "network was trained with the same betas, the config of one of these can take its place"
         )
-    # A class may implement several samplers. Choose the kind with the most correct fields before the first wrong one.
+    # A class can correspond to several samplers. Choose the kind with the longest run of matching values.
     kind = max(of_class, key=lambda kind: len(_right(kind, given)))
     wrong = list(kind.must)[len(_right(kind, given)) :]
     if wrong:
@@ -287,7 +289,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
-    """Return the fields of `kind.must` before the first wrong value. null counts as missing."""
+    """Return the fields of `kind.must` up to the first that has a wrong value. null counts as missing."""
     told = {key: value for key, value in given.items() if value is not None}
     read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
     values = {**kind.must, **kind.defaults, **told, **read}

@@ -1,9 +1,9 @@
-"""Trajectories: the distribution of each stochastic pass, and log p of the drawn x'. Uses NumPy instead of torch.
+"""Trajectories: the distribution from which each noisy pass draws x', and log p of the value drawn.
 
-A pass that adds noise draws x' from N(mean, s^2), independently for each value. The mean is the update rule of
-samplers.py without noise: a x + b x0 + c x0_previous, plus one term for a table with coefficient d. s is the factor of
-the noise, or s exp(r v) for a learned variance. Mean and s follow from the plan, x_t and the predictions x0, so this
-module computes them in float64, whatever the precision of the passes.
+A pass that adds noise draws each value of x' independently from N(mean, s^2). The mean is the update of samplers.py
+without its noise term: a x + b x0 + c x0_previous, and for a table with a coefficient d the corresponding term. s is
+the coefficient of the noise, or s exp(r v) if the variance is learned. Mean and s follow from the plan, x_t and the
+predicted x0. This module computes them with NumPy in float64, whatever the precision of the passes was.
 """
 
 import math
@@ -17,22 +17,22 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
-# A, B, C, S, R: columns of a line. X0_PREVIOUS, H: columns of M. See Plan and table_plan in samplers.py.
+# A, B, C, S and R are columns of Plan.lines, X0_PREVIOUS and H columns of M. See samplers.py.
 A, B, C, S, R = 2, 3, 4, 5, 7
 X0_PREVIOUS, H = 2, 4
 
-# The smallest eta of ddim with a useful log p. Below this eta, s is close to the rounding error of x in float32: log p
-# is off by 0.01 nats per value at eta 1e-4, and by 3 at eta 1e-6.
+# The smallest eta for which the log p of ddim is useful. With less noise, s approaches the rounding error of x in
+# float32: log p is off by 0.01 nats per value at eta 1e-4, and by 3 nats at eta 1e-6.
 LEAST_ETA = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanNumbers:
-    """A compiled sampler of P passes in NumPy, all float64; see `Plan`.
+    """A `Plan` of P passes as float64 NumPy arrays.
 
     timesteps [P].
     lines [P, 8].
-    inputs [P, 2]: the scale of x at the network's input, and the network's time.
+    inputs [P, 2]: the factor by which x is scaled for the network, and the time passed to the network.
     matrices [P, 1 + R, 4 + R]: None without registers.
     """
 
@@ -43,16 +43,19 @@ class PlanNumbers:
 
     @property
     def noisy(self) -> npt.NDArray[np.int64]:
-        """The indices of the K passes that add noise."""
+        """The indices of the passes that add noise."""
         return np.flatnonzero(self.lines[:, S] > 0)
 
     @property
     def learned(self) -> bool:
-        """True if each value has its own s: the network learned its variance, and the sampler uses it."""
+        """True if each value of x' has an s of its own, from a learned variance."""
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """Return the coefficient of the register (the x0 of two passes ago) in pass k; 0 without registers."""
+        """Return the coefficient in pass k of the x0 from two passes ago, which a register holds.
+
+        Returns 0 for a plan without registers.
+        """
         if self.matrices is None:
             return 0.0
         registers = self.matrices[:, 1:]
@@ -63,11 +66,12 @@ class PlanNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The stored passes of a trajectory. All fields are ascending indices.
+    """Which passes of a trajectory are stored. All fields are indices in ascending order.
 
-    passes: counted from 0.
-    points: the stored x_t, numbered by the passes before them. Pass k leads from point k to point k + 1.
-    predictions: the passes whose x_0 is stored, because the pass is selected or the mean of a selected pass needs it.
+    passes: the selected passes, counted from 0.
+    points: the stored x_t. Pass k leads from point k to point k + 1.
+    predictions: the passes whose x_0 is stored. These are the selected passes, and earlier passes that their means
+    depend on.
     """
 
     passes: tuple[int, ...]
@@ -76,9 +80,11 @@ class Selection:
 
     @classmethod
     def of(cls, passes: Sequence[int], num_passes: int, looks_back: int) -> "Selection":
-        """Select passes out of `num_passes`. looks_back: the number of earlier predictions in a mean.
+        """Select some of `num_passes` passes.
 
-        Raises ValueError unless `passes` is a non-empty ascending list of numbers in 0..num_passes - 1.
+        looks_back: how many earlier predictions a mean depends on.
+
+        Raises ValueError unless `passes` is a non-empty ascending sequence of numbers in 0..num_passes - 1.
         """
         if not passes or not all(a < b for a, b in zip((-1, *passes), (*passes, num_passes), strict=True)):
             raise ValueError(f"one or more numbers of passes in 0..{num_passes - 1}, each greater than the one before")
@@ -93,12 +99,12 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """n rows from x_T to x_0, in float32 or float16.
+    """The path of n images from x_T to x_0, in float32 or float16.
 
     x_t [points, n, C, H, W].
-    x_0 [predictions, n, C, H, W]: the network's predictions, guided, and clipped as in the plan.
+    x_0 [predictions, n, C, H, W]: the network's predictions, with guidance and clipping applied.
     v float32 [predictions, n, C, H, W]: None unless the variance is learned.
-    selection: None for all passes, with P + 1 points and P predictions.
+    selection: None if all P passes are stored, with P + 1 points and P predictions.
     """
 
     plan: PlanNumbers
@@ -114,11 +120,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transitions:
-    """The distributions of the K selected passes that add noise. Passes without noise have no density.
+    """The distributions of K passes: those that are selected and add noise.
 
     passes [K].
     mean [K, n, C, H, W]: in the dtype of x_t.
-    s float64 [K, 1, 1, 1, 1], or float32 [K, n, C, H, W] for a learned variance.
+    s: float64 [K, 1, 1, 1, 1], or float32 [K, n, C, H, W] for a learned variance.
     log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
     """
 
@@ -129,7 +135,10 @@ class Transitions:
 
 
 def transitions(trajectory: Trajectory) -> Transitions:
-    """Compute mean, s and log p of each pass that adds noise, in float64. mean is rounded after log p is computed."""
+    """Compute mean, s and log p of each selected pass that adds noise.
+
+    The computation is in float64. The mean is rounded to the dtype of x_t only after log p is computed.
+    """
     plan, selected, row = trajectory.plan, trajectory.selected, trajectory.x_0.shape[1:]
     passes = np.intersect1d(plan.noisy, selected.passes)
     mean = np.empty((len(passes), *row), trajectory.x_t.dtype)
@@ -153,7 +162,10 @@ def transitions(trajectory: Trajectory) -> Transitions:
 
 
 def log_density(x: Floats | Float64, mean: Float64, s: Float64) -> Float64:
-    """Sum log N(x; mean, s^2) over all dimensions but the first: x, mean [n, ...] -> [n]. s is broadcast."""
+    """Return log N(x; mean, s^2), summed over all dimensions except the first.
+
+    x and mean are [n, ...], and s is broadcast. Returns [n].
+    """
     each = ((x - mean) / s) ** 2 / -2 - np.log(s) - math.log(2 * math.pi) / 2
     total: Float64 = each.reshape(len(each), -1).sum(1)
     return total

@@ -1,4 +1,7 @@
-"""Find, read, hash and write the weights of a network, in a folder or in one file. Unpickles tensors only."""
+"""Find, read, hash and write network weights.
+
+Weights may be in a checkpoint folder or in a single file. Pickle files are read with torch's weights_only.
+"""
 
 import hashlib
 import json
@@ -19,19 +22,19 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # includes unsupported dtypes, for error messages with torch's names
+SAFETENSORS_DTYPES = {  # includes unsupported dtypes, so that error messages can name them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
+MAX_HEADER_BYTES = 100_000_000  # limit set by safetensors
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, under diffusers' current names.
+    """Read the weights in a U-Net folder, from one file or from shards, and update old parameter names.
 
-    Raises CheckpointError for missing, truncated or unsafe files, and for tensors with missing values. NaN and infinity
-    are not detected.
+    Raises CheckpointError if a file is missing, truncated or unsafe, or if a tensor has fewer values than its shape
+    requires. NaN and infinity are not detected.
     """
     state: dict[str, Tensor] = {}
     files = _weight_files(unet_folder)
@@ -46,9 +49,11 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
-    """Read the state dict of one file under the file's own names. Raises CheckpointError like `load_state_dict`.
+    """Read a state dict from a single file, without renaming parameters.
 
-    part_of: returns the weights within the content of a file that holds more, or None for other files.
+    part_of: given the content of a file, returns the part that is the weights, or None if the whole content is.
+
+    Raises CheckpointError like `load_state_dict`.
     """
     _check_memory(file, [file])
     state = _read_tensors(file, part_of)
@@ -57,7 +62,7 @@ def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, An
 
 
 def _check_memory(where: Path, files: Iterable[Path]) -> None:
-    """Raise CheckpointError if the weights are larger than the free memory, before any file is read."""
+    """Raise CheckpointError if the weight files are larger than the free memory."""
     size, free = sum(file.stat().st_size for file in files), free_memory_bytes()
     if free is not None and size > free:
         raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
@@ -77,7 +82,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Return an error message with the first name or shape that differs, or None if the weights fit the network."""
+    """Return a message about the first parameter that does not fit the network, or None if all fit."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -91,10 +96,10 @@ def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cast weights to float32. Raises CheckpointError for NaN and infinite values."""
+    """Convert weights to float32. Raises CheckpointError for NaN and infinite values."""
     cast = {key: value.to(torch.float32) for key, value in state.items()}
     for key, value in cast.items():
-        # A sum is fast and keeps NaN and infinity. Check each value only if the sum is not finite.
+        # The sum is fast to compute and is not finite if any value is not. Check all values only then.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
     return cast
@@ -106,10 +111,13 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename old parameters: Fourier features, and attention from before 2023 (query, key, value, proj_attn)."""
+    """Rename parameters that have old names.
+
+    These are Fourier features, and attention from before 2023 (query, key, value, proj_attn).
+    """
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # files may contain both names
+        if key == OLD_FOURIER:  # a file may contain both names
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
@@ -118,14 +126,14 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write weights to a folder as float32 safetensors, atomically."""
+    """Write weights to a folder atomically, as float32 safetensors."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     file = folder / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names, shapes and values. The hash of the same weights is the same in any file format."""
+    """Return the sha256 of all names, shapes and values. It does not depend on the file format."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().to("cpu", torch.float32).contiguous()
@@ -135,14 +143,15 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _weight_files(unet_folder: Path) -> list[Path]:
-    """List the files to read, in diffusers' order of preference: safetensors before .bin, whole files before shards.
+    """List the weight files to read, preferring the same files as diffusers.
 
-    Variants such as fp16 and non_ema are used only if there are no plain weights.
+    safetensors files come before .bin files, and whole files before shards. Variants such as fp16 and non_ema are used
+    only if there are no plain weights.
     """
     for variant in ("", ".*"):
         for suffix in ("safetensors", "bin"):
             whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
-            if whole := [file for file in whole if "-of-" not in file.name]:  # excludes shards
+            if whole := [file for file in whole if "-of-" not in file.name]:  # without shards
                 return whole[:1]
             if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
                 return _shards(indexes[0])
@@ -157,14 +166,14 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read tensors into the process's own memory.
+    """Read the tensors of a file into memory that belongs to this process.
 
-    safetensors maps the file instead: overwriting the file would then change the served weights, and truncating the
-    file would kill the process. Copies of the mapped tensors would take twice the memory.
+    safetensors would map the file into memory instead. Then overwriting the file would change the weights being served,
+    and truncating it would kill the process. Copying mapped tensors would take twice the memory.
 
-    Raises ValueError if the file changes during reading.
+    Raises ValueError if the file changes while it is read.
     """
-    with safe_open(file, "pt"):  # validates the whole header
+    with safe_open(file, "pt"):  # validates the header
         pass
     state = {}
     with file.open("rb") as opened:
@@ -188,7 +197,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_tensors(
     file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
 ) -> dict[str, Tensor]:
-    with file.open("rb") as opened:  # raises a clear OSError for an unreadable file, unlike the readers below
+    with file.open("rb") as opened:  # an unreadable file raises a clear OSError here, unlike below
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
                 f"{file}: a pointer of Git LFS and not the weights; run git lfs pull where it is from"
@@ -201,8 +210,8 @@ def _read_tensors(
         raise
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
-    except Exception as error:  # a damaged .bin raises KeyError, IndexError, struct.error, AssertionError and others
-        # Only messages of safetensors and of the operating system describe the file.
+    except Exception as error:  # a damaged .bin file raises many types, such as KeyError or struct.error
+        # Messages from safetensors and the operating system are about the file. Other messages do not describe it.
         is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
         why = f" ({first_line(error)})" if is_clear else ""
         raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error
