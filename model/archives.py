@@ -43,7 +43,7 @@ def file_name(checkpoint: str) -> str:
 
 
 def pack(folder: Path) -> bytes:
-    """Pack a checkpoint folder as a tar archive. Folders with the same files give identical archives.
+    """Pack a checkpoint folder as a tar archive. Equal folders give identical archives.
 
     The archive is not compressed: weights hardly shrink, and the output would depend on the compressor's version.
     """

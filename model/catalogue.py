@@ -15,7 +15,7 @@ MAX_GUIDANCE = 50.0
 class SamplerFacts:
     """What is known about a sampler, apart from its coefficients."""
 
-    when: str  # advice for users
+    when: str  # advice for users on when to choose the sampler
     source: str
     good_steps: int  # default number of steps
     passes_per_step: int = 1
@@ -151,12 +151,12 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
 }
 TABLE_SAMPLERS = ("tuned", "consistency")  # only for checkpoints with tables (sampler_tables.py)
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # available for every checkpoint
-TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # `tminus tune` and `distill`
+TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for `tminus tune` and `tminus distill`
 
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """The recommended settings of a checkpoint. A guidance of 1 means none."""
+    """The recommended settings of a checkpoint. Guidance 1 means no guidance."""
 
     sampler: str
     steps: int

@@ -53,7 +53,7 @@ class HubId:
 
     @property
     def commit(self) -> str | None:
-        """The commit hash, if the revision is one; the files of a commit never change."""
+        """The revision if it is a full commit hash, otherwise None. The files of a commit never change."""
         return self.revision if self.revision is not None and COMMIT.fullmatch(self.revision) else None
 
     def __str__(self) -> str:

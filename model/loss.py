@@ -75,10 +75,11 @@ def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
     """Return timestep probabilities for which ln(sigma / alpha) is normally distributed.
 
     The result is float64 [T] with sum 1. The mean is LEVEL_MEAN and the standard deviation LEVEL_STD. Karras et al.
-    2022 (table 1 and sec. 5) use -1.2 and 1.2 for images with a standard deviation of 0.5.
+    2022 (table 1 and sec. 5) use -1.2 and 1.2 for images with a standard deviation of 0.5. Timesteps without signal
+    have probability 0.
 
-    In half of a linear schedule's timesteps, the noise is more than three times as strong as the image, and gradients
-    are noisiest there. Timesteps without signal have probability 0.
+    With uniform probabilities and a linear schedule, half of the timesteps would have noise more than three times as
+    strong as the image. Gradients are noisiest there.
     """
     level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2
     edges = (level[1:] + level[:-1]) / 2  # midpoints between neighbouring timesteps
@@ -167,7 +168,8 @@ def variational_bound(
     coef_x0, _, posterior_variance = schedule.posterior()
 
     def step_kl(t: Tensor) -> Tensor:
-        # Both means contain the same term coef_xt x_t, so their difference depends only on x_0.
+        # Both means contain the same term coef_xt x_t, so they differ only in x_0: one uses the true x_0, the other the
+        # prediction.
         difference = gather(coef_x0, t, x_0_exact) * (x_0_exact - predict_x0(t))
         kl = gaussian_kl(difference, gather(posterior_variance, t, difference), gather(variance, t, difference))
         return _bits_per_dim(kl)

@@ -34,7 +34,7 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """Return the free memory of the container (cgroup v2), or None without a known limit.
+    """Return the free memory of the container (cgroup v2), or None if there is no known limit.
 
     The file cache counts as free, because the kernel can drop it.
     """

@@ -150,8 +150,8 @@ class NoiseSchedule:
 def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7).
 
-    Returns coef_x0, coef_xt and the variance, in the shape of the arguments. The two noise levels need not belong to
-    neighbouring timesteps; otherwise the jump is one of a shortened chain (Nichol & Dhariwal 2021, sec. 4).
+    Returns coef_x0, coef_xt and the variance, in the shape of the arguments. If the noise levels do not belong to
+    neighbouring timesteps, this is the posterior of a shorter chain (Nichol & Dhariwal 2021, sec. 4).
     """
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
@@ -337,7 +337,7 @@ class NoiseConfig(Checked):
         return noise
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scheduler_config.json, written for the diffusers class of the default sampler."""
+        """Return the content of scheduler_config.json, for the diffusers class of the default sampler."""
         kind = KIND_OF[self.family, self.default_sampler]
         fields = {name: getattr(self, kind.other_names.get(name, name)) for name in sorted(kind.fields)}
         if self.trained_betas is not None:

@@ -49,7 +49,7 @@ class Table:
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
-        """Return the lines from step `start` on, adjusted because there are no earlier predictions.
+        """Return the lines from step `start` on, adjusted for the missing earlier predictions.
 
         The coefficient of a missing prediction is added to that of the oldest available prediction.
         """

@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def num_registers(self) -> int:
-        """The number of registers R, tensors that each image needs in addition to x and x0_previous."""
+        """The number of registers, R: tensors that each image needs besides x and x0_previous."""
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
     def numbers(self) -> PlanNumbers:
@@ -300,7 +300,7 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and return all x: [P + 1, N, C, H, W] with x_0 last.
+    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], with x_0 last.
 
     The plan must not add noise, so that each x determines x_0.
     """

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 Family = Literal["betas", "consistency", "edm", "flow", "ve"]
-# The family of noise levels for each prediction type: given by betas, or by a formula of t.
+# For each prediction type, what the noise levels follow from: betas, or a formula of t.
 FAMILY_OF: Mapping[str, Family] = {
     "epsilon": "betas",
     "sample": "betas",
@@ -118,7 +118,7 @@ class SchedulerKind:
     def clips_by_threshold(self) -> bool:
         """True if the class has `thresholding` but no clip_sample.
 
-        With a sample_max_value of 1, thresholding is the same as clipping.
+        With a sample_max_value of 1, thresholding is the same as clipping to [-1, 1].
         """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own

@@ -206,7 +206,7 @@ def deis(levels: Levels) -> Tensor:
 
     With rho = sigma / alpha and eps = (x - alpha x0) / sigma, x'/alpha' is x/alpha plus an integral over rho. The
     integrand is a line in log rho through the last two eps. h1 holds the previous eps. The first and the last step have
-    order 1. So has the second step if the first starts without signal.
+    order 1. The second step also has order 1 if the first starts without signal.
     """
     M, (of_x, of_x0) = matrices(len(levels.alpha_bar), registers=1), _eps(levels)
     M[:, 0, X], M[:, 0, X0] = towards(levels)
@@ -270,7 +270,7 @@ def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
     (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
     # Each row has the coefficients of x and of x0 in eps.
     at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)
-    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # unit vectors, whose combinations are rows of M
+    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # unit vectors: sums of them are rows of M
     passes: list[Tensor] = []
     for k in range(K):
         eps_1, eps_3, eps_4 = (of_x * x + of_x0 * x0 for of_x, of_x0 in (at_step[k], at_middle[k], at_step[k + 1]))

@@ -269,8 +269,9 @@ class UNet2D(Denoiser):
 
     config: UNetConfig
     unit_input = False
-    """True if the network was trained on images in [0, 1], so that x must be converted to (x + 1) / 2. This is not part of
-    the config.
+    """True if the network was trained on images in [0, 1], so that x must be converted to (x + 1) / 2.
+
+    This is not part of the config.
     """
 
     def __init__(self, config: UNetConfig) -> None:

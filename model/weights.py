@@ -1,6 +1,6 @@
 """Find, read, hash and write network weights.
 
-Weights may be in a checkpoint folder or in a single file. Pickle files are read with torch's weights_only.
+Weights may be in a checkpoint folder or in a single file. Pickle files are read with weights_only=True.
 """
 
 import hashlib
@@ -211,7 +211,7 @@ def _read_tensors(
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin file raises many types, such as KeyError or struct.error
-        # Messages from safetensors and the operating system are about the file. Other messages do not describe it.
+        # Only error messages from safetensors and the operating system describe the file.
         is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
         why = f" ({first_line(error)})" if is_clear else ""
         raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error
