@@ -1,1 +1,4 @@
-"""The mathematics: U-Net, noise schedules, samplers, training and evaluation. Imports nothing from service/."""
+"""The mathematics: U-Net, noise schedules, samplers, training and evaluation.
+
+Imports nothing from service/.
+"""

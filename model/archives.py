@@ -1,6 +1,7 @@
-"""The checkpoint archives of a release: names, packing and unpacking. This module downloads nothing.
+"""Pack and unpack the checkpoint archives of a release.
 
-checkpoints/archives.json lists sizes and hashes of the archives; `python -m tests.release` writes that file.
+checkpoints/archives.json lists the sizes and hashes of the archives. `python -m tests.release` writes that file. This
+module downloads nothing.
 """
 
 import io
@@ -10,23 +11,23 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"  # part of the package, installed or not
+PINS = Path(__file__).parents[1] / "checkpoints" / "archives.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive that this version knows by hash."""
+    """A checkpoint archive of a release."""
 
-    about: str  # one line for users who choose a checkpoint
+    about: str  # one-line description for users
     size_bytes: int
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The release of this version."""
+    """The release that matches this version of the code."""
 
-    address: str  # base URL of the release's files
+    address: str  # base URL of the archives
     archives: dict[str, Archive]  # keyed by checkpoint name
 
 
@@ -37,29 +38,29 @@ def release() -> Release:
 
 
 def file_name(checkpoint: str) -> str:
-    """Return the name of a checkpoint's archive."""
+    """Return the file name of a checkpoint's archive."""
     return f"{checkpoint}.tar"
 
 
 def pack(folder: Path) -> bytes:
-    """Pack a checkpoint folder as a tar archive. The same files always give the same bytes.
+    """Pack a checkpoint folder as a tar archive. Equal folders give identical archives.
 
-    The archive is not compressed: weights hardly shrink, and compressors produce different bytes.
+    The archive is not compressed: weights hardly shrink, and the output would depend on the compressor's version.
     """
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as packed:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             data = file.read_bytes()
-            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # has no time and no owner
+            member = tarfile.TarInfo(file.relative_to(folder.parent).as_posix())  # omits modification time and owner
             member.size = len(data)
             packed.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 
 def unpack(file: Path, into: Path) -> None:
-    """Extract an archive into a folder. Modes, owners and times in the archive are ignored.
+    """Extract an archive into a folder. File modes, owners and times are ignored.
 
-    Raises ValueError if the file is not a tar archive, or if a member is not a plain file or points outside the folder.
+    Raises ValueError if the file is not a tar archive, or if it contains anything but regular files inside the folder.
     """
     try:
         with tarfile.open(file, "r:") as packed:

@@ -1,50 +1,55 @@
-"""Facts about each sampler: its use, passes and timesteps. Also the recommended settings. Imports no torch.
+"""Facts about the samplers: number of passes, source and advice. Does not import torch.
 
-The service counts passes with these facts. model/solvers.py has the coefficients.
+The service uses these facts to count network passes. The coefficients are in model/solvers.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TABLE = "table"  # the spacing of a sampler whose timesteps are in a table of the checkpoint
+TABLE = "table"  # spacing of samplers that take their timesteps from one of the checkpoint's tables
 MAX_GUIDANCE = 50.0
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerFacts:
-    """Facts about one sampler."""
+    """What is known about a sampler, apart from its coefficients."""
 
-    when: str  # advice for users
+    when: str  # advice for users on when to choose the sampler
     source: str
-    good_steps: int  # default steps of a request that names only the sampler
+    good_steps: int  # default number of steps
     passes_per_step: int = 1
-    passes_to_start: int = 0  # extra passes in the first `steps_to_start` steps together, if more steps follow
+    passes_to_start: int = 0  # extra passes at the start, if there are more than `steps_to_start` steps
     steps_to_start: int = 1
-    leaves_out_cleanest: bool = False  # leading and linspace spread one more point, as in diffusers' multistep solvers
-    fractional: bool = False  # visits fractional timesteps, if the network accepts them
-    spacing: str | None = None  # default spacing, if the checkpoint's config is for a different kind of sampler
-    noise: Literal["none", "eta", "always"] = (
-        "none"  # always: all steps but the last add noise; eta: only if eta is above 0
-    )
-    looks_back: int = 0  # number of earlier x_0 predictions in the mean of a step that adds noise
-    needs_signal: bool = False  # the first step is undefined at alpha_bar = 0
-    # The last step may end at alpha_bar_0 instead of 1, if the config has set_alpha_to_one false.
+    leaves_out_cleanest: bool = False  # leading and linspace choose steps + 1 timesteps and drop the cleanest
+    fractional: bool = False  # True if the sampler can use fractional timesteps
+    spacing: str | None = None  # default timestep spacing, see NoiseConfig.default_spacing
+    # Whether each step except the last adds fresh noise; "eta" means only if eta is above 0.
+    noise: Literal["none", "eta", "always"] = "none"
+    looks_back: int = 0  # how many earlier predictions of x_0 a noisy step uses
+    needs_signal: bool = False  # True if the sampler cannot start from pure noise (alpha_bar = 0)
+    # True if set_alpha_to_one=False makes the last step end at alpha_bar_0 instead of 1.
     may_end_at_alpha_bar_0: bool = False
 
     @property
     def can_teach(self) -> bool:
-        """True if x_T determines x_0, with one pass per step. Only such samplers teach tables and students."""
+        """True if the sampler can serve as the teacher of a table or a student.
+
+        A teacher must run without fresh noise and take one pass per step.
+        """
         return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
-        """Return the number of forward passes of one row, without guidance. The last step of heun takes one pass."""
+        """Return the number of network passes for one image without guidance.
+
+        The last step always takes one pass.
+        """
         if steps < 2:
             return steps
         return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)
 
     def max_steps(self, num_timesteps: int) -> int:
-        """Return the largest number of steps that takes at most T passes, for T timesteps."""
+        """Return the largest number of steps that needs no more than `num_timesteps` passes."""
         most = (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1
         if most > self.steps_to_start:
             return most
@@ -144,14 +149,14 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         noise="always",
     ),
 }
-TABLE_SAMPLERS = ("tuned", "consistency")  # available for checkpoints with such tables, see sampler_tables.py
+TABLE_SAMPLERS = ("tuned", "consistency")  # only for checkpoints with tables (sampler_tables.py)
 SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # available for every checkpoint
-TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # teachers in tune and distill
+TEACHERS = tuple(name for name in SAMPLERS if SAMPLER_FACTS[name].can_teach)  # for `tminus tune` and `tminus distill`
 
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """Recommended settings for sampling. guidance=1 means no guidance."""
+    """The recommended settings of a checkpoint. Guidance 1 means no guidance."""
 
     sampler: str
     steps: int
@@ -159,7 +164,10 @@ class Recommended:
 
     @classmethod
     def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
-        """Read `recommended` of a tminus.json. Raises ValueError, naming the field, its bound and its value."""
+        """Validate the `recommended` object of tminus.json.
+
+        Raises ValueError with the field, the allowed values and the value found.
+        """
 
         def require(ok: bool, name: str, bound: str, got: object) -> None:
             if not ok:
@@ -175,7 +183,7 @@ class Recommended:
         known = isinstance(sampler, str) and sampler in SAMPLER_FACTS
         require(known, "recommended sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
-        whole = type(steps) is int and 1 <= steps <= most  # True is an int, but no number of steps
+        whole = type(steps) is int and 1 <= steps <= most  # type() excludes bool, a subclass of int
         require(whole, "recommended steps", f"an integer in 1..{most}", steps)
         number = type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
         require(number, "recommended guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
@@ -183,15 +191,15 @@ class Recommended:
         return cls(sampler, steps, float(guidance))
 
     def __str__(self) -> str:
-        """Format the settings for users: `20 steps of dpmpp_2m, guidance 1.5`."""
+        """Return a description for users, such as `20 steps of dpmpp_2m, guidance 1.5`."""
         guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:
-    """Return a sampler's settings for a checkpoint that recommends none: `good_steps` steps, without guidance.
+    """Return a sampler's default settings, for a checkpoint that recommends none.
 
-    num_timesteps: limits the steps.
+    The number of steps is reduced if the noise schedule has fewer timesteps. Guidance is off.
     """
     facts = SAMPLER_FACTS[sampler]
     return Recommended(sampler, min(facts.good_steps, facts.max_steps(num_timesteps)))

@@ -1,10 +1,10 @@
-"""Read and write checkpoint folders, in diffusers' layout. The weights are read in weights.py.
+"""Read and write checkpoint folders in the diffusers layout. The weights are read in weights.py.
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
     vqvae/         the autoencoder of a latent model
-    tminus.json    members that diffusers does not have: class names, the null class, recommended settings, provenance
+    tminus.json    what diffusers does not store: class names, null class, recommended settings, provenance
 
-A flat folder (config.json and weights in the root, as google/ddpm-*) is read too.
+Flat folders such as google/ddpm-*, with config.json and the weights at the top level, can also be read.
 """
 
 import logging
@@ -64,51 +64,57 @@ LAYOUTS = (
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 LATENT_FOLDER = AUTOENCODERS[0]
-# A mel turns spectrograms into sound and does not change images.
+# Allowed parts of a pipeline. mel converts spectrograms to sound and does not affect images.
 OWN_PARTS = frozenset({"unet", "scheduler", "mel", *AUTOENCODERS})
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
     "ScoreSdeVeScheduler": "ScoreSdeVePipeline",
-    "KarrasEDMScheduler": "KarrasEDMPipeline",  # from a pull request, like the scheduler
+    "KarrasEDMScheduler": "KarrasEDMPipeline",  # from a pull request, see scheduler_kinds.py
 }
 DIFFUSERS_VERSION = "0.30.0"  # written to model_index.json; the layout has not changed since
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The classes in tminus.json. null_class is the label that means "no class", for guidance."""
+    """The classes of a checkpoint. null_class is the label for "no class", which guidance needs."""
 
     class_names: tuple[str, ...] = ()
     null_class: int | None = None
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, without the null class."""
+        """The number of classes, not counting the null class."""
         return len(self.class_names)
 
 
 @dataclass(frozen=True, slots=True)
 class TminusJson:
-    """The members of a checkpoint's tminus.json. Each method reads one member. Raises CheckpointError."""
+    """The content of tminus.json.
+
+    Methods that read a field raise CheckpointError if its value is invalid.
+    """
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "TminusJson":
-        """Read a folder's tminus.json. A missing file counts as empty."""
+        """Read tminus.json from a folder. A missing file counts as empty."""
         file = folder / TMINUS_FILE
         return cls(file, read_json(file)) if file.is_file() else cls(file)
 
     def require(self, ok: bool, name: str, bound: str) -> None:
-        """Raise CheckpointError if `ok` is false. The error names the file, the member, its bound and its value."""
+        """Raise CheckpointError unless `ok`. The message states the file, field, bound and value."""
         if not ok:
             raise CheckpointError(f"{self.file}: {name} must be {bound}, got {self.values.get(name)!r:.500}")
 
     def labels(self, unet: NetConfig) -> Labels:
-        """Return the classes. Classes without names get their numbers. The null class is last, see `null_last`."""
+        """Return the classes. If they have no names, their numbers serve as names.
+
+        The null class gets the last label; `null_last` reorders the embeddings to match.
+        """
         embeds = unet.num_class_embeds
         if embeds is None:
             return Labels()
@@ -122,14 +128,17 @@ class TminusJson:
         return Labels(tuple(map(str, names)), embeds - 1 if null is not None else None)
 
     def null_last(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights with the null class's embedding last. The other classes keep their order."""
+        """Move the null class's embedding to the end. The other classes keep their order."""
         null, table = self.values.get("null_class"), state.get(CLASS_TABLE)
         if null is None or table is None:
             return dict(state)
         return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
     def approved(self, weights_hash: str) -> dict[tuple[str, str], float | None]:
-        """Return the approved (executor, precision) pairs of these weights, each with its measured relative error."""
+        """Return the approved (executor, precision) pairs for these weights.
+
+        Each pair maps to its relative error, or to None if the error is unknown.
+        """
         checks = self.values.get("approved", [])
         listed = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
         self.require(listed, "approved", "a list of checks")
@@ -149,7 +158,7 @@ class TminusJson:
             raise CheckpointError(f"{self.file}: {error}") from error
 
     def student(self) -> Mapping[str, Any] | None:
-        """Return facts about a student; None for other networks."""
+        """Return the facts about a student, or None if the network is not a student."""
         student = self.values.get("student")
         self.require(student is None or isinstance(student, dict), "student", "an object")
         return student
@@ -157,27 +166,27 @@ class TminusJson:
     def folded_guidance(self) -> float:
         """Return the guidance that `train` or `distill` folded into the weights; 1 if none.
 
-        Students of earlier versions have it only as `student.guidance`.
+        Students made by earlier versions store it only in student.guidance.
         """
         folded = self.values.get("folded_guidance", (self.student() or {}).get("guidance", 1.0))
         self.require(is_number(folded) and folded >= 0, "folded_guidance", "a number, 0 or more")
         return float(folded)
 
     def trained_on(self) -> str | None:
-        """Return the name of the training images; None if the file does not name them."""
+        """Return the name of the training data, or None if it is unknown."""
         provenance = self.values.get("provenance", {})
         self.require(isinstance(provenance, dict), "provenance", "an object")
         return str(provenance["data"]) if provenance.get("data") else None
 
     def alpha(self, channels: int) -> bool:
-        """Return True if the last of four channels is alpha. This is the default for four channels."""
+        """Return True if the last of four channels is alpha, which is the default for four channels."""
         alpha = self.values.get("alpha", channels == RGBA)
         bound = "true or false" if channels == RGBA else f"false: images have {channels} channels, and RGBA four"
         self.require(isinstance(alpha, bool) and alpha <= (channels == RGBA), "alpha", bound)
         return bool(alpha)
 
     def side_px(self) -> int:
-        """Return the side of the images in pixels, for a config.json without sample_size."""
+        """Return size_px, the network's input size, which replaces a missing sample_size in config.json."""
         size: Any = self.values.get("size_px")
         if not is_count(size):
             folder = self.file.parent
@@ -186,7 +195,10 @@ class TminusJson:
 
 
 def check_layout(folder: Path) -> str | None:
-    """Check the files of a checkpoint, and return the scheduler's class in model_index.json. Raises CheckpointError."""
+    """Check that a folder looks like a checkpoint, and return the scheduler class of model_index.json.
+
+    Returns None if there is no such entry. Raises CheckpointError with an explanation if the folder cannot be loaded.
+    """
     if folder.is_file():
         other = "; tminus convert makes one of a file of some other projects"
         raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
@@ -221,10 +233,10 @@ def check_layout(folder: Path) -> str | None:
 
 
 def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json; a missing file counts as empty.
+    """Return the content of model_index.json, or an empty dict if the file is missing.
 
-    Raises CheckpointError for an unsupported pipeline. A pipeline of an unknown class is supported if its parts are a
-    U-Net and a scheduler.
+    Raises CheckpointError if the pipeline is not supported. A pipeline of an unknown class is supported if it consists
+    of a U-Net and a scheduler.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     pipeline = index.get("_class_name", PIPELINES[0])
@@ -246,13 +258,12 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return the class of each part of a pipeline, keyed by the part's name, without null parts."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: str(entry[1]) for name, entry in entries.items() if entry[1] is not None}
 
 
 def _why_not(index: Mapping[str, Any]) -> str:
-    """Return the reason why a pipeline cannot be served, or an empty string."""
+    """Return why a pipeline is not supported, or an empty string if it is."""
     parts = _parts(index)
     if any(name.startswith(("text_encoder", "tokenizer", "prior")) for name in parts):
         return "it makes images of text, and a class is all that is taken here"
@@ -266,14 +277,14 @@ def _why_not(index: Mapping[str, Any]) -> str:
 
 
 def find_scheduler(folder: Path) -> Path:
-    """Return the path of a folder's scheduler_config.json, which may be missing."""
+    """Return the path of the folder's scheduler_config.json. The file may not exist."""
     nested = folder / "scheduler" / "scheduler_config.json"
     return nested if nested.is_file() else folder / "scheduler_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded model: the network in float32 on the CPU in eval mode, and everything else that sampling needs."""
+    """A loaded checkpoint. The network is in float32, on the CPU, in eval mode."""
 
     net: Denoiser
     noise: NoiseConfig
@@ -283,50 +294,51 @@ class Checkpoint:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     approved: Mapping[tuple[str, str], float | None] = field(default_factory=dict)
-    """The approved pairs (executor, precision) of these weights, each with its relative error, if known."""
+    """The approved (executor, precision) pairs. Each maps to its relative error, or to None if that is unknown."""
     recommended: Recommended | None = None
-    """The settings that its tminus.json recommends, if any; see `settings`."""
+    """The recommended settings in tminus.json, if any. See `settings`."""
     tables: tuple[Table, ...] = ()
     refused_tables: tuple[str, ...] = ()
-    """A line for each file of samplers/ that is not used: its name and the reason."""
+    """A message for each table file that cannot be used, with the file name and the reason."""
     student: Mapping[str, Any] | None = None
-    """Facts about a student; None for other networks. A student is sampled only by its own tables."""
+    """Facts about a student, or None if the network is not one. A student can use only its own tables."""
     autoencoder: Autoencoder | None = None
-    """The autoencoder of a latent model."""
+    """None unless the model works on latents."""
     folded_guidance: float = 1.0
-    """The guidance folded into the weights. A request's guidance multiplies it; a student takes no guidance."""
+    """The guidance folded into the weights. A request's guidance is multiplied by it. Students accept no guidance."""
     alpha: bool = False
-    """Whether the fourth and last channel of an image is alpha."""
+    """True if the last of four channels is alpha."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of an image."""
+        """The shape [C, H, W] of an image."""
         net, autoencoder = self.net.config, self.autoencoder
         return (net.in_channels if autoencoder is None else autoencoder.config.in_channels, *self.size_px)
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the network's input: an image, or its latents."""
+        """The shape [C, H, W] of the network's input, which is an image or the latents of one."""
         factor = self.autoencoder.config.factor if self.autoencoder is not None else 1
         height, width = self.size_px
         return self.net.config.in_channels, height // factor, width // factor
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The available samplers, including samplers with tables. A student has only samplers with tables."""
+        """The available samplers. A student can use only those of its tables."""
         own = tuple(dict.fromkeys(table.sampler for table in self.tables))
         return own if self.student is not None else SAMPLERS + own
 
     @property
     def default_sampler(self) -> str:
-        """The sampler in scheduler_config.json; for a student, the sampler of its tables."""
+        """The sampler of scheduler_config.json; for a student, the sampler of its tables."""
         return self.noise.default_sampler if self.student is None else self.samplers[0]
 
     @property
     def settings(self) -> Recommended:
-        """The default sampler, steps and guidance: recommended by tminus.json, or otherwise the usual settings.
+        """The default sampler, steps and guidance: the recommended ones if there are any.
 
-        A student's usual settings come from the table with the nearest number of steps.
+        Otherwise a student uses the table whose number of steps is nearest to the sampler's default, and other networks
+        use `usual_settings`.
         """
         if self.recommended is not None:
             return self.recommended
@@ -351,7 +363,10 @@ class Checkpoint:
         spacing: str | None = None,
         start: int = 0,
     ) -> Plan:
-        """Compile a plan for any sampler, see `compile_plan`. Raises ValueError, including for a missing table."""
+        """Compile a sampler; see `compile_plan` for the arguments.
+
+        Also raises ValueError if a table is needed and none matches the settings.
+        """
         schedule = self.noise.schedule()
         if sampler not in TABLE_SAMPLERS:
             return compile_plan(
@@ -378,7 +393,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The bytes that a checkpoint takes in memory, in float32, estimated from its configuration."""
+    """The estimated memory use of a checkpoint in float32, derived from its configuration."""
 
     num_parameters: int
     row_px: tuple[int, int]
@@ -386,28 +401,27 @@ class Needs:
     size_px: tuple[int, int]
     """(height, width) of the images."""
     pass_bytes: int
-    """One row in a forward pass."""
+    """The memory of a forward pass of one image."""
     coding_bytes: int = 0
-    """One image in the autoencoder of a latent model."""
+    """The memory for encoding or decoding one image; 0 without an autoencoder."""
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights, in memory once."""
         return 4 * self.num_parameters
 
     @property
     def loading_bytes(self) -> int:
-        """Estimated peak of bytes during loading, when the weights are in memory twice."""
+        """The estimated peak while loading, when memory holds the weights twice."""
         return 2 * self.weights_bytes + max(self.pass_bytes, self.coding_bytes)
 
     @property
     def serving_bytes(self) -> int:
-        """Estimated bytes during serving, when the weights are in memory once."""
+        """The estimated memory use while serving."""
         return self.weights_bytes + self.pass_bytes + self.coding_bytes
 
 
 def needs_of(folder: Path) -> Needs:
-    """Estimate the memory of a checkpoint folder before its weights are read. Raises CheckpointError."""
+    """Estimate a checkpoint's memory use without reading its weights. Raises CheckpointError."""
     try:
         unet, _, _, autoencoder = _read_configs(folder)
         with torch.device("meta"):
@@ -428,7 +442,10 @@ def needs_of(folder: Path) -> Needs:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint folder. Raises CheckpointError, with a message of one line, if it cannot be served."""
+    """Load a checkpoint folder.
+
+    Raises CheckpointError with a one-line message if the checkpoint is invalid or not supported.
+    """
     try:
         return _load(folder)
     except OSError as error:
@@ -436,25 +453,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, AutoencoderConfig | None]:
-    """Read all configuration files of a checkpoint, but no weights."""
     scheduler_class = check_layout(folder)
     autoencoder_folder = find_autoencoder(folder)
     tminus_json = TminusJson.read(folder)
     try:
         unet = read_net_config(read_json(unet_folder_of(folder) / "config.json"))
         scheduler = read_json(find_scheduler(folder))
-        if autoencoder_folder is not None:  # latents have no bounds: they are clipped only if the config says so
+        if autoencoder_folder is not None:  # latents are unbounded, so do not clip by default
             scheduler.setdefault("clip_sample", False)
         noise = NoiseConfig.from_dict(scheduler, scheduler_class)
         if isinstance(unet, UNetConfig) and unet.sample_size is None:
             unet = replace(unet, sample_size=tminus_json.side_px())
         if noise.family == "ve":
-            # Only a UNet2DModel of pixels is known to make images in [0, 1].
+            # VE models generate images in [0, 1]. Only UNet2DModel supports that range, and only without an
+            # autoencoder.
             if not isinstance(unet, UNetConfig) or autoencoder_folder is not None:
                 raise ValueError("scheduler config: ScoreSdeVeScheduler is served with a UNet2DModel of pixels alone")
             noise = replace(noise, divides_by_time=unet.time_embedding_type == "fourier")
         elif isinstance(unet, UNetConfig) and unet.time_embedding_type == "fourier":
-            # Diffusers would divide such a network's output by the time.
+            # With a Fourier embedding, diffusers divides the network's output by the time. This is only supported for
+            # VE models.
             wanted = "positional or learned without a ScoreSdeVeScheduler"
             raise ValueError(f"unet config: time_embedding_type must be {wanted}, got 'fourier'")
         autoencoder = None
@@ -466,7 +484,7 @@ def _read_configs(folder: Path) -> tuple[NetConfig, NoiseConfig, TminusJson, Aut
 
 
 def unet_folder_of(folder: Path) -> Path:
-    """Return the folder of a checkpoint's network: unet/, or the folder itself."""
+    """Return the folder that holds the network: unet/ if it exists, otherwise the checkpoint folder."""
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -536,8 +554,11 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
-    """Raise CheckpointError for unsupported channels. latent: the channels of an autoencoder's latents."""
-    learned = noise.variance_type == "learned_range"  # the second half of the output channels is v, see samplers.py
+    """Raise CheckpointError if the network has an unsupported number of channels.
+
+    latent: the number of latent channels, or None without an autoencoder.
+    """
+    learned = noise.variance_type == "learned_range"  # half of the output channels are v, see samplers.py
     possible = range(1, MAX_CHANNELS + 1) if latent is None else (latent,)
     if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
@@ -548,11 +569,11 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: in
 
 
 def fitting_network(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> Denoiser:
-    """Build the network for these weights on the meta device, without values.
+    """Build the network on the meta device, and check that these weights fit it.
 
-    Raises CheckpointError if the weights are for a different network. The error names the first parameter that differs.
+    Raises CheckpointError with the first parameter that does not fit.
     """
-    # The meta device allocates nothing, so a config of a huge network is refused before it costs memory.
+    # The meta device allocates no memory, so even the config of a huge network is harmless.
     try:
         with torch.device("meta"):
             net = build(unet)
@@ -579,11 +600,13 @@ def save_checkpoint(
     folded_guidance: float | None = None,
     alpha: bool | None = None,
 ) -> None:
-    """Write a checkpoint folder for tminus, which diffusers reads too if it has the network. Each write is atomic.
+    """Write a checkpoint folder. Each file is written atomically.
 
-    alpha: the last of four channels is alpha; None writes no such member.
+    Diffusers can load the folder if it supports the network class.
 
-    Raises CheckpointError if the folder holds an autoencoder but this model has none.
+    alpha: True if the last of four channels is alpha; None omits the field from tminus.json.
+
+    Raises CheckpointError if the folder contains an autoencoder but this model does not use one.
     """
     check_place(folder, autoencoder)
     scheduler_class = noise.to_dict()["_class_name"]
@@ -595,8 +618,8 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        # Write the autoencoder at each save, although training does not change it. The folder may hold a different
-        # autoencoder from an earlier run, and a comparison of the two takes longer.
+        # Training does not change the autoencoder, but the folder may hold another one from an earlier run. Writing it
+        # again is faster than comparing the two.
         save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta: dict[str, Any] = {
         "name": folder.resolve().name,
@@ -622,22 +645,19 @@ def save_checkpoint(
 
 
 def recommend(folder: Path, recommended: Recommended) -> None:
-    """Write the recommended settings to tminus.json. The weights and their hash stay the same."""
+    """Write the recommended settings to tminus.json. The weights and their hash do not change."""
     tminus_json = TminusJson.read(folder)
     write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:
-    """Return the relative error measured at approval, if known."""
+    """Return the relative error measured at approval, or None if it is unknown."""
     error = check.get("relative_error")
     return error if isinstance(error, float) and 0 < error < 1 else None
 
 
 def approve(folder: Path, check: Mapping[str, Any]) -> None:
-    """Add an approval to tminus.json, or replace the approval for the same executor, precision and weights.
-
-    check: executor, precision, weights_hash and measurements.
-    """
+    """Add an approval to tminus.json. It replaces one for the same executor, precision and weights."""
     tminus_json = TminusJson.read(folder)
     same = ("executor", "precision", "weights_hash")
     others = [old for old in tminus_json.values.get("approved", []) if any(old.get(key) != check[key] for key in same)]

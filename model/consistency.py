@@ -1,7 +1,9 @@
-"""Multistep consistency sampling (Song et al. 2023, algorithm 1): the tables of consistency models and of students.
+"""Sampler tables for multistep consistency sampling (Song et al. 2023, algorithm 1).
 
-The x of a consistency model has variance 1 + sigma^2. The x in this project is sqrt(alpha_bar) times that x, with
-alpha_bar = 1 / (1 + sigma^2). A student of `tminus distill` is an ordinary network. Its trajectories end at sigma 0.
+The tables are used for consistency models and for students of `tminus distill`.
+
+The x of a consistency model has variance 1 + sigma^2. Our x is the same times sqrt(alpha_bar), where alpha_bar = 1 / (1
++ sigma^2). A student's trajectories end at sigma 0, those of a consistency model at sigma_min.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,10 @@ MAX_STEPS = 8
 
 
 def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Mapping[str, Any] | None = None) -> Table:
-    """Make the table of decreasing timesteps: x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z).
+    """Return the table for decreasing timesteps.
 
-    The last step gives x0. The table's guidance is 1, because a student's guidance is folded into its weights.
+    Each step computes x' = sqrt(alpha_bar') (x0 + sqrt(sigma'^2 - sigma_min^2) z), and the last step returns x0. The
+    table's guidance is 1, because a student's guidance is folded into its weights.
     """
     reached = noise.schedule().alpha_bar_at(timesteps)[1:]
     sigma_min = noise.sigma_min if noise.is_consistency else 0.0
@@ -29,7 +32,7 @@ def consistency_table(noise: NoiseConfig, timesteps: Sequence[float], about: Map
 
 
 def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
-    """Make the tables of a consistency model for 1, 2, ... steps, at diffusers' timesteps."""
+    """Return a consistency model's tables for 1 to MAX_STEPS steps, with diffusers' timesteps."""
     T = noise.num_train_timesteps
     counts = range(1, min(MAX_STEPS, T) + 1)
     return tuple(consistency_table(noise, [float(T - 1 - k * (T // n)) for k in range(n)]) for n in counts)

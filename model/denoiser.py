@@ -1,4 +1,4 @@
-"""The interface of all networks: the config, and f(x_t, t, class)."""
+"""NetConfig and Denoiser, the interface that all networks share."""
 
 import dataclasses
 from abc import abstractmethod
@@ -13,45 +13,45 @@ from tminus.model.config import Checked, Count, OptionalCount, given_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetConfig(Checked):
-    """The content of a network's config.json: image size, channels and classes."""
+    """Base class for the network configurations stored in config.json."""
 
     CLASS_NAME: ClassVar[str] = ""
 
     sample_size: int | tuple[int, int] | None = None
-    """The side of the input, or (height, width); None if the config does not say."""
+    """The side of a square input, or (height, width). None if config.json has no sample_size."""
     in_channels: Count = 3
     out_channels: Count = 3
-    """The output's channels; twice the input's if the variance is learned."""
+    """Twice in_channels if the network predicts its variance."""
     num_class_embeds: OptionalCount = None
-    """The number of classes with the null class, which is the last; None for a network without classes."""
+    """The number of classes, of which the null class is the last. None if the network takes no classes."""
 
     @property
     def class_name(self) -> str:
-        """`_class_name` of config.json."""
+        """The `_class_name` in config.json."""
         return self.CLASS_NAME
 
     @property
     def size_px(self) -> tuple[int, int] | None:
-        """(height, width), or None if the config does not say."""
+        """The (height, width) of the input, or None if config.json has no sample_size."""
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
     @property
     @abstractmethod
     def size_multiple(self) -> int:
-        """Height and width must be multiples of this."""
+        """Height and width must be multiples of this number."""
 
     @property
     @abstractmethod
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the highest resolution to the lowest."""
+        """The number of channels at each level, from the highest resolution to the lowest."""
 
     @abstractmethod
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of one row in a forward pass, in float32."""
+        """Estimate the memory of a forward pass of one image in float32, in bytes."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Read a config.json. Raises ValueError for an unknown or a missing field."""
+        """Read a config.json. Raises ValueError for an unknown, missing or invalid field."""
         values = given_fields(config)
         if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
             name = min(unknown)
@@ -63,9 +63,12 @@ class NetConfig(Checked):
 
 
 class Denoiser(nn.Module):
-    """The network f: x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W].
+    """Base class for networks.
 
-    One vector embeds timestep and class: a forward pass is `denoise(x, embed(t, class))`.
+    x [B, C, H, W], t [B], class_labels [B] or None -> [B, out_channels, H, W].
+
+    The timestep and the class enter the network as one embedding, so a forward pass is `denoise(x, embed(t,
+    class_labels))`.
     """
 
     config: NetConfig
@@ -76,7 +79,10 @@ class Denoiser(nn.Module):
         return self.denoise(x, self.embed(t, class_labels))
 
     def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timestep and class, and apply the blocks' activation: t [B], class_labels [B] -> [B, temb]."""
+        """Return the joint embedding of timestep and class, with the activation already applied.
+
+        t [B], class_labels [B] -> [B, temb].
+        """
         temb = self.time_embedder()(t)
         if (self.class_embedding is None) != (class_labels is None):
             verb = "needs" if self.class_embedding is not None else "takes no"
@@ -92,16 +98,22 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """Return the function that embeds timesteps, before class and activation: t [B] -> [B, temb].
+        """Return a function that embeds timesteps, t [B] -> [B, temb].
 
-        The function does not need the rest of the network.
+        The function does not add the class or apply the activation. It holds no reference to the rest of the network.
         """
 
     @abstractmethod
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """Run the network after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
+        """Run the network for given embeddings.
+
+        x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W].
+        """
 
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
-        """Modules whose outputs serve as image features. If an output is a tuple, the feature is its first member."""
+        """The modules whose outputs serve as image features.
+
+        If a module returns a tuple, the first item is used.
+        """

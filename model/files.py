@@ -1,4 +1,7 @@
-"""Reads JSON files of bounded size, and writes files atomically. Any file of a checkpoint may be damaged."""
+"""Read size-limited JSON files and write files atomically.
+
+Any file in a checkpoint folder may be damaged.
+"""
 
 import json
 import os
@@ -6,16 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of the weights file
-AUTOENCODERS = ("vqvae", "vae")  # the autoencoder's folder in LDMPipeline, and in other pipelines
-MAX_MESSAGE = 1000  # characters
+WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' file name for weights, without suffix
+AUTOENCODERS = ("vqvae", "vae")  # folder names: vqvae in LDMPipeline, vae in other pipelines
+MAX_MESSAGE = 1000  # in characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """Raised if a checkpoint folder cannot be served. The message names the file and the fault.
+    """A checkpoint folder is invalid or not supported. The message names the file and the problem.
 
-    Messages are cut to MAX_MESSAGE, because a quoted file may be megabytes long.
+    Long messages are truncated, because they may quote a file of several megabytes.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,13 +43,16 @@ def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to 200 characters."""
+    """Return the first line of an error message, cut to 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file, sync and rename it. Readers see the old or the new file, even after a crash."""
-    temporary = file.with_name(f".{file.name}.part")  # the name never changes, so a file left by a kill is overwritten
+    """Write a file by writing to a temporary file, syncing it and renaming it.
+
+    Readers see either the old content or the new content, even after a crash.
+    """
+    temporary = file.with_name(f".{file.name}.part")  # fixed name: the next write replaces a leftover file
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -57,15 +63,15 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    """Write bytes atomically."""
+    """Write bytes to a file atomically."""
     write_atomically(file, lambda path: path.write_bytes(data))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text atomically."""
+    """Write text to a file atomically, encoded as UTF-8."""
     write_bytes(file, text.encode("utf-8", errors="replace"))
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically."""
+    """Write a JSON object to a file atomically."""
     write_text(file, json.dumps(value, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Checkpoints of the Hugging Face hub, with ids `owner/name` or `owner/name@revision`.
+"""Download checkpoints from the Hugging Face Hub by id: `owner/name` or `owner/name@revision`.
 
-huggingface_hub, an optional dependency, downloads checkpoints into its cache. This module chooses the files of a
-checkpoint and checks that no file is missing. If the hub is unreachable, it uses the newest cached commit.
+huggingface_hub, an optional dependency, downloads files into its own cache. This module selects the files, checks that
+the checkpoint is complete, and falls back to the cached commit if the Hub is unreachable.
 """
 
 import errno
@@ -16,15 +16,16 @@ from tminus.model.files import AUTOENCODERS, WEIGHTS_NAME, CheckpointError, firs
 
 log = logging.getLogger(__name__)
 
-PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"  # huggingface_hub's pattern of one part of an id
+PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"  # the owner or the name, with the characters that huggingface_hub allows
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@([A-Za-z0-9_][A-Za-z0-9._/-]{{0,199}}))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PARTS = ("", "unet/", *(f"{part}/" for part in AUTOENCODERS))  # folders with weights and a config.json
+PARTS = ("", "unet/", *(f"{part}/" for part in AUTOENCODERS))  # folders that hold a config.json and weights
 JSON_FILES = (
     *("model_index.json", "tminus.json", "scheduler_config.json", "scheduler/scheduler_config.json", "samplers/*.json"),
     *(f"{part}{name}" for part in PARTS for name in ("config.json", f"{WEIGHTS_NAME}*.index*.json")),
 )
-# Patterns of weights files, tried in order until no part is missing: plain weights, variants such as .fp16, then .bin.
+# Weight files to download. Each set is tried in turn until the checkpoint is complete: plain weights, then variants
+# such as .fp16, then .bin.
 WEIGHTS = (
     (f"{WEIGHTS_NAME}.safetensors", f"{WEIGHTS_NAME}-*-of-*.safetensors"),
     (f"{WEIGHTS_NAME}*.safetensors",),
@@ -34,25 +35,25 @@ WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """The id of a checkpoint on the hub."""
+    """The id of a checkpoint on the Hub."""
 
     repository: str  # owner/name
-    revision: str | None  # a branch, a tag or a commit; None for the newest
+    revision: str | None  # a branch, tag or commit; None means the default branch
 
     @classmethod
     def parse(cls, text: str) -> "HubId | None":
-        """Parse an id. Return None if the text is not an id."""
+        """Parse an id. Returns None if the text is not an id."""
         found = HUB_ID.fullmatch(text)
         return cls(found[1], found[2]) if found is not None and ".." not in text and "--" not in text else None
 
     @property
     def name(self) -> str:
-        """The default name of the model."""
+        """The default model name."""
         return self.repository.partition("/")[2]
 
     @property
     def commit(self) -> str | None:
-        """The commit hash, if the revision is a commit. A commit's files never change."""
+        """The revision if it is a full commit hash, otherwise None. The files of a commit never change."""
         return self.revision if self.revision is not None and COMMIT.fullmatch(self.revision) else None
 
     def __str__(self) -> str:
@@ -60,20 +61,26 @@ class HubId:
 
 
 def path_or_id(name: str | Path) -> Path | HubId:
-    """Parse the name of a checkpoint. The name is a path if the path or its parent exists, or if it is not an id."""
+    """Return `name` as a Hub id if it looks like one, otherwise as a path.
+
+    A name whose path or parent folder exists is always a path.
+    """
     path = Path(name)
     hub_id = HubId.parse(str(name))
     return path if hub_id is None or path.exists() or path.parent.exists() else hub_id
 
 
 def checkpoint_folder(name: str | Path | HubId) -> Path:
-    """Return the folder of a checkpoint path or hub id. Downloads missing files. Raises CheckpointError."""
+    """Return the local folder of a path or Hub id, downloading missing files.
+
+    Raises CheckpointError if the checkpoint cannot be downloaded.
+    """
     found = name if isinstance(name, HubId) else path_or_id(name)
     return _fetched(found) if isinstance(found, HubId) else found
 
 
 def hub_name(folder: Path) -> str | None:
-    """Return the model's name for a folder of the hub's cache; None for other folders."""
+    """Return the model name of a folder in the Hub's cache, or None for any other folder."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -81,16 +88,13 @@ def hub_name(folder: Path) -> str | None:
 
 
 def _fetched(hub_id: HubId) -> Path:
-    """Download missing files, and return the folder in the cache.
-
-    Only JSON files and weights are downloaded, no code.
-    """
+    """Download the JSON files and the weights unless they are cached. Returns the folder in the cache."""
     hub = _client(hub_id)
     if hub_id.commit is not None and (folder := _cached(hub_id)) is not None:
         log.info("%s is in the cache: %s", hub_id, folder)
         return folder
     try:
-        # Ask the hub first: snapshot_download waits forever for a hub that does not answer.
+        # snapshot_download waits forever if the Hub does not answer, so make a request with a timeout first.
         hub.HfApi().model_info(hub_id.repository, revision=hub_id.revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
         for weights in WEIGHTS:
             patterns = [*JSON_FILES, *(f"{part}{name}" for part in PARTS for name in weights)]
@@ -110,7 +114,7 @@ def _fetched(hub_id: HubId) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """Return the cached folder of a revision, without contacting the hub; None if a part is missing."""
+    """Return the cached folder of a revision, or None if it is missing or incomplete. Stays offline."""
     hub = _client(hub_id)
     try:
         folder = hub.snapshot_download(
@@ -122,9 +126,10 @@ def _cached(hub_id: HubId) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return True if a cached folder has all parts of a checkpoint. A download may have stopped halfway.
+    """Return True if a cached folder has all files of a checkpoint.
 
-    Each present file is complete: huggingface_hub moves a file into place after the last byte.
+    Files may be missing after an interrupted download. Those that exist are complete, because huggingface_hub moves a
+    file to its final path only when the download has finished.
     """
     try:
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
@@ -143,7 +148,6 @@ def _part_is_whole(folder: Path) -> bool:
 
 
 def _client(hub_id: HubId) -> Any:
-    """Import huggingface_hub. Raises CheckpointError if it is not installed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("httpx", "httpx2"):  # these libraries log every request
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -159,14 +163,10 @@ def _client(hub_id: HubId) -> Any:
 
 
 def _why_unreachable(hub_id: HubId, error: Exception) -> str:
-    """Return the reason why the hub is unreachable.
-
-    Raises CheckpointError if the hub refused the request, or if the cache cannot be written. huggingface_hub raises its
-    own errors and the errors of its HTTP client.
-    """
+    """Describe why the Hub is unreachable. Raises CheckpointError if the Hub refused the request."""
     errors = _client(hub_id).errors
     while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the error of the request
+        error = error.__cause__  # the failed request
     endpoint = _client(hub_id).constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     refusal = None

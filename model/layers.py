@@ -1,4 +1,7 @@
-"""Layers of a denoising U-Net. Modules have diffusers' names, so diffusers' state dicts load unchanged."""
+"""The layers of a denoising U-Net.
+
+Modules have the names used in diffusers, so diffusers' state dicts load without conversion.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Embed timesteps t [B] as [B, dim] sines and cosines (Vaswani et al. 2017, sec. 3.5), in float32."""
+    """Embed timesteps t [B] as sines and cosines [B, dim] in float32 (Vaswani et al. 2017, sec. 3.5)."""
     half = dim // 2
     exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.to(torch.float32)[:, None] * exponent.exp()[None, :]
@@ -27,15 +30,15 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shi
 
 
 class FourierFeatures(nn.Module):
-    """Embed noise levels t [B] as [B, 2 count] sines and cosines of log t, at frequencies drawn once in training.
+    """Embed noise levels t [B] as sines and cosines of log t: [B, 2 count].
 
-    Source: Song et al. 2021, appendix C. The result is finite for every t: a t of 0 or less counts as the smallest
-    positive number.
+    See Song et al. 2021, appendix C. The frequencies are random numbers that are not trained. Values of t below the
+    smallest positive normal number are raised to it, so the result is always finite.
     """
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        # Loaded from a checkpoint, never trained here.
+        # A checkpoint supplies the values. They are not trained.
         self.weight = nn.Parameter(torch.zeros(count), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ class FourierFeatures(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP that maps a timestep's embedding [B, dim] to temb [B, temb_dim]."""
+    """A two-layer MLP that maps timestep embeddings [B, dim] to temb [B, temb_dim]."""
 
     def __init__(self, dim: int, temb_dim: int) -> None:
         super().__init__()
@@ -63,21 +66,22 @@ def nearest_up(x: Tensor) -> Tensor:
 
 
 def average_down(x: Tensor) -> Tensor:
-    """Halve H and W by averaging blocks of 2x2 pixels."""
+    """Halve H and W by averaging each 2x2 block of pixels."""
     return F.avg_pool2d(x, 2)
 
 
 class FirResample(nn.Module):
-    """Double or halve H and W with the filter (1, 3, 3, 1) in both directions (Karras et al. 2019).
+    """Double or halve H and W with the separable filter (1, 3, 3, 1) (Karras et al. 2019).
 
-    x is padded with zeros. On a CPU the depthwise convolution is several times as fast as sums of slices or three
-    averages of neighbours.
+    The border is padded with zeros. On a CPU, this depthwise convolution is several times faster than adding slices or
+    averaging neighbours three times.
     """
 
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        # Create the filter on the CPU even for a network on the meta device: no checkpoint file contains the filter.
+        # Checkpoints do not contain the filter, so create it on the CPU even if the network is built on the meta
+        # device.
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu") / (4 if up else 8)
         kernel = taps.outer(taps).expand(channels, 1, 4, 4).contiguous()
         self.register_buffer("kernel", kernel, persistent=False)
@@ -91,11 +95,13 @@ class FirResample(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
 
-    x [B, in, H, W], act_temb [B, temb] (after the activation) -> [B, out, H', W'].
+    x [B, in, H, W], act_temb [B, temb] (activation already applied) -> [B, out, H', W'].
 
-    resample: doubles or halves H and W. groups_out: groups of the second norm; None means `groups`. always_project: put
-    a convolution on the residual connection even if the channels stay the same. scale_shift=True: the timestep scales
-    and shifts the second norm (Dhariwal & Nichol 2021, AdaGN). temb_dim=None: no timestep, as in autoencoders.
+    temb_dim: None for a block without a timestep, as in autoencoders.
+    groups_out: the number of groups of the second norm; None means `groups`.
+    scale_shift: let the timestep scale and shift the second norm's output (AdaGN, Dhariwal & Nichol 2021).
+    resample: a function that doubles or halves H and W.
+    always_project: put a convolution on the residual connection even if the number of channels stays the same.
     """
 
     def __init__(
@@ -154,7 +160,9 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
 
-    groups=None omits the group norm, as in the mid block of a scale_shift network. There are C // head_dim heads.
+    The number of heads is C // head_dim.
+
+    groups: the number of groups of the group norm. None omits the norm, as in the mid block of a scale_shift network.
     """
 
     def __init__(
@@ -182,7 +190,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a stride-2 convolution. padding=0 pads only right and bottom, as the net of Ho et al. does."""
+    """Halve H and W with a stride-2 convolution.
+
+    padding=0 pads only on the right and at the bottom, as in Ho et al. 2020.
+    """
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -195,7 +206,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a convolution."""
+    """Double H and W with nearest-neighbour interpolation, followed by a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training objective L_simple, and the variational bound from which L_simple is derived."""
+"""The training objective L_simple and the variational bound."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,24 @@ from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.parametrization import as_ours, parametrize
 from tminus.model.rng import philox, row_noise, split_seed
 
-HALF_BIN = 1 / 255  # neighbouring pixel values differ by 2/255 on [-1, 1]
-EDGE = 0.999  # pixels beyond EDGE are 0 or 255, and their bins are unbounded
+HALF_BIN = 1 / 255  # half the spacing of pixel values in [-1, 1]
+EDGE = 0.999  # larger magnitudes are pixel values 0 and 255, whose bins are unbounded
 MIN_PROBABILITY = 1e-12
 MAX_WEIGHT = 200.0
-LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # mean and deviation of ln(sigma / alpha) for timesteps drawn by noise level
-_PICK = 1  # philox's last counter word for drawing timesteps; row_noise uses 0, so the two never coincide
+LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # of ln(sigma / alpha), see lognormal_timesteps
+_PICK = 1  # last counter word for drawing timesteps; row_noise uses 0, so random numbers are never shared
 
 
 def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Return the target: eps (Ho et al. 2020), x_0, v (Salimans & Ho 2022, sec. 4), or out in x_0 = p x_t + q out.
+    """Return the value that the network's output should have.
 
-    The last case gives eps - x_0 for flow matching (Lipman et al. 2023), and the target of Karras et al. 2022, eq. 8,
-    for EDM. Raises ValueError for a consistency model, which has no such target.
+    epsilon: eps (Ho et al. 2020).
+    sample: x_0.
+    v_prediction: v (Salimans & Ho 2022, sec. 4).
+    Other types: the solution `out` of x_0 = p x_t + q out. For flow matching this is eps - x_0 (Lipman et al. 2023),
+    and for EDM the target in eq. 8 of Karras et al. 2022.
+
+    Raises ValueError for a consistency model, which has no such target.
     """
     if noise.is_consistency:
         raise ValueError("prediction_type must not be consistency: its target is a trajectory's end")
@@ -42,9 +47,11 @@ def training_target(noise: NoiseConfig, schedule: NoiseSchedule, x_0: Tensor, t:
 
 
 def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return L_simple, the squared error of the prediction [B, C, H, W] (Ho et al. 2020, eq. 14), in float32.
+    """Return L_simple, the mean squared error of the output (Ho et al. 2020, eq. 14).
 
-    weights [B]: the weight of each row; None means equal weights.
+    out and target are [B, C, H, W]. The error is computed in float32.
+
+    weights [B]: a weight for each image; None weights all images equally.
     """
     if weights is None:
         return F.mse_loss(out.to(torch.float32), target)
@@ -52,35 +59,39 @@ def l_simple(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tens
 
 
 def velocity_weights(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
-    """Return weights that turn an error of the prediction into an error of v: float64 [T], at most MAX_WEIGHT.
+    """Return loss weights that turn the squared error of the output into that of v.
 
-    Source: Salimans & Ho 2022, sec. 4, SNR + 1 weighting. An error of eps is 1 / alpha_bar times as large in v.
-    Brightness and shape are decided near t = T, where L_simple changes little.
+    The result is float64 [T], at most MAX_WEIGHT. This is the SNR + 1 weighting of Salimans & Ho 2022, sec. 4: a
+    squared error in eps is 1 / alpha_bar times as large in v. Timesteps near T decide the brightness and the shapes of
+    an image, but hardly affect an unweighted L_simple.
     """
     alpha_bar = schedule.alpha_bar
-    # q is the factor from the output to x_0. The factor from v to x_0 is sqrt(1 - alpha_bar).
+    # An error in x_0 is q times the error in the output, and sqrt(1 - alpha_bar) times the error in v.
     q = parametrize(noise, alpha_bar, torch.arange(len(alpha_bar))).q
     return (q**2 / (1 - alpha_bar)).clamp(max=MAX_WEIGHT)
 
 
 def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
-    """Return the probability of each t if ln(sigma / alpha) is N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], sum 1.
+    """Return timestep probabilities for which ln(sigma / alpha) is normally distributed.
 
-    Source: Karras et al. 2022, table 1 and sec. 5, with -1.2 and 1.2 for images of standard deviation 0.5. In half of a
-    linear schedule's timesteps, noise is over three times as large as the image, and gradients are noisiest. A level
-    without signal has probability 0.
+    The result is float64 [T] with sum 1. The mean is LEVEL_MEAN and the standard deviation LEVEL_STD. Karras et al.
+    2022 (table 1 and sec. 5) use -1.2 and 1.2 for images with a standard deviation of 0.5. Timesteps without signal
+    have probability 0.
+
+    With uniform probabilities and a linear schedule, half of the timesteps would have noise more than three times as
+    strong as the image. Gradients are noisiest there.
     """
     level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2
-    edges = (level[1:] + level[:-1]) / 2  # each t covers the levels halfway to its neighbours
+    edges = (level[1:] + level[:-1]) / 2  # midpoints between neighbouring timesteps
     below = torch.special.ndtr((edges - LEVEL_MEAN) / LEVEL_STD)
     return torch.cat([below.new_zeros(1), below, below.new_ones(1)]).diff()
 
 
 def draw_timesteps(share: Tensor, count: int) -> Tensor:
-    """Draw `count` timesteps with the probabilities `share` [T]: int64 [count], on the same device.
+    """Draw `count` timesteps with probabilities `share` [T]. Returns int64 [count].
 
-    One random offset spreads the timesteps evenly over the cumulative probability (Kingma et al. 2021, appendix I.1).
-    Their order is random.
+    The draws are evenly spaced in cumulative probability, with a common random offset (Kingma et al. 2021, appendix
+    I.1). Their order is random.
     """
     device = share.device
     spread = (torch.randperm(count, device=device) + torch.rand((), device=device)).to(share) / count
@@ -89,18 +100,21 @@ def draw_timesteps(share: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class VariationalBound:
-    """-log p(x_0) <= L_T + sum of L_{t-1} + L_0 (Ho et al. 2020, eq. 5): each [B] float64, in bits per dimension."""
+    """The terms of the variational bound in bits per dimension (Ho et al. 2020, eq. 5).
+
+    -log p(x_0) <= L_T + sum of L_{t-1} + L_0. Tensors are float64 [B] unless stated otherwise.
+    """
 
     L_T: Tensor
-    """The distance of x_T from the prior: D_KL(q(x_T|x_0) || N(0, I)). It has no parameters."""
+    """D_KL(q(x_T|x_0) || N(0, I)), the distance of x_T from the prior. It does not depend on the network."""
     L_steps: Tensor
-    """The sum over t > 1 of L_{t-1} = D_KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))."""
+    """The sum of L_{t-1} = D_KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t)) over t > 1."""
     L_0: Tensor
     """-log p(x_0|x_1), the discretised decoder."""
     runs: tuple[tuple[int, int], ...]
-    """The S runs low <= t < high of the terms L_1..L_{T-1}; L_t belongs to the step from t, counted from 0."""
+    """S runs (low, high). A run covers the terms of the steps that start at timesteps low <= t < high."""
     L_drawn: Tensor
-    """The term drawn from each run [S, B]. L_steps sums each run's length times its term."""
+    """The term drawn from each run, [S, B]. L_steps is the sum of these terms, each times the length of its run."""
 
     @property
     def total(self) -> Tensor:
@@ -119,16 +133,18 @@ def variational_bound(
     indices: Sequence[int] | None = None,
     timesteps: int | None = None,
 ) -> VariationalBound:
-    """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], with one sample of x_t for each term.
+    """Estimate the variational bound for x_0 [B, C, H, W] in [-1, 1].
 
-    timesteps=None computes every L_{t-1} in T passes. timesteps=S takes S + 1 passes: the T - 1 terms are divided into
-    S runs. One term is drawn uniformly from each run and multiplied by the run's length, so the mean over seeds is the
-    full sum. Each image draws its own terms. A run's length is roughly proportional to its timestep, because terms
-    decrease about that fast. With 100 runs on the bundled checkpoint, the first 29 terms are all computed.
+    Each term is estimated from one sample of x_t. timesteps=None evaluates all terms in T passes. timesteps=S takes S +
+    1 passes: the T - 1 terms L_{t-1} are divided into S runs, and each image draws one term of each run at random. The
+    drawn term is multiplied by the length of its run, so the expected value is the full sum. The terms fall roughly as
+    1 / t, so the length of a run is roughly proportional to t. With T = 1000 and 100 runs, each of the first 29 runs
+    contains a single term.
 
-    All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The network
-    runs in x_0's dtype, everything else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
-    learned variance.
+    An image's random numbers depend only on the seed, the image's index and t: the noise of x_t is draw t of
+    `row_noise`. The network runs in the dtype of x_0, and everything else in float64.
+
+    Raises ValueError for a network with learned variance, and unless 1 <= timesteps <= T - 1.
     """
     device, last = x_0.device, schedule.num_timesteps - 1
     if timesteps is not None and not 1 <= timesteps <= last:
@@ -152,7 +168,8 @@ def variational_bound(
     coef_x0, _, posterior_variance = schedule.posterior()
 
     def step_kl(t: Tensor) -> Tensor:
-        # Both means contain the same coef_xt x_t, so they differ only by the predictions of x_0.
+        # Both means contain the same term coef_xt x_t, so they differ only in x_0: one uses the true x_0, the other the
+        # prediction.
         difference = gather(coef_x0, t, x_0_exact) * (x_0_exact - predict_x0(t))
         kl = gaussian_kl(difference, gather(posterior_variance, t, difference), gather(variance, t, difference))
         return _bits_per_dim(kl)
@@ -174,7 +191,10 @@ def variational_bound(
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
-    """Return L_T = D_KL(q(x_T|x_0) || N(0, I)) [B] in bits/dim, for x_0 [B, C, H, W] in [-1, 1]."""
+    """Return L_T = D_KL(q(x_T|x_0) || N(0, I)), [B] in bits per dimension.
+
+    x_0 is [B, C, H, W] in [-1, 1].
+    """
     alpha_bar = schedule.alpha_bar[-1]
     mean = alpha_bar.sqrt().item() * x_0.to(torch.float64)
     one = torch.ones((), dtype=torch.float64, device=x_0.device)
@@ -182,10 +202,14 @@ def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 
 
 def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
-    """Return sigma_t^2 of p(x_{t-1}|x_t), float64 [T]: beta~_t (fixed_small), beta_t (fixed_large), or the VE variance.
+    """Return sigma_t^2, the variance of p(x_{t-1}|x_t), as float64 [T].
 
-    At t = 0 both fixed variances use beta~ at t = 1, as in Ho et al.'s own code: beta~ at t = 0 is zero, and beta
-    decodes worse. Raises ValueError for learned_range.
+    fixed_small: beta~_t.
+    fixed_large: beta_t.
+    reverse_diffusion (VE models): beta_t / alpha_t.
+
+    At t = 0, the value is beta~ at t = 1, as in the code of Ho et al. 2020, because beta~ is zero at t = 0 and beta
+    gives a worse bound. Raises ValueError for learned_range.
     """
     if noise.variance_type == "learned_range":
         raise ValueError("the bound is that of a fixed variance, and this network learned its own")
@@ -197,15 +221,16 @@ def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
 
 
 def gaussian_kl(mean_difference: Tensor, variance_q: Tensor, variance_p: Tensor) -> Tensor:
-    """Return D_KL(N(m + d, v_q) || N(m, v_p)) of each element, in nats."""
+    """Return D_KL(N(m + d, v_q) || N(m, v_p)) in nats, elementwise. mean_difference is d."""
     ratio = variance_q / variance_p
     return 0.5 * (ratio - 1 - ratio.log() + mean_difference**2 / variance_p)
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Return the log of N(mean, variance)'s mass in each pixel value's bin (Ho et al. 2020, eq. 13), in nats.
+    """Return the log probability of each pixel value under N(mean, variance), in nats.
 
-    x_0 [B, C, H, W] float64: each value is one of the 256 values k / 127.5 - 1. The outermost bins are unbounded.
+    A pixel value's probability is the integral of the density over its bin (Ho et al. 2020, eq. 13). The outermost bins
+    are unbounded. x_0 [B, C, H, W] is float64, with values k / 127.5 - 1 for k in 0..255.
     """
     std = variance.sqrt()
     below = torch.special.ndtr((x_0 - HALF_BIN - mean) / std).masked_fill(x_0 < -EDGE, 0.0)
@@ -215,16 +240,17 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> T
 
 
 def _runs(last: int, count: int) -> list[tuple[int, int]]:
-    """Divide the timesteps 1..last into `count` half-open runs, with ratios high / low as equal as possible.
+    """Divide the timesteps 1..last into `count` runs (low, high), where high is exclusive.
 
-    Runs of equal length rarely draw the first timesteps, which make up most of the bound. On 100 images, with a
-    network that predicts eps and 100 runs, the standard error of L_steps is 0.105 with equal runs and 0.048 with
-    these runs. Most of the remaining error is the difference between images.
+    The ratios high / low are as equal as possible. With runs of equal length, the first timesteps would rarely be
+    drawn, although they contribute most of the bound. In a test with 100 images, 100 runs and a network that predicts
+    eps, the standard error of L_steps was 0.105 with equal lengths and 0.048 with equal ratios. Most of the remaining
+    error comes from differences between images.
     """
     runs, low = [], 1
     for left in range(min(count, last), 0, -1):
         high = round(low * ((last + 1) / low) ** (1 / left))
-        high = min(max(high, low + 1), last + 2 - left)  # each later run needs one timestep
+        high = min(max(high, low + 1), last + 2 - left)  # leave at least one timestep for each later run
         runs.append((low, high))
         low = high
     return runs

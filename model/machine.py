@@ -1,7 +1,4 @@
-"""Free memory and free cores of the machine or container, and the number of torch's threads.
-
-torch gets one thread if an executor has its own threads, and few threads on a busy machine.
-"""
+"""Measure free memory and free CPU cores, and set torch's number of threads."""
 
 import logging
 import math
@@ -23,7 +20,7 @@ LOOK_S = 0.5
 
 
 def free_memory_bytes() -> int | None:
-    """Return the free memory of the machine, or of its container if less; None if the system does not report it."""
+    """Return the free memory of the machine or the container, whichever has less; None if unknown."""
     known = [free for free in (_of_machine(), _of_cgroup()) if free is not None]
     return min(known, default=None)
 
@@ -37,7 +34,10 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """Return the free memory of the container (cgroup v2). Cached files count as free: the kernel can drop them."""
+    """Return the free memory of the container (cgroup v2), or None if there is no known limit.
+
+    The file cache counts as free, because the kernel can drop it.
+    """
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" means no limit
         used = int((CGROUP / "memory.current").read_text())
@@ -49,7 +49,7 @@ def _of_cgroup() -> int | None:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Set the number of torch's threads inside the block; None leaves it unchanged."""
+    """Set torch's number of threads inside the `with` block. None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -59,7 +59,10 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def threads_left(usual: int) -> int:
-    """Return `usual`, or the number of free cores if that is lower. A lower number is logged."""
+    """Return the usual number of torch threads, reduced to the number of free cores.
+
+    Logs a message if the number is reduced.
+    """
     threads = min(usual, free_cores()) if usual > 1 else 1
     if threads < usual:
         log.info(
@@ -70,21 +73,26 @@ def threads_left(usual: int) -> int:
 
 
 def free_cores() -> int:
-    """Return the number of cores that other programs leave free, at least 1. Takes half a second.
+    """Return how many cores other programs leave free, at least 1.
 
-    torch's threads wait for each other in every layer. If another program delays one thread, all threads wait: on a
-    shared core two threads are several times slower than one thread.
+    The measurement takes half a second.
+
+    torch's threads wait for each other in every layer, so one thread that shares its core with another program delays
+    all of them. Two threads on a shared core are several times slower than a single thread.
     """
     cores = os.sched_getaffinity(0)
-    # The load average still counts programs that have just ended, and a half-second measurement counts programs that
-    # run for a moment. A core is busy only if both agree.
+    # The load average still counts programs that have just ended. The half-second measurement counts programs that run
+    # only for a moment. A core counts as busy only if both say so.
     of_last_minute = (os.cpu_count() or 1) - os.getloadavg()[0]
     free = max(of_last_minute, _idle_cores(cores))
     return max(1, min(round(free), len(cores), _quota()))
 
 
 def _idle_cores(cores: Set[int]) -> float:
-    """Measure the average number of idle cores; all cores if the system does not report it."""
+    """Measure how many of these cores are idle on average.
+
+    Returns the number of cores if the system does not report idle times.
+    """
     try:
         before, begun_s = _idle_s(cores), time.monotonic()
         time.sleep(LOOK_S)
@@ -94,7 +102,7 @@ def _idle_cores(cores: Set[int]) -> float:
 
 
 def _idle_s(cores: Set[int]) -> float:
-    """Return the total idle seconds of these cores since the machine started. Waiting for a disk counts as idle."""
+    """Return the total idle time of these cores since boot, in seconds. Waiting for a disk is idle time."""
     ticks = 0
     for line in STAT.read_text().splitlines():
         name, *fields = line.split()
@@ -104,7 +112,10 @@ def _idle_s(cores: Set[int]) -> float:
 
 
 def _quota() -> int:
-    """Return a container's CPU limit (cgroup v2) in cores, rounded up; the number of CPUs if there is no limit."""
+    """Return the container's CPU limit (cgroup v2) in cores, rounded up.
+
+    Without a limit, returns the machine's number of cores.
+    """
     try:
         limit, period = (CGROUP / "cpu.max").read_text().split()
         return math.ceil(int(limit) / int(period))

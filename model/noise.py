@@ -1,7 +1,7 @@
-"""The noise schedule: beta_t, alpha_bar_t, the closed form q(x_t|x_0) and the posterior q(x_{t-1}|x_t, x_0).
+"""The noise schedule: beta_t, alpha_bar_t, q(x_t|x_0) and the posterior q(x_{t-1}|x_t, x_0).
 
-Timesteps start at 0: t = 0 is the least noisy step, t = T - 1 the noisiest. Tables are float64 on the host, and are
-cast once, when they are used. The scheduler, which picks rows, is in service/.
+Timesteps are counted from 0: t = 0 is the least noisy and t = T - 1 the noisiest. Tables are float64, and values are
+cast when they are used. The server's request scheduler is unrelated; it is in service/.
 """
 
 import dataclasses
@@ -32,10 +32,12 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """Make beta_t [T] in float64.
+    """Return beta_t [T] in float64. Raises ValueError for an unknown schedule.
 
-    linear: Ho et al. 2020, sec. 4. scaled_linear: Rombach et al. 2022. squaredcos_cap_v2: Nichol & Dhariwal 2021, eq.
-    17. sigmoid: Xu et al. 2022 (GeoDiff). Raises ValueError for any other name.
+    linear: Ho et al. 2020, sec. 4.
+    scaled_linear: Rombach et al. 2022.
+    squaredcos_cap_v2: Nichol & Dhariwal 2021, eq. 17.
+    sigmoid: Xu et al. 2022 (GeoDiff).
     """
     f64 = torch.float64
     if schedule == "linear":
@@ -53,7 +55,7 @@ def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta
 
 
 def rescale_zero_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that alpha_bar_T = 0 (Lin et al. 2024, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that the last alpha_bar is 0 (Lin et al. 2024, algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root**2
@@ -62,7 +64,7 @@ def rescale_zero_snr(betas: Tensor) -> Tensor:
 
 
 class NoiseSchedule:
-    """The tables of the forward process: betas, alphas and alpha_bar, each [T] in float64 on the host."""
+    """The tables of the forward process: betas, alphas and alpha_bar, each float64 [T]."""
 
     def __init__(self, betas: Tensor) -> None:
         if betas.dtype != torch.float64 or betas.ndim != 1 or len(betas) < 1:
@@ -76,33 +78,36 @@ class NoiseSchedule:
 
     @classmethod
     def of_formula(cls, alpha_bar_of: Callable[[Tensor], Tensor], num_timesteps: int) -> "NoiseSchedule":
-        """Make the tables from a formula of t. The formula also holds for fractional t."""
+        """Create a schedule from a formula for alpha_bar, which also holds for fractional t."""
         alpha_bar = alpha_bar_of(torch.arange(num_timesteps, dtype=torch.float64))
         schedule = cls(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
         schedule.alpha_bar, schedule._formula = alpha_bar, alpha_bar_of
         return schedule
 
     def to(self, device: torch.device) -> "NoiseSchedule":
-        """Copy the tables to a device, so a training step never waits for the host."""
+        """Copy the tables to a device, so that a training step does not wait for the CPU."""
         copy = NoiseSchedule(self.betas.to(device))
         copy.alpha_bar, copy._formula = self.alpha_bar.to(device), self._formula
         return copy
 
     @property
     def num_timesteps(self) -> int:
-        """T, the number of timesteps."""
+        """The number of timesteps, T."""
         return len(self.betas)
 
     @property
     def log_sigmas(self) -> list[float]:
-        """log sigma_t [T], ascending, with sigma = sqrt((1 - alpha_bar) / alpha_bar); inf where alpha_bar = 0."""
+        """log sigma_t [T] in ascending order, where sigma = sqrt((1 - alpha_bar) / alpha_bar).
+
+        The value is infinite where alpha_bar = 0.
+        """
         log_sigmas: list[float] = (((1 - self.alpha_bar).log() - self.alpha_bar.log()) / 2).tolist()
         return log_sigmas
 
     def alpha_bar_at(self, timesteps: Sequence[float]) -> Tensor:
-        """Return alpha_bar [S] at timesteps.
+        """Return alpha_bar [S] at S timesteps, which may be fractional.
 
-        Fractional timesteps use the schedule's formula, or for betas linear interpolation in log sigma.
+        If the schedule has no formula, fractional timesteps are interpolated in log sigma.
         """
         t = torch.tensor(timesteps, dtype=torch.float64)
         if self._formula is not None:
@@ -116,9 +121,10 @@ class NoiseSchedule:
         return torch.where(whole == t, alpha_bar, torch.sigmoid(-2 * between))
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Draw x_t ~ q(x_t|x_0) in closed form, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
+        """Draw x_t ~ q(x_t|x_0) with the noise eps (Ho et al. 2020, eq. 4).
 
-        x_0, eps [B, C, H, W]; t [B] -> [B, C, H, W]. The coefficients are computed in float64 and cast to x_0's dtype.
+        x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, where x_0, eps and x_t are [B, C, H, W] and t is [B]. The
+        coefficients are computed in float64 and cast to the dtype of x_0.
         """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
@@ -126,25 +132,26 @@ class NoiseSchedule:
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, sec. 4).
 
-        The shapes are those of `q_sample`.
+        x_0, eps and v are [B, C, H, W], and t is [B].
         """
         signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
 
     def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return coef_x0, coef_xt and beta~ of q(x_{t-1}|x_t, x_0), each float64 [T] (Ho et al. 2020, eq. 6 and 7).
+        """Return coef_x0, coef_xt and the variance beta~ of q(x_{t-1}|x_t, x_0), each float64 [T].
 
-        The mean is coef_x0 x_0 + coef_xt x_t, and the variance is beta~. At t = 0 the mean is x_0 and the variance 0.
+        The mean is coef_x0 x_0 + coef_xt x_t (Ho et al. 2020, eq. 6 and 7). At t = 0 the mean is x_0 and the variance
+        is 0.
         """
         prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         return posterior_between(self.alpha_bar, prev)
 
 
 def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7, for any two steps).
+    """Return the posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7).
 
-    Returns coef_x0, coef_xt and the variance, in the inputs' shape. Neighbouring timesteps give the posterior of the
-    full chain. A respaced pair gives the posterior of the shorter chain (Nichol & Dhariwal 2021, sec. 4).
+    Returns coef_x0, coef_xt and the variance, in the shape of the arguments. If the noise levels do not belong to
+    neighbouring timesteps, this is the posterior of a shorter chain (Nichol & Dhariwal 2021, sec. 4).
     """
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
@@ -154,16 +161,17 @@ def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor
 
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Return table[t] as [B, 1, 1, 1], with the dtype and the device of `like`."""
+    """Return table[t] as [B, 1, 1, 1], with the dtype and device of `like`."""
     values = table[t.to(table.device)].to(device=like.device, dtype=like.dtype)
     return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseConfig(Checked):
-    """A checkpoint's scheduler_config.json: the noise schedule of training, and the settings for sampling.
+    """The scheduler_config.json of a checkpoint: its noise schedule, and defaults for sampling.
 
-    Most field names and defaults are those of diffusers' schedulers. Raises ValueError, naming field and value.
+    Most fields have the names and defaults that diffusers' schedulers use. Raises ValueError with the field and its
+    value.
     """
 
     KIND: ClassVar[str] = "scheduler config: "
@@ -188,20 +196,24 @@ class NoiseConfig(Checked):
     rho: PositiveNumber = 7.0
     sigma_schedule: str = "karras"
     precondition_type: str = "edm"
-    """The six above are for EDM and consistency models, whose noise levels are a ramp of sigmas instead of betas."""
+    """The six fields from sigma_min to precondition_type are for EDM and consistency models. VE models also use
+    sigma_min and sigma_max.
+    """
     shift: PositiveNumber = 1.0
-    """The shift of flow matching."""
+    """For flow matching."""
     sampling_eps: PositiveNumber = 1e-5
     snr: PositiveNumber = 0.15
     correct_steps: int = 1
-    """The three above are for score_sde's VE models. snr and correct_steps are for the corrector, never run."""
+    """sampling_eps, snr and correct_steps are for VE models of score_sde. The corrector that snr and correct_steps
+    configure is never run.
+    """
     divides_by_time: Flag = False
-    """Whether the network's output is divided by its time, as in diffusers' U-Nets with a Fourier embedding.
+    """True if the network's output must be divided by its time, as diffusers does for a Fourier embedding.
 
-    load_checkpoint sets it from the network's config; no scheduler_config.json contains it.
+    load_checkpoint derives the value from the network's config. It is not stored in scheduler_config.json.
     """
     default_sampler: str = "ddpm"
-    """The sampler of the scheduler's class (scheduler_kinds.py), for requests without a sampler."""
+    """The sampler for requests that do not name one. It follows from the scheduler class (scheduler_kinds.py)."""
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
@@ -214,7 +226,7 @@ class NoiseConfig(Checked):
         steps = self.num_train_timesteps
         require(1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
         among("beta_schedule", *BETA_SCHEDULES)
-        # `learned` means the log variance in OpenAI's code, but the variance in diffusers.
+        # diffusers and OpenAI's code disagree on `learned`: a variance in the former, a log variance in the latter.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
         of_ddpm = self.variance_type in ("fixed_small", "fixed_large", "learned_range")
         of_ve = self.variance_type == "reverse_diffusion" and self.prediction_type == "score"
@@ -245,7 +257,7 @@ class NoiseConfig(Checked):
         require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
-            # With one timestep, the first beta is also the last.
+            # With a single timestep, rescale_zero_snr would divide by zero.
             require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
@@ -254,64 +266,63 @@ class NoiseConfig(Checked):
 
     @property
     def family(self) -> Family:
-        """Family of the noise levels, which depends only on the prediction type."""
+        """The family of noise levels, which follows from the prediction type."""
         return FAMILY_OF[self.prediction_type]
 
     @property
     def is_continuous(self) -> bool:
-        """True if the noise levels are a formula of t instead of betas."""
+        """True if a formula of t gives the noise levels, False if they come from betas."""
         return self.family != "betas"
 
     @property
     def levels(self) -> str:
-        """The noise schedule's name for users: the name of its betas, or of its formula."""
+        """The name of the noise schedule, for display."""
         if not self.is_continuous:
             return self.beta_schedule if self.trained_betas is None else "trained_betas"
         return {"edm": self.sigma_schedule, "flow": "flow", "ve": "geometric"}.get(self.family, "karras")
 
     @property
     def is_consistency(self) -> bool:
-        """True for a consistency model (Song et al. 2023)."""
         return self.prediction_type == "consistency"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
-        """Read a scheduler_config.json. Raises ValueError for an unsupported field that changes images.
+        """Read a scheduler_config.json. Raises ValueError for an unsupported setting that affects images.
 
-        A field of a different class has no effect, as in diffusers: configs keep such fields when the class is swapped.
-        class_name: the class in model_index.json. As in diffusers, it overrides the class in the config.
+        class_name: the scheduler class in model_index.json. As in diffusers, it overrides the class in the config.
+        Fields of other scheduler classes are ignored, because diffusers keeps them when a user switches classes.
 
-        Most solver classes have no clip_sample. x_0 is then clipped, as for DDPM: near t = T an error in eps is a
-        hundred times larger in x_0, and DPM-Solver++ without clipping makes white and black squares on pixel models.
-        (`"clip_sample": false` turns clipping off.)
+        Most solver classes have no clip_sample. If the field is missing, x_0 is clipped as for DDPM. Near t = T an
+        error in eps is a hundred times as large in x_0, and without clipping DPM-Solver++ produces white and black
+        squares on pixel models. `"clip_sample": false` turns clipping off.
         """
         name = class_name or config.get("_class_name", "DDPMScheduler")
         given = given_fields(config)
         kind = scheduler_kind(name, given)
-        if "predict_epsilon" in given:  # files of 2022 have this instead of prediction_type
+        if "predict_epsilon" in given:  # files from 2022 use it instead of prediction_type
             given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
-        if given.get("variance_type", "") is None:  # null in a solver's config: the network's variance is not learned
+        if given.get("variance_type", "") is None:  # solver configs contain null if the variance is not learned
             del given["variance_type"]
         fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler", "divides_by_time"}
         values = {key: value for key, value in kind.defaults.items() if key in fields}
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
-            # This class has no clip_sample. Its dynamic thresholding with a maximum of 1 is the clip to [-1, 1].
+            # The scheduler class has no clip_sample, but a threshold of 1 has the same effect as clipping to [-1, 1].
             given["thresholding"] = False
             values |= {"clip_sample": True, "clip_sample_range": 1.0}
             given = {key: value for key, value in given.items() if key not in ("clip_sample", "clip_sample_range")}
         T = given.get("num_train_timesteps", values.get("num_train_timesteps", DEFAULT_TIMESTEPS))
-        if (repeated := given.pop("timesteps", None)) not in (None, T):  # files of 2022 may repeat T here
+        if (repeated := given.pop("timesteps", None)) not in (None, T):  # some files from 2022 repeat T
             raise ValueError(f"scheduler config: timesteps must be num_train_timesteps, {T}, got {repeated!r:.100}")
         for key, value in given.items():
             if key in kind.fields:
                 values[kind.other_names.get(key, key)] = value
             elif key in kind.must:
-                continue  # scheduler_kind has checked the value
+                continue  # already checked by scheduler_kind
             elif is_off(value) or key in FIELDS_OF_ANY:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not a known setting of {name}")
-        if "prediction_type" in kind.fields:  # in other classes, the class determines the prediction type
+        if "prediction_type" in kind.fields:  # the other classes have a fixed prediction type
             told = values.get("prediction_type", "epsilon")
             if not (isinstance(told, str) and told in kind.predictions):
                 wanted = f"among {', '.join(kind.predictions)} for {name}"
@@ -326,7 +337,7 @@ class NoiseConfig(Checked):
         return noise
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scheduler_config.json of diffusers' scheduler for the default sampler."""
+        """Return the content of scheduler_config.json, for the diffusers class of the default sampler."""
         kind = KIND_OF[self.family, self.default_sampler]
         fields = {name: getattr(self, kind.other_names.get(name, name)) for name in sorted(kind.fields)}
         if self.trained_betas is not None:
@@ -334,19 +345,20 @@ class NoiseConfig(Checked):
         if "prediction_type" in fields:
             fields["prediction_type"] = next(k for k, v in kind.predictions.items() if v == self.prediction_type)
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
-            fields.pop("variance_type", None)  # only DDPM has different fixed variances
-        # Express the clip in the fields of this class.
+            fields.pop("variance_type", None)  # the fixed variances affect only DDPM
+        # The scheduler class has no clip_sample. A threshold of 1 has the same effect.
         if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:
             fields = {name: value for name, value in fields.items() if name not in ("clip_sample", "clip_sample_range")}
             fields |= {"thresholding": True, "sample_max_value": 1.0}
-        # JSON cannot express the infinite lambda_min_clipped.
+        # The value of lambda_min_clipped is minus infinity, which JSON cannot express.
         must = {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
         return {"_class_name": kind.class_name, **fields, **must}
 
     def default_spacing(self, sampler: str) -> str:
-        """Return the default spacing of a sampler: the config's spacing, if the config is for this kind of sampler.
+        """Return the timestep spacing for requests that use this sampler and do not choose a spacing.
 
-        A DDPM or DDIM config says nothing about other solvers, so they use the spacing in SAMPLER_FACTS.
+        The config's spacing applies only to samplers of the same kind as its own. A DDPM or DDIM config says nothing
+        about other solvers, so each of them uses the spacing that suits it best.
         """
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
         if self.is_continuous:
@@ -364,16 +376,17 @@ class NoiseConfig(Checked):
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
 
     def _alpha_bar_of(self, t: Tensor) -> Tensor:
-        """Return alpha_bar at any t in 0..T-1 for a schedule that is a formula.
+        """Return alpha_bar at any t from 0 to T - 1, for a schedule with a formula.
 
-        edm, consistency: sigma follows the ramp of Karras et al. 2022, eq. 5, or is even in log sigma. flow: Lipman et
-        al. 2023, x = (1 - sigma) x_0 + sigma eps. ve: Song et al. 2021 (SDE), with images in [0, 1]. Images here are in
-        [-1, 1], so the same noise is twice the sigma.
+        edm, consistency: sigma follows the ramp of Karras et al. 2022, eq. 5, or is evenly spaced in log sigma.
+        flow: x = (1 - sigma) x_0 + sigma eps (Lipman et al. 2023).
+        ve: Song et al. 2021 (SDE), where images are in [0, 1]. Our images are in [-1, 1], so the same noise has twice
+        the sigma.
         """
         share = t / (self.num_train_timesteps - 1)
         if self.family == "flow":
             low, high = self._shifted(torch.tensor([1 / self.num_train_timesteps, 1.0], dtype=torch.float64))
-            sigma = self._shifted(low + (high - low) * share)  # shifted a second time, as in diffusers
+            sigma = self._shifted(low + (high - low) * share)  # the second shift, as in diffusers
             return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
         low, high = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
         if self.levels == "karras":

@@ -1,14 +1,14 @@
-"""Coefficients for each kind of network: its inputs from x, and x_0 from its output, at a noise level.
+"""How each kind of network takes x and t, and how x_0 follows from its output.
 
-This project uses the same x for every model, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x of a model's
-training differs from this x by a factor:
+All samplers use x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps. The x that a network was trained on may differ by a
+factor:
 
     EDM, consistency    x_0 + sigma eps                     = x / sqrt(alpha_bar),     alpha_bar = 1 / (1 + sigma^2)
     flow matching       (1 - sigma) x_0 + sigma eps         = x sqrt((1 - sigma)^2 + sigma^2)
     VE                  images y_0 = (x_0 + 1) / 2 in [0, 1]: 2 (y_0 + s eps) - 1 = x / sqrt(alpha_bar), sigma = 2 s
 
-So four numbers describe a model: p and q in x0 = p x + q out, the scale of x at the network's input, and the network's
-time.
+Four numbers describe a network at a noise level: p and q in x0 = p x + q out, the scale of x at the network's input,
+and the time passed to the network.
 """
 
 import math
@@ -20,13 +20,13 @@ from torch import Tensor
 from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 
-# The factor from log sigma to the network's time, in Karras et al. 2022 and in OpenAI's code.
+# The network's time is log sigma times this factor, in Karras et al. 2022 (edm) and in OpenAI's code (cm_edm).
 LOG_SIGMA_TIMES = {"edm": 0.25, "cm_edm": 250.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Parametrization:
-    """p, q, scale and time, each float64 [S]: x0 = p x + q net(scale x, time)."""
+    """The coefficients of x0 = p x + q net(scale x, time). Each is float64 [S]."""
 
     p: Tensor
     q: Tensor
@@ -35,9 +35,9 @@ class Parametrization:
 
 
 def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
-    """Return p, q, scale and time at the noise levels [S] of the timesteps [S]. All are float64.
+    """Return the coefficients for S timesteps and their noise levels alpha_bar [S], in float64.
 
-    Raises ValueError for a network that predicts eps at a timestep without signal (a zero-SNR schedule).
+    Raises ValueError if the network predicts eps and a timestep has no signal (alpha_bar = 0).
     """
     made = _OF_FAMILY[noise.family](noise, alpha_bar, timesteps.to(torch.float64))
     if noise.divides_by_time:
@@ -46,7 +46,7 @@ def parametrize(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Par
 
 
 def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forward:
-    """Return the network as a function of this project's x and integer timesteps t [B], on the schedule's device."""
+    """Wrap a network as a function of our x and of integer timesteps t [B]."""
     if not noise.is_continuous:
         return net
     at = parametrize(noise, schedule.alpha_bar, torch.arange(schedule.num_timesteps, device=schedule.alpha_bar.device))
@@ -59,12 +59,12 @@ def as_ours(net: Forward, noise: NoiseConfig, schedule: NoiseSchedule) -> Forwar
 
 
 def sigma_of(alpha_bar: Tensor) -> Tensor:
-    """Return sigma in x_0 + sigma eps = x / sqrt(alpha_bar)."""
+    """Return sigma, where x_0 + sigma eps = x / sqrt(alpha_bar)."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Parametrization:
-    """Return p and q for eps (Ho et al. 2020, eq. 15), x_0, and v (Salimans & Ho 2022, sec. 4)."""
+    """The output is eps (Ho et al. 2020, eq. 15), x_0, or v (Salimans & Ho 2022, sec. 4)."""
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if noise.prediction_type == "epsilon":
         if bool((alpha_bar <= 0).any()):
@@ -78,7 +78,10 @@ def _of_betas(noise: NoiseConfig, alpha_bar: Tensor, timesteps: Tensor) -> Param
 
 
 def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1; with -c_out for v, as in diffusers."""
+    """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1.
+
+    For v prediction, c_out is negated, as in diffusers.
+    """
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root = (sigma**2 + data**2).sqrt()
     sign = -1 if noise.prediction_type == "edm_v_prediction" else 1
@@ -87,7 +90,7 @@ def _of_edm(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parame
 
 
 def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return c_skip and c_out of Song et al. 2023, appendix C: at sigma_min x0 is p x, without the network."""
+    """c_skip and c_out of Song et al. 2023, appendix C. At sigma_min q is 0, so x0 = p x."""
     signal, sigma, data = alpha_bar.sqrt(), sigma_of(alpha_bar), noise.sigma_data
     root, beyond = (sigma**2 + data**2).sqrt(), sigma - noise.sigma_min
     time = LOG_SIGMA_TIMES["cm_edm"] * sigma.log()
@@ -95,9 +98,9 @@ def _of_consistency(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -
 
 
 def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return the coefficients for out = eps - x_0 (Lipman et al. 2023, Liu et al. 2023).
+    """The output is eps - x_0 (Lipman et al. 2023, Liu et al. 2023).
 
-    x_0 is their x minus sigma out.
+    With the x of flow matching, x_0 = x - sigma out.
     """
     sigma = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
     scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
@@ -105,9 +108,10 @@ def _of_flow(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Param
 
 
 def _of_ve(noise: NoiseConfig, alpha_bar: Tensor, _timesteps: Tensor) -> Parametrization:
-    """Return the coefficients for the score, out = (y_0 - y) / s^2 (Song et al. 2021, SDE). The network's time is s.
+    """The output is the score (y_0 - y) / s^2, and the network's time is s (Song et al. 2021, SDE).
 
-    As in diffusers, the network's s is of a continuous time that ends at sampling_eps, but steps use integer levels.
+    As in diffusers, the s passed to the network belongs to a continuous time between sampling_eps and 1, so it can be
+    slightly larger than the s of the noise in x.
     """
     s = sigma_of(alpha_bar) / 2
     whole = math.log(noise.sigma_max / noise.sigma_min)

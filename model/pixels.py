@@ -1,9 +1,6 @@
-"""Prepares pictures for a model, and converts uint8 [0, 255] to the model's range, [-1, 1], and back.
+"""Convert pictures to model inputs, and model outputs to pixel values. Does not import torch.
 
-This module also chooses the channels that a picture shows: PNG and WebP hold one (grey), three (RGB) or four (RGBA).
-
-The same function prepares training pictures and uploads, so a model sees both alike. No torch, because the service
-decodes uploads with this module.
+The same function converts training pictures and uploads, so the model sees the same pixels.
 """
 
 import contextlib
@@ -18,10 +15,10 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 BLACK: Colour = (0, 0, 0)
-VALUE_RANGE = (-1.0, 1.0)  # the smallest and the largest value of a model's channel
-MAX_CHANNELS = 64  # bound for an image; picture files have four at most
+VALUE_RANGE = (-1.0, 1.0)  # range of the model's pixel values
+MAX_CHANNELS = 64  # of a model; picture files have at most four
 RGBA = 4
-MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow's modes, keyed by number of channels
+MODES = {1: "L", 3: "RGB", RGBA: "RGBA"}  # Pillow modes, keyed by the number of channels
 
 
 def to_model_range(images: "Tensor") -> "Tensor":
@@ -30,26 +27,28 @@ def to_model_range(images: "Tensor") -> "Tensor":
 
 
 def to_uint8(x: "Tensor") -> "Tensor":
-    """Convert [-1, 1] to uint8 [0, 255], clipped and rounded to nearest."""
+    """Convert [-1, 1] to uint8 [0, 255], with clipping and rounding to nearest."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def as_uint8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Convert a NumPy array as `to_uint8` does, with identical results."""
+    """Do the same as `to_uint8` for a NumPy array, with identical results."""
     whole: npt.NDArray[np.uint8] = np.rint((x.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
     return whole
 
 
 def to_uint16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Convert [-1, 1] to uint16 [0, 65535], clipped and rounded to nearest."""
+    """Convert [-1, 1] to uint16 [0, 65535], with clipping and rounding to nearest."""
     return np.rint((x.clip(-1, 1).astype(np.float64) + 1) / 2 * 65535).astype(np.uint16)
 
 
 def shown_channels(channels: int, *, alpha: bool) -> int:
-    """Return the number of an image's first channels that a picture shows: 1 for grey, 3 for RGB, 4 for RGBA.
+    """Return the number of channels in the picture file of an image: 1 (grey), 3 (RGB) or 4 (RGBA).
 
-    alpha: the last of four channels is alpha. Without alpha, a picture shows the first channel of one or two channels,
-    and the first three channels of three or more.
+    An image with two channels is shown as grey, using the first. An image with more than three is shown as RGB, using
+    the first three, unless `alpha` is set.
+
+    alpha: True if the last of four channels is alpha. The picture is then RGBA.
     """
     if alpha:
         return RGBA
@@ -63,13 +62,17 @@ def fit_picture(
     background: Colour = BLACK,
     resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """Prepare a picture for a model: uint8 [height, width, channels], for a size of (width, height).
+    """Convert a picture to uint8 [height, width, channels] for a model.
 
-    The picture is rotated by its EXIF orientation and converted to grey (1 channel, ITU-R 601 luma), RGB (3) or RGBA
-    (4, straight alpha). For grey and RGB, transparent pixels are laid over the background. CMYK becomes RGB by the
-    complement; colour profiles are ignored. A picture of a different size is cropped about its centre to the target's
-    shape, then resampled, with colours weighted by alpha. Raises OSError and other errors of Pillow for an undecodable
-    picture.
+    The picture is rotated according to its EXIF orientation and converted to grey (1 channel, ITU-R 601 luma), RGB (3
+    channels) or RGBA (4 channels, straight alpha). In grey and RGB, transparent pixels are blended with the background.
+    CMYK is converted by R = (1 - C)(1 - K), and likewise for G and B. Colour profiles are ignored. If the size does not
+    match, the picture is cropped around its centre to the target's aspect ratio, then resampled with colours weighted
+    by alpha.
+
+    size_px: (width, height).
+
+    Raises OSError or another of Pillow's exceptions if the picture cannot be decoded.
     """
     if channels not in MODES:
         raise ValueError(f"the channels of a picture must be 1, 3 or 4 (RGBA), got {channels}")
@@ -86,7 +89,7 @@ def fit_picture(
 
 
 def colour(text: str) -> Colour:
-    """Read a colour: a CSS name, or #rrggbb. Raises ValueError."""
+    """Parse a CSS colour name or #rrggbb. Raises ValueError if the text is neither."""
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
@@ -94,24 +97,27 @@ def colour(text: str) -> Colour:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Rotate a picture in place by its EXIF orientation, and return it. Broken EXIF data are ignored."""
-    with contextlib.suppress(Exception):  # cameras write broken EXIF data into good pictures
+    """Rotate a picture in place according to its EXIF orientation, and return it.
+
+    Invalid EXIF data is ignored.
+    """
+    with contextlib.suppress(Exception):  # some cameras write invalid EXIF data
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def may_be_transparent(image: Image.Image) -> bool:
-    """Return True if some pixels may be transparent. Raises OSError if the picture's palette is missing."""
-    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, but later fails an assertion
+    """Return True if the picture may have transparent pixels. Raises OSError if its palette is missing."""
+    if image.mode == "P" and image.palette is None:  # Pillow opens such a file, but an assertion fails later
         raise OSError("it has no palette")
     return image.has_transparency_data
 
 
 def _opaque(image: Image.Image, background: Colour) -> Image.Image:
-    """Convert 16 bits to 8, and lay transparent pixels over the background."""
+    """Reduce 16 bits to 8, and blend transparent pixels with the background."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        # Round here: Pillow's own conversion clips at 255.
+        # Round to nearest. Pillow's own conversion would clip values at 255.
         grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is None:
             return grey
@@ -120,6 +126,6 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     if not may_be_transparent(image):
         return image
     if background == BLACK:
-        # Over black, multiply each colour by its alpha. (alpha_composite would hold the GIL for 90 ms.)
+        # Blending with black just multiplies colours by alpha. alpha_composite would hold the GIL for 90 ms.
         return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))

@@ -1,7 +1,8 @@
-"""Noise as a pure function of (seed, image index, draw): Philox4x32-10 counters, then Box-Muller.
+"""Noise as a pure function of (seed, image index, draw), using Philox4x32-10 and Box-Muller.
 
-The generator is counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so it has no state.
-The noise of a row does not depend on other rows or earlier draws, and its integers are the same on every device.
+The generator is counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and has no state. The
+noise of one image does not depend on other images or on earlier draws. The random integers are the same on every
+device.
 """
 
 import math
@@ -20,9 +21,9 @@ _ROUNDS = 10
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Apply Philox4x32-10: four counter words and two key words -> four random words.
+    """Run Philox4x32-10, which turns four counter words and two key words into four random words.
 
-    Words are int64 tensors with values below 2^32; their shapes broadcast and have at least one dimension.
+    Words are int64 tensors with values below 2^32 and at least one dimension. They are broadcast against each other.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     even, odd = _rounds(torch.stack((c0, c2), -2), torch.stack((c1, c3), -2), torch.stack(tuple(key), -2))
@@ -30,10 +31,11 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Run Philox on both lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
+    """Run the rounds of Philox on words (c0, c2) and (c1, c3): each [..., 2, N], key [..., 2, 1 or N].
 
-    For small images, dispatch takes most of the time, so this function uses few operations. 64-bit products overflow
-    without an error in the bits used. Bits above a word's 32 are removed once a round, before they have an effect.
+    For small images, most of the time goes into kernel launches, so both pairs of words share the same operations.
+    int64 products are exact modulo 2^64. The upper bits of a word are masked off once per round, before they can affect
+    a result.
     """
     multipliers, key_steps = _constants(even.device)
     for round_key in (key + key_steps.reshape(_ROUNDS, *([1] * (key.ndim - 2)), 2, 1)).unbind(0):
@@ -45,27 +47,28 @@ def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    # Cached, because creating a tensor from Python numbers synchronises with the GPU.
+    # Cached, because creating a tensor from Python numbers makes the CPU wait for the GPU.
     key_steps = [[r * step & WORD for step in _KEY_STEPS] for r in range(_ROUNDS)]
     return torch.tensor(_MULTIPLIERS, device=device)[:, None], torch.tensor(key_steps, device=device)
 
 
 def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw standard normals [B, *shape] in float32, on the device of the arguments.
+    """Draw standard normals [B, *shape] in float32, on the arguments' device.
 
-    seed_words [B, 2] int64, see `split_seed`; index [B] int64: the image's index in its request; draw [B] int64: 0 for
-    x_T, k + 1 for the z of step k.
+    seed_words [B, 2] int64: the seeds, see `split_seed`.
+    index [B] int64: the index of each image in its request.
+    draw [B] int64: 0 for x_T, k + 1 for the noise z of step k.
     """
     size, rows = math.prod(shape), len(index)
     blocks = (size + 3) // 4
-    # The counter is (block, draw, index, 0). The block numbers the words of a row; the other words differ between rows.
+    # The counter is (block, draw, index, 0). The block number counts groups of four values within an image.
     even = torch.empty((rows, 2, blocks), dtype=torch.int64, device=index.device)
     even[:, 0] = torch.arange(blocks, device=index.device)
     even[:, 1] = index[:, None]
     odd = torch.zeros((rows, 2, 1), dtype=torch.int64, device=index.device)
     odd[:, 0, 0] = draw
     radius_word, angle_word = _rounds(even, odd, seed_words[:, :, None])
-    # 24 bits give a float32 in (0, 1), never 0, so its logarithm is finite: |z| < 5.9.
+    # 24 random bits plus one half, scaled to (0, 1) in float32. The logarithm is finite, and |z| < 5.9.
     radius = (radius_word >> 8).to(torch.float32).add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
     angle = (angle_word >> 8).to(torch.float32).add_(0.5).mul_(2 * math.pi * 2.0**-24)
     normals = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=2)  # [B, 2, 2, blocks]
@@ -73,16 +76,16 @@ def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[i
 
 
 def split_seed(seed: int) -> tuple[int, int]:
-    """Split a 64-bit seed into the two words of a key."""
+    """Split a 64-bit seed into the low and the high word of a key."""
     return seed & WORD, seed >> 32
 
 
 def arc_weights(mix: float) -> tuple[float, float]:
-    """Return the weights of two independent normals in a blend: mix 0 gives the first, mix 1 the second.
+    """Return weights (a, b) that mix two independent standard normals into another, a z0 + b z1.
 
-    The blend is a standard normal too. The weights are cos and sin of mix * pi / 2, a quarter of a circle. The blend is
-    close to the spherical interpolation of Song et al. 2021 (DDIM, D.5), because independent normals in many dimensions
-    are almost orthogonal. The weights at mix 0 and 1 are exact.
+    The result is exactly z0 for mix = 0 and exactly z1 for mix = 1. The weights are the cosine and sine of mix * pi /
+    2. This is close to the spherical interpolation of Song et al. 2021 (DDIM, D.5), because independent normals in many
+    dimensions are almost orthogonal.
     """
     if mix == 1:
         return 0.0, 1.0
@@ -90,7 +93,7 @@ def arc_weights(mix: float) -> tuple[float, float]:
 
 
 def image_noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw `row_noise` for images that share a seed and a draw: [len(indices), *shape]."""
+    """Draw `row_noise` for images that share a seed and a draw number: [len(indices), *shape]."""
     index = torch.tensor(indices, device=device)
     words = torch.tensor(split_seed(seed), device=device).expand(len(indices), 2)
     return row_noise(words, index, torch.full_like(index, draw), shape)

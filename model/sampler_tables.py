@@ -1,9 +1,11 @@
-"""Tables of coefficients that belong to a checkpoint: fitted by `tminus tune`, or written for a student.
+"""A checkpoint's sampler tables: coefficients fitted by `tminus tune` or written for a student.
 
-A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. Tables
-are plain numbers without torch: the service counts passes with them, and the engine compiles them to a plan. The rule:
+Each table is a file samplers/NAME.json in the checkpoint folder. It applies to one sampler, number of steps and
+guidance, and defines the update
 
-    x' = a x + b x0 + c x0_previous + d (the x0 before that) + s z
+    x' = a x + b x0 + c x0_previous + d (the x0 before x0_previous) + s z
+
+Tables are plain numbers and need no torch. The service counts passes from them, and the engine compiles them to plans.
 """
 
 import hashlib
@@ -32,22 +34,25 @@ MAX_COEFFICIENT = 1e3
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A sampler fitted to one checkpoint: decreasing timesteps, each with its a, b, c, d and s."""
+    """A sampler for one checkpoint: decreasing timesteps, and a, b, c, d and s for each of them."""
 
     sampler: str
     steps: int
     guidance: float
     timesteps: tuple[float, ...]
     lines: tuple[tuple[float, ...], ...]
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss and figures, for users
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # for users: teacher, loss, measurements
 
     @property
     def hash(self) -> str:
-        """Hash of all fields that change an image."""
+        """A hash of the fields that affect images, that is, of all fields except `about`."""
         return _hash_of(self)
 
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
-        """Return the lines from `start` on. The first remaining x0 replaces the x0 of the missing lines."""
+        """Return the lines from step `start` on, adjusted for the missing earlier predictions.
+
+        The coefficient of a missing prediction is added to that of the oldest available prediction.
+        """
         lines = [list(line) for line in self.lines[start:]]
         if start and lines:
             a, b, c, d, s = lines[0]
@@ -58,14 +63,17 @@ class Table:
         return tuple(tuple(line) for line in lines)
 
 
-@cache  # each request looks up its table several times
+@cache  # a request needs the hash several times
 def _hash_of(table: Table) -> str:
     parts = [table.sampler, table.steps, table.guidance, table.timesteps, table.lines]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
-    """Return the table with the nearest number of steps, by ratio, then the nearest guidance; in a tie the larger."""
+    """Return the table with the nearest number of steps (by ratio), then the nearest guidance.
+
+    In a tie, the larger value wins.
+    """
     return min(
         tables,
         key=lambda table: (
@@ -78,13 +86,13 @@ def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
 
 
 def table_file(folder: Path, sampler: str, steps: int, guidance: float) -> Path:
-    """Return the path of a table in a checkpoint's folder."""
+    """Return the path of a table in a checkpoint folder. The file may not exist."""
     guided = f"-guidance-{guidance:g}" if guidance != 1 else ""
     return folder / FOLDER / f"{sampler}-{steps}{guided}.json"
 
 
 def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
-    """Write a table atomically into a checkpoint's folder. Return the file's path."""
+    """Write a table to a checkpoint folder atomically, and return its path."""
     (folder / FOLDER).mkdir(exist_ok=True)
     file = table_file(folder, table.sampler, table.steps, table.guidance)
     value = {
@@ -105,9 +113,9 @@ def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[st
 def read_tables(
     folder: Path, weights_hash: str, noise: Mapping[str, Any], *, num_timesteps: int, null_class: bool, fractional: bool
 ) -> tuple[tuple[Table, ...], tuple[str, ...]]:
-    """Read a checkpoint's tables. Return the tables, and a line with name and reason for each refused file.
+    """Read a checkpoint's tables, skipping invalid files.
 
-    A refused file does not affect the other files: the server works without it.
+    Returns the tables, and one message per invalid file with the file's name and the reason.
     """
     tables: dict[tuple[str, int, float], Table] = {}
     refused: list[str] = []
@@ -181,7 +189,7 @@ def _line(line: object) -> bool:
 
 
 def steps_and_guidances(tables: Sequence[Table]) -> str:
-    """List the tables for a message: `5, 8 and 10 steps at guidance 1, 8 at 1.5`."""
+    """Describe tables by steps and guidance: `5, 8, 10 steps at guidance 1; 8 steps at guidance 1.5`."""
     by_guidance: dict[float, list[int]] = {}
     for table in tables:
         by_guidance.setdefault(table.guidance, []).append(table.steps)

@@ -1,11 +1,11 @@
-"""Samplers as tables. Each compiles to a plan with one line of coefficients per pass. One update rule runs all plans:
+"""Samplers as plans. A plan has one line of coefficients per pass, and all plans use the same update:
 
     x0 = clip(p x + q out)
     (x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
 
-Only p and q depend on the network's prediction type. Most samplers need no register h. Their rule is
-x' = a x + b x0 + c x0_previous + s exp(r v) z. With a learned variance, v is the second half of the network's output
-channels. Otherwise exp(r v) is 1.
+Only p and q depend on the network's prediction type. Most samplers have no registers h, and their update is x' = a x +
+b x0 + c x0_previous + s exp(r v) z. If the variance is learned, v is the second half of the network's output channels;
+otherwise exp(r v) is 1.
 """
 
 from collections import deque
@@ -37,17 +37,20 @@ from tminus.model.solvers import (
 from tminus.model.timesteps import make_timesteps, middles, timesteps_of_passes
 from tminus.model.trajectory import PlanNumbers
 
-NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
+NUM_COEFFICIENTS = 8  # columns of Plan.lines: p, q, a, b, c, s, clip, r
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled sampler: one line per pass through the network, P in all.
+    """A sampler compiled to P passes through the network. All tensors are float64.
 
-    timesteps float64 [P], from noisy to clean, fractional for some samplers. lines float64 [P, 8]. alpha_bar float64
-    [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M for a sampler with R registers, whose first row begins
-    with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: the scale of x at the network's input, and the
-    network's timestep; None means 1 and `timesteps`.
+    timesteps [P]: from noisy to clean, fractional for some samplers.
+    lines [P, 8]: the coefficients p, q, a, b, c, s, clip, r.
+    alpha_bar [P]: the noise level at each timestep.
+    matrices [P, 1 + R, 4 + R]: the matrices M for a sampler with R registers. The first row of M starts with a, b, c,
+    s. None if there are no registers.
+    inputs [P, 2]: the factor by which x is scaled for the network, and the time passed to the network. None means 1 and
+    the timestep.
     """
 
     timesteps: Tensor
@@ -61,17 +64,20 @@ class Plan:
 
     @property
     def adds_noise(self) -> bool:
-        """True if any pass needs z. ddim with eta 0 and most solvers draw no noise after x_T."""
+        """True if any pass adds noise z. Most solvers, and ddim with eta 0, add none."""
         return bool((self.lines[:, 5] > 0).any())
 
     @property
     def known(self) -> Tensor:
-        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) after each pass, float64 [P, 2]; 1 and 0 after the last."""
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) after each pass, float64 [P, 2]. The last row is (1, 0)."""
         reached = torch.cat([self.alpha_bar[1:], torch.ones(1, dtype=torch.float64)])
         return torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
 
     def q_sample(self, x_0: Tensor, eps: Tensor) -> Tensor:
-        """Draw the x_t at which the first pass starts (Ho et al. 2020, eq. 4): x_0, eps and x_t are [B, C, H, W]."""
+        """Draw x_t at the noise level of the first pass (Ho et al. 2020, eq. 4).
+
+        x_0, eps and x_t are [B, C, H, W].
+        """
         signal, noise = (
             each.to(x_0.dtype).to(x_0.device) for each in (self.alpha_bar[0].sqrt(), (1 - self.alpha_bar[0]).sqrt())
         )
@@ -79,11 +85,11 @@ class Plan:
 
     @property
     def num_registers(self) -> int:
-        """R, the number of states that a row keeps beside x and x0_previous."""
+        """The number of registers, R: tensors that each image needs besides x and x0_previous."""
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
     def numbers(self) -> PlanNumbers:
-        """Return the plan as plain numbers without torch, with the inputs of every pass."""
+        """Return the plan as NumPy arrays."""
         inputs = (
             torch.stack([torch.ones_like(self.timesteps), self.timesteps], 1) if self.inputs is None else self.inputs
         )
@@ -103,12 +109,17 @@ def compile_plan(
     start: int = 0,
     fractional: bool = False,
 ) -> Plan:
-    """Compile a sampler for this model. None means the config's clip_sample for `clip`, and its spacing for `spacing`.
+    """Compile a sampler for a model. The coefficients come from model/solvers.py.
 
-    model/solvers.py has the coefficients. A step ends at the noise level of the next step. The last step ends without
-    noise and adds none. start: leave out this many first steps. The first remaining step then has no earlier
-    prediction. fractional: the network accepts fractional timesteps. Raises ValueError for an unknown sampler or
-    spacing, an invalid number of steps, and for a combination that this schedule does not allow.
+    Each step ends at the noise level where the next step starts. The last step adds no noise.
+
+    clip: None uses the checkpoint's clip_sample.
+    spacing: None uses the checkpoint's default for this sampler.
+    start: the number of steps to skip. The first remaining step has no earlier prediction.
+    fractional: True if the network accepts fractional timesteps.
+
+    Raises ValueError for an unknown sampler or spacing, for an invalid number of steps, and for settings that the noise
+    schedule does not allow.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -146,7 +157,7 @@ def compile_plan(
 
 
 def table_plan(noise: NoiseConfig, schedule: NoiseSchedule, table: Table, *, clip: bool | None, start: int = 0) -> Plan:
-    """Make the plan of a table fitted to this checkpoint, without its first `start` steps."""
+    """Compile a table to a plan that skips the first `start` steps."""
     lines = torch.tensor(table.started(start), dtype=torch.float64)
     a, b, c, d, s = lines.unbind(1)
     registers = 1 if bool(d.any()) else 0
@@ -166,7 +177,7 @@ def make_plan(
     r: Tensor | None = None,
     clip: bool | None = None,
 ) -> Plan:
-    """Make the plan for these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
+    """Create a plan from timesteps [P] and matrices [P, 1 + R, 4 + R]."""
     alpha_bar, t = schedule.alpha_bar_at(timesteps), torch.tensor(timesteps, dtype=torch.float64)
     at = parametrize(noise, alpha_bar, t)
     inputs = torch.stack([at.scale, at.time], dim=1) if noise.is_continuous else None
@@ -179,25 +190,28 @@ def make_plan(
 
 
 def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) -> Tensor:
-    """Replace the known pixels by x_0 at the noise level of x (Lugmayr et al. 2022, eq. 8).
+    """Overwrite the known pixels of x with x_0, noised to the level of x (Lugmayr et al. 2022, eq. 8).
 
-    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: the pixels where x stays; known [B, 2]: lines of Plan.known.
+    x, x_0, eps [B, C, H, W].
+    new [B, 1, H, W] bool: True for pixels to generate, which keep their values in x.
+    known [B, 2]: a row of Plan.known for each image.
     """
     signal, noise = known.reshape(len(known), 2, 1, 1, 1).unbind(1)
     return torch.where(new, x, signal * x_0 + noise * eps)
 
 
 class Denoised(NamedTuple):
-    """The result of one pass: x at the next timestep and the current prediction of x_0, both [B, C, H, W]."""
+    """The result of a pass: x at the next timestep, and the predicted x_0. Both are [B, C, H, W]."""
 
     x: Tensor
     x0: Tensor
 
 
 def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tensor) -> Denoised:
-    """Apply the update rule without registers to each row: lines [B, 8], the other tensors [B, C, H, W].
+    """Compute the update of a sampler without registers.
 
-    out may be [B, 2C, H, W]: the prediction and the v of a learned variance. x0 is correct for every sampler.
+    lines is [B, 8], with one line per image. The other tensors are [B, C, H, W], except that `out` is [B, 2C, H, W] if
+    it includes the v of a learned variance. For a sampler with registers, only x0 of the result is valid.
     """
     p, q, a, b, c, s, clip, r = lines.reshape(len(lines), NUM_COEFFICIENTS, 1, 1, 1).unbind(1)
     channels = x.shape[1]
@@ -209,10 +223,11 @@ def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tenso
 
 
 def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
-    """Multiply each row's state by M: matrices [B, 1 + R, 4 + R], state 4 + R of [B, C, H, W] -> [B, 1 + R, C, H, W].
+    """Multiply the state of each image by its matrix M.
 
-    The state is x, x0, x0_previous, z and the registers. The products are added one by one in this order, so a row's
-    bits do not depend on the other rows.
+    matrices is [B, 1 + R, 4 + R]. The state is a sequence of 4 + R tensors [B, C, H, W]: x, x0, x0_previous, z and the
+    registers. Returns [B, 1 + R, C, H, W]. Terms are added in this order, one at a time, so an image's result does not
+    depend on the rest of the batch, not even in the last bit.
     """
     M = matrices.reshape(*matrices.shape, 1, 1, 1)
     total = M[:, :, 0] * state[0][:, None]
@@ -222,7 +237,7 @@ def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
 
 
 class Guided(TypedDict, total=False):
-    """The arguments of `sample_passes` for classes and guidance."""
+    """The guidance arguments of `sample_passes`."""
 
     class_labels: Tensor | None
     null_class: int | None
@@ -232,7 +247,7 @@ class Guided(TypedDict, total=False):
 
 
 def sample(net: Forward, plan: Plan, x_T: Tensor, z_of: Callable[[int], Tensor], **guidance: Unpack[Guided]) -> Tensor:
-    """Run a plan on one batch from x_T to x_0, see `sample_passes`."""
+    """Run a plan on a batch and return x_0. See `sample_passes` for the arguments."""
     return deque(sample_passes(net, plan, x_T, z_of, **guidance), maxlen=1).pop()
 
 
@@ -249,12 +264,14 @@ def sample_passes(
     guidance_interval: tuple[int, int] | None = None,
     guidance_rescale: float = 0.0,
 ) -> Iterator[Tensor]:
-    """Run a plan on a batch of rows at the same step: x_T [B, C, H, W] -> x after each pass. The last x is x_0.
+    """Run a plan on a batch, and yield x [B, C, H, W] after each pass. The last x is x_0.
 
-    z_of(k) returns the noise of step k. Training sheets and evaluation use this; the server's engine has its own loop.
+    Training and evaluation use this function; the server has a loop of its own.
 
-    Guidance is on at the timesteps lo <= t <= hi of guidance_interval (Kynkäänniemi et al. 2024); None means all
-    timesteps. For guidance_rescale see `rescale`.
+    z_of: returns the noise for pass k.
+    guidance_interval: apply guidance only at timesteps lo <= t <= hi (Kynkäänniemi et al. 2024). None means at all
+    timesteps.
+    guidance_rescale: the `share` of `rescale`.
     """
     x, x0, registers = x_T, torch.zeros_like(x_T), [torch.zeros_like(x_T)] * plan.num_registers
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
@@ -283,14 +300,14 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], x_0 last.
+    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], with x_0 last.
 
-    The plan must add no noise, so each x determines x_0.
+    The plan must not add noise, so that each x determines x_0.
     """
     points: list[Tensor] = []
 
     def seen(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        points.append(x[: len(x_T)])  # a guided row is in the batch twice
+        points.append(x[: len(x_T)])  # with guidance, the batch has each image twice
         return net(x, t, labels)
 
     zero = torch.zeros_like(x_T)

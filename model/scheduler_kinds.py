@@ -1,4 +1,4 @@
-"""The supported scheduler classes of diffusers, and the sampler for each class and scheduler_config.json."""
+"""The supported diffusers schedulers, and which of our samplers each of them corresponds to."""
 
 import math
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from itertools import takewhile
 from typing import Any, Literal
 
 Family = Literal["betas", "consistency", "edm", "flow", "ve"]
-# For each prediction type, the form of the noise levels: betas, or a formula of t.
+# For each prediction type, what the noise levels follow from: betas, or a formula of t.
 FAMILY_OF: Mapping[str, Family] = {
     "epsilon": "betas",
     "sample": "betas",
     "v_prediction": "betas",
     "consistency": "consistency",
     "edm": "edm",
-    "edm_v_prediction": "edm",  # out has the opposite sign, as in diffusers
+    "edm_v_prediction": "edm",  # with the output negated, as in diffusers
     "flow": "flow",
     "score": "ve",
 }
@@ -30,7 +30,7 @@ _OF_BETAS = (
 )
 _OF_RAMP = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho")
 _CLIP = ("clip_sample", "clip_sample_range")
-# The fields that NoiseConfig shares with each class of diffusers, in the class's own names.
+# For each diffusers class, the names of the fields that NoiseConfig supports.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "DDPMScheduler": (*_OF_BETAS, *_CLIP, "variance_type", "thresholding", "rescale_betas_zero_snr"),
     "DDIMScheduler": (*_OF_BETAS, *_CLIP, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr"),
@@ -47,8 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "FlowMatchEulerDiscreteScheduler": ("num_train_timesteps", "shift"),
     "ScoreSdeVeScheduler": ("num_train_timesteps", "sigma_min", "sigma_max", "sampling_eps", "snr", "correct_steps"),
 }
-# Fields that are read for every class with betas, even if the class lacks them. Any sampler may clip, and variance_type
-# determines the network's output channels.
+# Fields that are read for all classes with betas, even for a class that lacks them: any sampler may clip, and
+# variance_type determines the number of output channels.
 READ_OF_BETAS = (*_CLIP, "variance_type")
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -75,15 +75,15 @@ _DPM_SOLVER = {
 }
 
 
-# These fields change no image. The fields of thresholding, flows, size-dependent shift and churn matter only if these
-# features are on, and then the config is refused. tensor_format belongs to another tensor library. A solver's last step
-# ends without noise, and is always of first order.
+# Fields that do not affect images. Those for thresholding, flows, size-dependent shift and churn matter only if the
+# feature is on, and then the config is rejected. tensor_format chooses a tensor library. lower_order_final and
+# euler_at_final reduce the order of the last step, which is 1 anyway because the step ends without noise.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}
     | {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "s_tmin", "s_tmax"}
 )
-# Fields of unsupported classes: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, the other score_sde.
+# Fields of unsupported schedulers: LCM, TCD, SA-Solver, RePaint, DPM-Solver SDE, ScoreSdeVp and others.
 OF_OTHER_CLASSES = frozenset(
     {"original_inference_steps", "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "eta"}
     | {"noise_sampler_seed", "s_min", "s_max", "beta_min", "beta_max", "set_alpha_to_zero", "snr_shift_scale"}
@@ -93,32 +93,32 @@ _OF_DDPM = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_predict
 
 @dataclass(frozen=True, slots=True)
 class SchedulerKind:
-    """A scheduler class of diffusers, and the field values that make it one of our samplers."""
+    """A diffusers scheduler class, with the settings that make it equivalent to one of our samplers."""
 
     class_name: str
     sampler: str
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that select the sampler within the class, with the values for this one."""
+    """Field values that select this sampler within the class. A config must have all of them."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of the class that are not in `must` and differ from DDPMScheduler's."""
+    """Defaults of the class that differ from the values in `must` or from the defaults of DDPMScheduler."""
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """The class's own names of DDPMScheduler's fields. Keys: the class's names."""
+    """For fields that the class names differently: the name in NoiseConfig, keyed by the name in the class."""
     reads: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """Values that the class replaces by others, by (field, value). diffusers' from_config leaves such values behind."""
+    """Values that the class replaces by others, keyed by (field, value). A config made by from_config may have them."""
     family: Family = "betas"
     predictions: Mapping[str, str] = field(default_factory=lambda: _OF_DDPM)
-    """Our prediction type for each value that the class allows."""
+    """Our name for each prediction_type that the class allows."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that are read from a config, in the class's own names."""
+        """The fields that are read from a config of this class, by their names in the class."""
         return frozenset(FIELDS[self.class_name]).union(READ_OF_BETAS if self.family == "betas" else ())
 
     @property
     def clips_by_threshold(self) -> bool:
-        """True if the class has dynamic thresholding instead of clip_sample.
+        """True if the class has `thresholding` but no clip_sample.
 
-        With sample_max_value 1, thresholding equals this clip.
+        With a sample_max_value of 1, thresholding is the same as clipping to [-1, 1].
         """
         own = FIELDS[self.class_name]
         return "thresholding" in own and "clip_sample" not in own
@@ -225,7 +225,7 @@ KINDS = (
             ("dpmpp_2m_sde", {"algorithm_type": "sde-dpmsolver++"}),
         )
     ),
-    # From a pull request (huggingface/diffusers 4481); some published folders use it.
+    # From a pull request to diffusers (4481). Some published checkpoints use this class.
     SchedulerKind(
         "KarrasEDMScheduler",
         "heun",
@@ -264,13 +264,14 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF = {(kind.family, kind.sampler): kind for kind in KINDS}
-# A class of diffusers ignores fields of other classes. from_config keeps the fields of a config's former class.
+# When a user switches scheduler classes, diffusers' from_config keeps the fields of the old class. The new class
+# ignores them.
 FIELDS_OF_ANY = WITHOUT_EFFECT.union(OF_OTHER_CLASSES, *({*kind.must, *kind.fields} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:
-    """Return the kind for a class and its config fields. Raises ValueError for an unsupported class or value."""
+    """Return the kind for a class and its settings. Raises ValueError if they are not supported."""
     name = SAME_AS.get(class_name, class_name) if isinstance(class_name, str) else None
     of_class = [kind for kind in KINDS if kind.class_name == name]
     if not of_class:
@@ -278,7 +279,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
             f"scheduler config: {class_name!r:.100} is not served; those that are: {', '.join(CLASS_NAMES)}. If the "
             "network was trained with the same betas, the config of one of these can take its place"
         )
-    # A class may have several samplers. Take the sampler with the most matching fields before the first mismatch.
+    # A class can correspond to several samplers. Choose the kind with the longest run of matching values.
     kind = max(of_class, key=lambda kind: len(_right(kind, given)))
     wrong = list(kind.must)[len(_right(kind, given)) :]
     if wrong:
@@ -288,7 +289,7 @@ def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKin
 
 
 def _right(kind: SchedulerKind, given: Mapping[str, Any]) -> list[str]:
-    """Return the required fields before the first mismatch. A null field counts as missing."""
+    """Return the fields of `kind.must` up to the first that has a wrong value. null counts as missing."""
     told = {key: value for key, value in given.items() if value is not None}
     read = {name: as_read for (name, value), as_read in kind.reads.items() if told.get(name) == value}
     values = {**kind.must, **kind.defaults, **told, **read}

@@ -1,10 +1,12 @@
-"""The coefficients of each sampler: one small matrix per pass.
+"""The coefficients of each sampler, as a small matrix M for each pass.
 
-(x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4). x0 is the network's current prediction, x0_previous the
-prediction of the pass before, z fresh noise. The registers h hold a solver's other state. For a solver without
-registers M has one row: a, b, c, s.
+    (x', h1', ..., h4') = M (x, x0, x0_previous, z, h1, ..., h4)
 
-Everything is float64 [S], by pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma).
+x0 is the network's prediction in the current pass, x0_previous the prediction in the previous pass, and z fresh noise.
+A solver that needs more state keeps it in registers h. Without registers, M has a single row: a, b, c, s.
+
+All tensors are float64 with one entry per pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and lambda =
+log(alpha / sigma). A prime marks values at the end of a step.
 """
 
 import math
@@ -17,67 +19,74 @@ from torch import Tensor
 
 from tminus.model.noise import posterior_between
 
-X, X0, X0_PREVIOUS, Z, H1, H2, H3, H4 = range(8)  # columns of M; the registers are rows 1 to 4
+X, X0, X0_PREVIOUS, Z, H1, H2, H3, H4 = range(8)  # columns of M; row 0 is x', rows 1 to 4 are the registers
 NUM_INPUTS, MAX_REGISTERS = 8, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The noise levels at the start and at the end of each step: float64 [S] each, from noisy to clean."""
+    """The noise levels at the start and the end of S steps, from noisy to clean. Both are float64 [S]."""
 
     alpha_bar: Tensor
     alpha_bar_next: Tensor
 
     @property
     def alpha(self) -> Tensor:
-        """sqrt(alpha_bar)."""
         return self.alpha_bar.sqrt()
 
     @property
     def alpha_next(self) -> Tensor:
-        """sqrt(alpha_bar) at the end of the step."""
         return self.alpha_bar_next.sqrt()
 
     @property
     def sigma(self) -> Tensor:
-        """sqrt(1 - alpha_bar)."""
         return (1 - self.alpha_bar).sqrt()
 
     @property
     def sigma_next(self) -> Tensor:
-        """sqrt(1 - alpha_bar) at the end of the step; 0 after the last."""
         return (1 - self.alpha_bar_next).sqrt()
 
     @property
     def h(self) -> Tensor:
-        """The length of the step in lambda; infinite for a step that begins without signal or ends without noise."""
+        """The length of each step, measured in lambda.
+
+        A step that starts without signal or ends without noise has infinite length.
+        """
         return (self.alpha_next / self.sigma_next).log() - (self.alpha / self.sigma).log()
 
     def before(self, values: Tensor, by: int = 1) -> Tensor:
-        """Shift values by `by` steps: each step gets the value of an earlier step, or infinity if there is none."""
+        """Shift the values so that each step gets the value from `by` steps earlier.
+
+        The first steps, which have no such predecessor, get infinity.
+        """
         return torch.cat([torch.full((min(by, len(values)),), torch.inf, dtype=values.dtype), values[:-by]])
 
 
 def matrices(num_passes: int, registers: int = 0) -> Tensor:
-    """Return zeros for M of each pass, [S, 1 + registers, 4 + registers]."""
+    """Create a zero matrix M for each pass: [num_passes, 1 + registers, 4 + registers]."""
     return torch.zeros(num_passes, 1 + registers, 4 + registers, dtype=torch.float64)
 
 
 def towards(levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return a and b of the first-order step in x0, x' = a x + b x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
+    """Return a and b of the first-order step x' = a x + b x0.
 
-    This is DDIM's step (Song et al. 2021, eq. 12), in a form that allows alpha = 0, where h is infinite.
+    a = sigma'/sigma and b = alpha' (1 - e^-h). This is the DDIM step (Song et al. 2021, eq. 12), written so that it
+    also holds for alpha = 0, where h is infinite.
     """
     a = levels.sigma_next / levels.sigma
     return a, levels.alpha_next - a * levels.alpha
 
 
 def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2). Return M and r: the standard deviation is s exp(r v).
+    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2).
 
-    The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
-    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15). reverse_diffusion is the
-    variance of VE models, sigma^2 - sigma'^2 in x / alpha (Song et al. 2021, SDE, eq. 46).
+    Returns M and r. A learned variance has the standard deviation s exp(r v); for the other variances, r is 0.
+
+    fixed_small: the variance is that of the posterior, beta~.
+    fixed_large: the variance is beta.
+    learned_range: log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
+    reverse_diffusion: for VE models, x / alpha has the variance (sigma/alpha)^2 - (sigma'/alpha')^2 (Song et al. 2021,
+    SDE, eq. 46).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
@@ -98,12 +107,12 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
 
 
 def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16), with noise eta."""
+    """DDIM (Song et al. 2021, eq. 12 and 16). eta scales the noise."""
     alpha_bar, alpha_bar_next = levels.alpha_bar, levels.alpha_bar_next
     M = matrices(len(alpha_bar))
     s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     s[-1] = 0
-    # The factor of eps = (x - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar).
+    # This is the coefficient of eps, where eps = (x - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar).
     towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()
     a = towards_x_t / levels.sigma
     M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
@@ -111,10 +120,10 @@ def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
 
 
 def extrapolation(levels: Levels) -> Tensor:
-    """Return 1 / (2 r), r = h_previous / h: the factor that extrapolates x0 - x0_previous to the middle of the step.
+    """Return 1 / (2 r), the factor for extrapolating x0 to the middle of a step. r = h_previous / h.
 
-    It is 0 in the first step, which has no earlier x0, in the last step, whose h is infinite, and after a step from
-    alpha_bar = 0, whose h is infinite too.
+    The factor is 0 for the first step, which has no earlier x0, for the last step, where h is infinite, and after a
+    step from alpha_bar = 0, where h_previous is infinite.
     """
     w = levels.h / (2 * levels.before(levels.h))
     w[0] = w[-1] = 0
@@ -122,9 +131,10 @@ def extrapolation(levels: Levels) -> Tensor:
 
 
 def dpmpp_2m(levels: Levels) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x' = (sigma'/sigma) x - alpha' (e^-h - 1) D.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
 
-    D = x0 + (x0 - x0_previous) / (2 r) extrapolates to the middle of the step.
+    x' = (sigma'/sigma) x - alpha' (e^-h - 1) D, where D = x0 + (x0 - x0_previous) / (2 r) is x0 extrapolated to the
+    middle of the step.
     """
     M = matrices(len(levels.alpha_bar))
     (a, b), w = towards(levels), extrapolation(levels)
@@ -133,7 +143,7 @@ def dpmpp_2m(levels: Levels) -> Tensor:
 
 
 def dpmpp_2m_sde(levels: Levels) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19): like 2M, with fresh noise at each step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19), a DPM-Solver++(2M) that adds noise in each step."""
     M = matrices(len(levels.alpha_bar))
     w = extrapolation(levels)
     decay = levels.alpha * levels.sigma_next / (levels.alpha_next * levels.sigma)  # e^-h
@@ -147,8 +157,8 @@ def dpmpp_2m_sde(levels: Levels) -> Tensor:
 def dpmpp_3m(levels: Levels) -> Tensor:
     """DPM-Solver++(3M) (Lu et al. 2022, appendix B). h1 holds the x0 of two passes ago.
 
-    As in diffusers, the order grows by one per step at the beginning. The last step is of first order. With fewer than
-    15 steps, the step before it is of second order.
+    As in diffusers, the first step has order 1, the second has order 2, and with fewer than 15 steps the last but one
+    has order 2. The last step has order 1.
     """
     S = len(levels.alpha_bar)
     M = F.pad(dpmpp_2m(levels), (0, 1, 0, 1))
@@ -156,8 +166,8 @@ def dpmpp_3m(levels: Levels) -> Tensor:
     third = slice(2, max(2, S - 1 if S >= 15 else S - 2))
     h, h_1, h_2 = (each[third] for each in (levels.h, levels.before(levels.h), levels.before(levels.h, 2)))
     b, alpha_next = towards(levels)[1][third], levels.alpha_next[third]
-    # x' = a x + b x0 + c_1 D_1 + c_2 D_2. The differences D are combinations of (x0 - x0_previous) h / h_1 and
-    # (x0_previous - h1) h / h_2.
+    # x' = a x + b x0 + c_1 D_1 + c_2 D_2, where the differences D_1 and D_2 are combinations of (x0 - x0_previous) h /
+    # h_1 and (x0_previous - h1) h / h_2.
     c_1 = alpha_next - b / h
     c_2 = alpha_next / 2 - c_1 / h
     share, curve = h_1 / (h_1 + h_2), h / (h_1 + h_2)
@@ -168,34 +178,35 @@ def dpmpp_3m(levels: Levels) -> Tensor:
 
 
 def unipc(levels: Levels) -> Tensor:
-    """UniPC of order 2 with its corrector, B(h) = e^h - 1 (Zhao et al. 2023, algorithm 1 and 2), in x0.
+    """UniPC of order 2 with corrector and B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2), in x0.
 
-    The predictor is DPM-Solver++(2M)'s. The corrector repeats the step to x, with the now known x0 at the step's end.
-    h1 holds the terms of earlier passes, so the corrected x is h1 + correct x0.
+    The predictor is DPM-Solver++(2M). When x0 at the end of a step is known, the corrector repeats the step with it. h1
+    sums up the contributions of earlier passes, so the corrected x is h1 + correct x0.
     """
     S = len(levels.alpha_bar)
     M, (a, b), w = matrices(S, registers=1), towards(levels), extrapolation(levels)
     h, ratio = -levels.h, levels.h / levels.before(levels.h)
-    # The corrector of the step that begins here: x' = a x + b (x0 + g (x0 - x0_previous) + e (x0 at the end - x0)).
+    # Corrector of the step that starts at this pass: x' = a x + b (x0 + g (x0 - x0_previous) + e (x0_end - x0)).
     B_1 = (h.expm1() / h - 1) / h.expm1()
     B_2 = 2 * ((h.expm1() / h - 1) / h - 1 / 2) / h.expm1()
     share = (B_1 - B_2) / (1 + 1 / ratio)
     g, e = share * ratio, B_1 - share
-    g[0], e[0] = 0, 1 / 2  # of first order: there is no x0_previous
+    g[0], e[0] = 0, 1 / 2  # order 1: there is no x0_previous yet
     g[-1], e[-1] = 0, 0  # the last step is not corrected
     correct = levels.before(b * e)
     correct[0] = 0
     M[:, 0, H1], M[:, 0, X0], M[:, 0, X0_PREVIOUS] = a, a * correct + b * (1 + w), -b * w
     M[:, 1, H1], M[:, 1, X0], M[:, 1, X0_PREVIOUS] = a, a * correct + b * (1 + g - e), -b * g
-    M[0, :, X], M[0, :, H1] = a[0], 0  # nothing to correct yet
+    M[0, :, X], M[0, :, H1] = a[0], 0  # nothing to correct in the first pass
     return M
 
 
 def deis(levels: Levels) -> Tensor:
-    """DEIS of order 2 (Zhang & Chen 2023, tAB-DEIS in log rho): rho = sigma / alpha, eps = (x - alpha x0) / sigma.
+    """DEIS of order 2 (Zhang & Chen 2023, tAB-DEIS in log rho).
 
-    x'/alpha' = x/alpha + the integral over rho of a line in log rho through the last two eps; h1 holds the earlier
-    eps. The first step, the last, and a step after one without signal are of first order.
+    With rho = sigma / alpha and eps = (x - alpha x0) / sigma, x'/alpha' is x/alpha plus an integral over rho. The
+    integrand is a line in log rho through the last two eps. h1 holds the previous eps. The first and the last step have
+    order 1. The second step also has order 1 if the first starts without signal.
     """
     M, (of_x, of_x0) = matrices(len(levels.alpha_bar), registers=1), _eps(levels)
     M[:, 0, X], M[:, 0, X0] = towards(levels)
@@ -204,7 +215,7 @@ def deis(levels: Levels) -> Tensor:
     inner = slice(1 if rho[0] < math.inf else 2, -1)
     rho_next, u_next = (each[inner.start + 1 :] for each in (rho, u))
     rho, u, u_before = rho[inner], u[inner], levels.before(u)[inner]
-    # The integrals over rho of 1 and of log rho. The antiderivative of log rho is (log rho - 1) rho.
+    # Integrals over rho of 1 and of log rho, whose antiderivative is (log rho - 1) rho.
     of_1, of_u = rho_next - rho, (u_next - 1) * rho_next - (u - 1) * rho
     near, far = (of_u - u_before * of_1) / (u - u_before), (of_u - u * of_1) / (u_before - u)
     alpha, alpha_next = levels.alpha[inner], levels.alpha_next[inner]
@@ -214,18 +225,19 @@ def deis(levels: Levels) -> Tensor:
 
 
 def _eps(levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of x and x0 in eps = (x - alpha x0) / sigma."""
+    """Return the coefficients of x and of x0 in eps = (x - alpha x0) / sigma."""
     return 1 / levels.sigma, -levels.alpha / levels.sigma
 
 
-# Keyed by the number of earlier eps.
+# Indexed by the number of earlier eps that are available.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms(levels: Levels) -> Tensor:
-    """PNDM without its Runge-Kutta start (Liu et al. 2022, eq. 9 and 12): Adams-Bashforth of order 4 in eps.
+    """PNDM without Runge-Kutta steps (Liu et al. 2022, eq. 9 and 12): order-4 Adams-Bashforth in eps.
 
-    h1, h2, h3 hold the earlier eps. The second pass repeats the first step, with the mean of the eps at its two ends.
+    h1, h2 and h3 hold earlier eps. The second pass repeats the first step, using the mean of eps at the start and at
+    the end of the step.
     """
     steps = len(levels.alpha_bar)
     (gain, move), (of_x, of_x0) = _transfer(levels), _eps(levels)
@@ -234,31 +246,35 @@ def plms(levels: Levels) -> Tensor:
         M[0, row, X], M[0, row, X0] = start + weight * of_x[0], weight * of_x0[0]
     if steps == 1:
         return M
-    # The second pass: h2 holds the first step with half of its eps. This pass adds the other half.
+    # In the second pass, h2 is the result of the first step with only half of its eps. Add the other half.
     M[1, 0, X], M[1, 0, X0] = move[0] / 2 * of_x[1], move[0] / 2 * of_x0[1]
     M[1, 0, H2] = M[1, 1, H1] = 1
-    M[2:] = _adams_bashforth(levels, 1)  # pass k + 1 takes step k
+    M[2:] = _adams_bashforth(levels, 1)  # pass k + 1 computes step k
     return M
 
 
 def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
-    """PNDM (Liu et al. 2022, algorithm 2): Runge-Kutta steps (eq. 13), then Adams-Bashforth of order 4, all in eps.
+    """PNDM (Liu et al. 2022, algorithm 2): Runge-Kutta steps (eq. 13), then order-4 Adams-Bashforth.
 
-    alpha_bar_middle [K]: the level in the middle of each Runge-Kutta step; K is three or zero, see `middles`. h1, h2,
-    h3 hold the eps at the starts of earlier steps, the latest first. h4 holds the x at the start of a Runge-Kutta
-    step, and after its third pass the end of the step without the last eps.
+    Both methods work in eps.
+
+    alpha_bar_middle [K]: the noise level in the middle of each Runge-Kutta step. K is 3 or 0, see `middles`.
+
+    h1, h2 and h3 hold the eps at the start of earlier steps, the latest first. h4 holds the x at the start of a
+    Runge-Kutta step. After the third pass of the step, h4 holds the step's result without the contribution of the
+    fourth eps.
     """
     K = len(alpha_bar_middle)
     to_middle = Levels(levels.alpha_bar[:K], alpha_bar_middle)
     from_middle = Levels(alpha_bar_middle, levels.alpha_bar_next[:K])
     (gain, move), (half_gain, half_move) = _transfer(levels), _transfer(to_middle)
-    # Coefficients of x and x0.
+    # Each row has the coefficients of x and of x0 in eps.
     at_step, at_middle = torch.stack(_eps(levels), dim=1), torch.stack(_eps(from_middle), dim=1)
-    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # the coefficients of each input itself
+    x, x0, _, _, h1, h2, h3, h4 = torch.eye(NUM_INPUTS, dtype=torch.float64)  # unit vectors: sums of them are rows of M
     passes: list[Tensor] = []
     for k in range(K):
         eps_1, eps_3, eps_4 = (of_x * x + of_x0 * x0 for of_x, of_x0 in (at_step[k], at_middle[k], at_step[k + 1]))
-        eps_2 = eps_3  # the same formula, one pass earlier
+        eps_2 = eps_3  # the same formula as eps_3, one pass earlier
         passes.append(torch.stack([half_gain[k] * x + half_move[k] * eps_1, eps_1, h1, h2, x]))
         passes.append(torch.stack([half_gain[k] * h4 + half_move[k] * eps_2, h1, h2, h3, h4]))
         eps_2 = (x - half_gain[k] * h4) / half_move[k]
@@ -270,13 +286,13 @@ def pndm(levels: Levels, alpha_bar_middle: Tensor) -> Tensor:
 
 
 def _transfer(levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return gain and move of x' = gain x + move eps (Liu et al. 2022, eq. 11), which is DDIM's step for any eps."""
+    """Return gain and move of the DDIM step x' = gain x + move eps (Liu et al. 2022, eq. 11)."""
     gain = levels.alpha_next / levels.alpha
     return gain, levels.sigma_next - gain * levels.sigma
 
 
 def _adams_bashforth(levels: Levels, start: int) -> Tensor:
-    """Return M of the steps from `start` on. h1, h2, h3 keep up to three earlier eps, one for each step before."""
+    """Return M for the steps from `start` on. h1, h2 and h3 hold the eps of earlier steps, if any."""
     steps = len(levels.alpha_bar)
     M = matrices(steps - start, registers=3)
     weights = [(*ADAMS_BASHFORTH[min(k, 3)], 0, 0, 0)[:4] for k in range(start, steps)]
@@ -290,16 +306,17 @@ def _adams_bashforth(levels: Levels, start: int) -> Tensor:
 
 
 def heun(levels: Levels) -> Tensor:
-    """Heun's method (Karras et al. 2022, algorithm 1) in x / alpha and rho = sigma / alpha, two passes a step.
+    """Heun's method (Karras et al. 2022, algorithm 1), with two passes per step.
 
-    The first pass takes Euler's step, and keeps in h1 the same step with half of its slope. The second pass, at the
-    end of the step, adds the other half. The last step, to no noise, is Euler's.
+    The variables are x / alpha and rho = sigma / alpha. The first pass makes an Euler step. It also stores in h1 the
+    result of the step with half the slope. The second pass, at the end of the step, adds the other half with the slope
+    found there. The last step ends without noise and is a plain Euler step.
     """
     steps = len(levels.alpha_bar)
     M, (a, b) = matrices(2 * steps - 1, registers=1), towards(levels)
     M[0::2, 0, X], M[0::2, 0, X0] = a, b
     rho, alpha_next = (levels.sigma / levels.alpha), levels.alpha_next[:-1]
-    half = (rho[1:] - rho[:-1]) / 2  # factor of the slope (x / alpha - x0) / rho
+    half = (rho[1:] - rho[:-1]) / 2  # multiplies the slope (x / alpha - x0) / rho
     M[0:-1:2, 1, X] = alpha_next / levels.alpha[:-1] * (1 + half / rho[:-1])
     M[0:-1:2, 1, X0] = -alpha_next * half / rho[:-1]
     M[1::2, 0, X], M[1::2, 0, X0], M[1::2, 0, H1] = half / rho[1:], -alpha_next * half / rho[1:], 1

@@ -1,4 +1,7 @@
-"""The timesteps that a sampler visits, as plain numbers without torch: the service computes costs from them."""
+"""The timesteps of each sampler, as plain numbers. Does not import torch.
+
+The service computes the cost of a request from them.
+"""
 
 import math
 from bisect import bisect_left
@@ -10,11 +13,13 @@ import numpy as np
 from tminus.model.catalogue import SAMPLER_FACTS
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
-# A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5), so lower steps are wasted.
+# A jump from this sigma to no noise changes a pixel by less than 4 of 255 grey levels (0.03 * 127.5), so steps at lower
+# noise would be wasted.
 SIGMA_MIN = 0.03
-# In Ho et al.'s schedule t = T - 1 has sigma 157. A cosine schedule goes on to 20,000, but above 157 x_t is noise.
+# The schedule of Ho et al. 2020 ends at sigma 157. A cosine schedule reaches 20,000, but above 157 x_t is pure noise
+# anyway.
 SIGMA_MAX = 160.0
-RHO = 3  # Karras et al. 2022, eq. 5: 3 evens out the truncation error. Their 7 gave 1.35 times the Fréchet distance
+RHO = 3  # equalises truncation errors; the 7 of Karras et al. 2022, eq. 5, gave 1.35 times the Fréchet distance
 
 
 def make_timesteps(
@@ -28,22 +33,26 @@ def make_timesteps(
     fractional: bool = False,
     continuous: bool = False,
 ) -> list[float]:
-    """Choose `steps` of the T timesteps, in descending order. leading, trailing, linspace: Lin et al. 2024, table 2.
+    """Choose `steps` of the T timesteps, in decreasing order.
 
-    karras is one ramp for all samplers (Karras et al. 2022, eq. 5). It needs log_sigmas: log sqrt((1 - alpha_bar) /
-    alpha_bar) of t = 0..T-1, ascending. Only leading uses the offset.
+    leading, trailing, linspace: as in Lin et al. 2024, table 2, and in diffusers, with the exceptions below.
+    karras: a ramp of noise levels (Karras et al. 2022, eq. 5), the same for all samplers. Needs log_sigmas.
 
-    fractional: the network accepts fractional timesteps. A sampler with fractional timesteps then gets them unrounded
-    with linspace and karras. continuous: noise levels are a formula of t, as for EDM and flow matching. Every sampler
-    then gets timesteps unrounded, and linspace is `steps` points from T - 1 to 0.
+    offset: a number added to the timesteps of leading, reduced if the largest timestep would exceed T - 1.
+    log_sigmas: log sqrt((1 - alpha_bar) / alpha_bar) for t = 0..T-1, ascending.
+    fractional: True if the network accepts fractional timesteps. If the sampler can use them, the timesteps of linspace
+    and karras are not rounded.
+    continuous: True if the noise levels are a formula of t, as in EDM and flow matching. No sampler's timesteps are
+    rounded then, and linspace is `steps` points from T - 1 to 0.
 
-    A multistep solver ends in a jump from its last timestep to no noise, so leading and linspace spread steps + 1
-    points and leave out the cleanest. leading, trailing and linspace give diffusers' timesteps, with three exceptions.
-    All timesteps differ: with steps = T a multistep solver visits every timestep (diffusers repeats some). trailing
-    never has timestep -1 (diffusers' arange goes one too far for some steps). The offset never leads past T - 1.
+    A multistep solver jumps from its last timestep to no noise. For these solvers leading and linspace choose steps + 1
+    points and drop the cleanest.
 
-    Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T, or a lower
-    bound for a sampler with more passes than steps.
+    There are two differences from diffusers: no timestep occurs twice, so a multistep solver with T steps visits every
+    timestep, and trailing never includes timestep -1.
+
+    Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T. The upper
+    limit is lower for samplers that take more passes than steps.
     """
     facts = SAMPLER_FACTS[sampler]
     most = facts.max_steps(num_timesteps)
@@ -58,7 +67,7 @@ def make_timesteps(
         return _between(ramp, log_sigmas) if exact else _nearest(ramp, log_sigmas)
     if spacing == "trailing":
         second = num_timesteps - num_timesteps / steps
-        stride = num_timesteps - second  # numpy's arange rounds, so halves round as in diffusers
+        stride = num_timesteps - second  # same rounding as np.arange in diffusers
         return [round(num_timesteps - k * stride) - 1 for k in range(steps)]
     points = steps + 1 if facts.leaves_out_cleanest and steps < num_timesteps else steps
     t: list[float]
@@ -69,7 +78,7 @@ def make_timesteps(
     elif spacing == "linspace" and continuous:
         t = np.linspace(0, num_timesteps - 1, steps).tolist() if steps > 1 else [float(num_timesteps - 1)]
     elif spacing == "linspace":
-        # numpy's linspace ends at exactly T - 1; for some step counts (points - 1) * stride exceeds it by rounding.
+        # np.linspace ends at exactly T - 1, whereas (points - 1) * stride can exceed it due to rounding.
         even = np.linspace(0, num_timesteps - 1, points)
         t = (even if exact else even.round().astype(int)).tolist()
     else:
@@ -78,10 +87,10 @@ def make_timesteps(
 
 
 def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
-    """Return the timestep of each pass through the network, from the descending timesteps of the steps.
+    """Return the timestep of each pass, given the decreasing timesteps at which the steps start.
 
-    heun and plms revisit some timesteps. A Runge-Kutta step of pndm takes four passes: one at its start, two in its
-    middle, and one at its end.
+    heun and plms use some timesteps twice. A Runge-Kutta step of pndm takes four passes: one at its start, two in its
+    middle and one at its end.
     """
     facts = SAMPLER_FACTS[sampler]
     if len(timesteps) < 2:
@@ -96,10 +105,10 @@ def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]
 
 
 def middles(timesteps: Sequence[float]) -> list[float]:
-    """Return the integer timestep in the middle of each Runge-Kutta step of pndm; of two middles, the cleaner one.
+    """Return the timestep in the middle of each of pndm's Runge-Kutta steps, rounded down.
 
-    The list is empty if a Runge-Kutta step would end at the cleanest timestep. Such a step would divide an error in x_0
-    by a small sigma, to get an error in eps, and multiply it by the sigma at the step's start.
+    With three steps or fewer, pndm has no Runge-Kutta steps. Near the cleanest timestep, such a step would divide an
+    error in x_0 by a small sigma to get eps, and then multiply it by the larger sigma at the start of the step.
     """
     count = SAMPLER_FACTS["pndm"].steps_to_start
     return [after + (t - after) // 2 for t, after in pairwise(timesteps[: count + 1])] if len(timesteps) > count else []
@@ -114,7 +123,10 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
 
 
 def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
-    """Return the timestep at a noise level, interpolated in log sigma, or the nearest timestep with a finite sigma."""
+    """Return the timestep at a noise level, by linear interpolation in log sigma.
+
+    The result is clamped to timesteps with a finite sigma.
+    """
     high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
     low, above = log_sigmas[high - 1], log_sigmas[high]
     if not math.isfinite(above):
@@ -123,10 +135,11 @@ def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
 
 
 def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
-    """Return log sigma of each step (Karras et al. 2022, eq. 5).
+    """Return the log sigma of each step, non-increasing (Karras et al. 2022, eq. 5).
 
-    The ramp starts at the schedule's largest finite sigma, limited to between its smallest sigma and SIGMA_MAX. It
-    ends at SIGMA_MIN, or at the schedule's smallest sigma if that is larger, and never rises.
+    The ramp starts at the schedule's largest finite sigma, or at SIGMA_MAX if that is smaller. It ends at SIGMA_MIN,
+    unless all of the schedule's sigmas are larger or the ramp starts below SIGMA_MIN; then it ends at the schedule's
+    smallest finite sigma.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
@@ -139,20 +152,20 @@ def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
 
 
 def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Round noise levels to the nearest timesteps in log sigma, then make all timesteps different.
+    """Return distinct timesteps whose log sigmas are nearest to a ramp. The first one is T - 1.
 
-    A repeated timestep is replaced by the next cleaner one, or by a noisier one if the remaining steps would not fit
-    otherwise. The first is always T - 1.
+    If a timestep is already used, the next cleaner one takes its place, or a noisier one if too few cleaner timesteps
+    would be left for the remaining steps.
     """
     nearest, steps = len(log_sigmas) - 1, len(ramp)
     t = [nearest]
     for k, log_sigma in enumerate(ramp[1:], 1):
         while nearest and abs(log_sigmas[nearest - 1] - log_sigma) <= abs(log_sigmas[nearest] - log_sigma):
-            nearest -= 1  # the ramp falls, so continue the search from the last timestep
+            nearest -= 1  # the ramp descends, so continue from the last position
         t.append(max(min(nearest, t[-1] - 1), steps - 1 - k))
     return [*t]
 
 
 def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    """Return the fractional timesteps at these noise levels, interpolated in log sigma. The first is always T - 1."""
+    """Return the fractional timesteps of a ramp of log sigmas. The first one is T - 1."""
     return [float(len(log_sigmas) - 1), *(timestep_at(log_sigma, log_sigmas) for log_sigma in ramp[1:])]

@@ -1,9 +1,9 @@
-"""Trajectories: the distribution from which each stochastic pass drew, and log p of its outcome. NumPy, no torch.
+"""Trajectories: the distribution from which each noisy pass draws x', and log p of the value drawn.
 
-A pass that adds noise draws x' from N(mean, s^2), each value independently. The mean is the update rule of samplers.py
-without its noise, a x + b x0 + c x0_previous, plus one more term for a table that looks back twice. s is the factor of
-the noise, or s exp(r v) if the network learned its variance. The plan, x_t and the x0 predictions determine mean and s,
-so float64 results are exact for any precision of the steps.
+A pass that adds noise draws each value of x' independently from N(mean, s^2). The mean is the update of samplers.py
+without its noise term: a x + b x0 + c x0_previous, and for a table with a coefficient d the corresponding term. s is
+the coefficient of the noise, or s exp(r v) if the variance is learned. Mean and s follow from the plan, x_t and the
+predicted x0. This module computes them with NumPy in float64, whatever the precision of the passes was.
 """
 
 import math
@@ -17,21 +17,23 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
-# Columns of a line: p, q, a, b, c, s, clip, r, and the register of M; see Plan and table_plan in samplers.py.
+# A, B, C, S and R are columns of Plan.lines, X0_PREVIOUS and H columns of M. See samplers.py.
 A, B, C, S, R = 2, 3, 4, 5, 7
 X0_PREVIOUS, H = 2, 4
 
-# The least eta of ddim for a useful log p. Below LEAST_ETA, s is close to the rounding of x in float32: log p is off by
-# 0.01 nats per value at 1e-4, and by 3 at 1e-6.
+# The smallest eta for which the log p of ddim is useful. With less noise, s approaches the rounding error of x in
+# float32: log p is off by 0.01 nats per value at eta 1e-4, and by 3 nats at eta 1e-6.
 LEAST_ETA = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanNumbers:
-    """A compiled sampler of P passes, all float64; see `Plan`.
+    """A `Plan` of P passes as float64 NumPy arrays.
 
-    timesteps [P]. lines [P, 8]. inputs [P, 2]: the scale of x at the network's input, and the network's timestep.
-    matrices [P, 1 + R, 4 + R] for a sampler with R registers, otherwise None.
+    timesteps [P].
+    lines [P, 8].
+    inputs [P, 2]: the factor by which x is scaled for the network, and the time passed to the network.
+    matrices [P, 1 + R, 4 + R]: None without registers.
     """
 
     timesteps: Float64
@@ -41,18 +43,18 @@ class PlanNumbers:
 
     @property
     def noisy(self) -> npt.NDArray[np.int64]:
-        """Numbers of the K passes that add noise."""
+        """The indices of the passes that add noise."""
         return np.flatnonzero(self.lines[:, S] > 0)
 
     @property
     def learned(self) -> bool:
-        """True if s differs between values, because the network learned its variance and the sampler uses it."""
+        """True if each value of x' has an s of its own, from a learned variance."""
         return bool(self.lines[:, R].any())
 
     def of_register(self, k: int) -> float:
-        """Return the factor of the register in the mean of pass k; 0 without registers.
+        """Return the coefficient in pass k of the x0 from two passes ago, which a register holds.
 
-        The register holds the x0 of two passes before.
+        Returns 0 for a plan without registers.
         """
         if self.matrices is None:
             return 0.0
@@ -64,11 +66,12 @@ class PlanNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The passes of a trajectory that are kept. All fields are ascending numbers.
+    """Which passes of a trajectory are stored. All fields are indices in ascending order.
 
-    passes: counted from 0. points: for each x_t the number of passes before it; a pass begins at one point and ends at
-    the next. predictions: the passes whose x_0 is kept, because they are in `passes` or because a mean depends on
-    them.
+    passes: the selected passes, counted from 0.
+    points: the stored x_t. Pass k leads from point k to point k + 1.
+    predictions: the passes whose x_0 is stored. These are the selected passes, and earlier passes that their means
+    depend on.
     """
 
     passes: tuple[int, ...]
@@ -77,9 +80,11 @@ class Selection:
 
     @classmethod
     def of(cls, passes: Sequence[int], num_passes: int, looks_back: int) -> "Selection":
-        """Select passes out of `num_passes`. looks_back: the number of earlier predictions that a mean may depend on.
+        """Select some of `num_passes` passes.
 
-        Raises ValueError if `passes` is empty, not ascending, or not in 0..num_passes - 1. The message is the bound.
+        looks_back: how many earlier predictions a mean depends on.
+
+        Raises ValueError unless `passes` is a non-empty ascending sequence of numbers in 0..num_passes - 1.
         """
         if not passes or not all(a < b for a, b in zip((-1, *passes), (*passes, num_passes), strict=True)):
             raise ValueError(f"one or more numbers of passes in 0..{num_passes - 1}, each greater than the one before")
@@ -94,11 +99,12 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """n rows from x_T to x_0, in float32 or float16.
+    """The path of n images from x_T to x_0, in float32 or float16.
 
-    x_t [points, n, C, H, W]. x_0 [predictions, n, C, H, W]: the network's prediction, guided and clipped as the plan
-    says. v float32 [predictions, n, C, H, W]: for a learned variance. selection: None for all passes, with P + 1
-    points and P predictions.
+    x_t [points, n, C, H, W].
+    x_0 [predictions, n, C, H, W]: the network's predictions, with guidance and clipping applied.
+    v float32 [predictions, n, C, H, W]: None unless the variance is learned.
+    selection: None if all P passes are stored, with P + 1 points and P predictions.
     """
 
     plan: PlanNumbers
@@ -114,10 +120,12 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transitions:
-    """The distributions of the K passes that add noise. A pass without noise has no density.
+    """The distributions of K passes: those that are selected and add noise.
 
-    passes [K]; mean [K, n, C, H, W], in the dtype of x_t; s float64 [K, 1, 1, 1, 1], or [K, n, C, H, W] for a learned
-    variance; log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
+    passes [K].
+    mean [K, n, C, H, W]: in the dtype of x_t.
+    s: float64 [K, 1, 1, 1, 1], or float32 [K, n, C, H, W] for a learned variance.
+    log_p [K, n]: log p(x_t[k + 1] | x_t[k]) in nats, summed over C, H and W.
     """
 
     passes: npt.NDArray[np.int64]
@@ -127,7 +135,10 @@ class Transitions:
 
 
 def transitions(trajectory: Trajectory) -> Transitions:
-    """Compute mean, s and log p of every pass that adds noise, in float64. log p uses the mean before rounding."""
+    """Compute mean, s and log p of each selected pass that adds noise.
+
+    The computation is in float64. The mean is rounded to the dtype of x_t only after log p is computed.
+    """
     plan, selected, row = trajectory.plan, trajectory.selected, trajectory.x_0.shape[1:]
     passes = np.intersect1d(plan.noisy, selected.passes)
     mean = np.empty((len(passes), *row), trajectory.x_t.dtype)
@@ -151,7 +162,10 @@ def transitions(trajectory: Trajectory) -> Transitions:
 
 
 def log_density(x: Floats | Float64, mean: Float64, s: Float64) -> Float64:
-    """Sum log N(x; mean, s^2) over all dimensions but the first: x, mean [n, ...], s that broadcasts -> [n]."""
+    """Return log N(x; mean, s^2), summed over all dimensions except the first.
+
+    x and mean are [n, ...], and s is broadcast. Returns [n].
+    """
     each = ((x - mean) / s) ** 2 / -2 - np.log(s) - math.log(2 * math.pi) / 2
     total: Float64 = each.reshape(len(each), -1).sum(1)
     return total

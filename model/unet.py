@@ -1,7 +1,8 @@
-"""The U-Net that predicts eps (Ho et al. 2020), with the module names of diffusers' `UNet2DModel`.
+"""The U-Net of Ho et al. 2020, with modules named as in diffusers' `UNet2DModel`.
 
-Skip blocks are those of NCSN++ (Song et al. 2021, appendix H). Down blocks also read a downsampled copy of the input
-image. Up blocks also add to an output image, which is upsampled between levels.
+Skip blocks are from NCSN++ (Song et al. 2021, appendix H). On the way down, the input image is halved from level to
+level, and a projection of it is added to the feature maps. On the way up, an output image is doubled in size from level
+to level, and an image computed from the feature maps is added to it.
 """
 
 import math
@@ -64,7 +65,7 @@ def _skip_attentions(config: UNetConfig, channels: int, count: int) -> nn.Module
 
 
 class DownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then a downsampler unless this is the last block."""
+    """Resnets, each followed by attention in an Attn block, and a downsampler except in the last block."""
 
     def __init__(self, kind: str, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, attention, resnet at the lowest resolution."""
+    """A resnet, attention and another resnet, at the lowest resolution."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -114,7 +115,10 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet more than the down block, each with a skip connection, then an upsampler except in the last block."""
+    """Resnets with skip connections, and an upsampler except in the last block.
+
+    There is one resnet more than in a down block. In an Attn block, attention follows each resnet.
+    """
 
     def __init__(self, kind: str, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -142,7 +146,7 @@ class UpBlock(nn.Module):
 
 
 class SkipDownBlock(nn.Module):
-    """Resnets (each followed by attention in an Attn block), then downsampling unless this is the last block."""
+    """Like `DownBlock`, with the input image added (see the module docstring)."""
 
     def __init__(self, attends: bool, config: UNetConfig, in_channels: int, out: int, last: bool) -> None:
         super().__init__()
@@ -175,7 +179,10 @@ class SkipDownBlock(nn.Module):
 
 
 class SkipUpBlock(nn.Module):
-    """One resnet more than the down block, attention after the last resnet in an Attn block, then upsampling."""
+    """Like `UpBlock`, with a growing output image (see the module docstring).
+
+    An Attn block has a single attention, after the last resnet.
+    """
 
     def __init__(self, attends: bool, config: UNetConfig, prev: int, skip_last: int, out: int, last: bool) -> None:
         super().__init__()
@@ -227,10 +234,10 @@ def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """Make an embedding with nn.Embedding's own initialisation, or without values on the meta device.
+    """Create an embedding initialised like nn.Embedding; on the meta device, it has no values.
 
-    On the meta device torch's initialisation would import torch._dynamo or sympy, which takes longer than the rest of
-    loading a checkpoint.
+    torch's own initialisation is avoided because on the meta device it imports torch._dynamo or sympy, which takes
+    longer than the rest of loading a checkpoint.
     """
     weight = torch.empty(count, width)
     if not weight.is_meta:
@@ -258,11 +265,14 @@ def _embed_time(
 
 
 class UNet2D(Denoiser):
-    """The U-Net of Ho et al. 2020 and its descendants, as diffusers' `UNet2DModel`."""
+    """The U-Net of Ho et al. 2020 and its descendants. Equivalent to diffusers' `UNet2DModel`."""
 
     config: UNetConfig
     unit_input = False
-    """Whether its training images were in [0, 1]. Its input is then (x + 1) / 2. Its config does not say."""
+    """True if the network was trained on images in [0, 1], so that x must be converted to (x + 1) / 2.
+
+    This is not part of the config.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -296,7 +306,7 @@ class UNet2D(Denoiser):
 
     @property
     def fractional(self) -> bool:
-        """True unless the timestep embedding is learned."""
+        """True unless the embedding of timesteps is a learned table."""
         return not isinstance(self.time_proj, nn.Embedding)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
@@ -304,10 +314,10 @@ class UNet2D(Denoiser):
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         centred = self.config.center_input_sample
-        if centred != self.unit_input:  # both conversions together cancel
+        if centred != self.unit_input:  # if both are set, the two conversions cancel out
             x = 2 * x - 1 if centred else (x + 1) / 2
         h: Tensor = self.conv_in(x)
-        skips, image = [h], x  # only Skip blocks use the image
+        skips, image = [h], x  # the image is used only by Skip blocks
         for block in self.down_blocks:
             if isinstance(block, SkipDownBlock):
                 h, block_skips, image = block(h, act_temb, image)

@@ -1,4 +1,4 @@
-"""The configuration of the U-Net: the fields of diffusers' `UNet2DModel`."""
+"""The configuration of the U-Net, with the fields of diffusers' `UNet2DModel`."""
 
 import dataclasses
 import logging
@@ -13,28 +13,28 @@ from tminus.model.layers import ACTIVATIONS
 log = logging.getLogger(__name__)
 
 CLASS_NAME = "UNet2DModel"
-OWN_CLASS_NAME = "TminusUNet2DModel"  # the class of networks with OWN_FIELDS, which diffusers would run wrongly
-MAX_LAYERS = 64  # far above any known net, and quick enough to build
-MAPS_PER_LAYER = 3  # feature maps in memory at once: a layer's input and output, and one between
-# Training settings without effect on the network: settings of the EMA in diffusers' training scripts.
+OWN_CLASS_NAME = "TminusUNet2DModel"  # for networks with OWN_FIELDS, which diffusers would run incorrectly
+MAX_LAYERS = 64  # far more than any known network has, and still quick to build
+MAPS_PER_LAYER = 3  # feature maps held at the same time: a layer's input, its output and an intermediate one
+# EMA settings that diffusers' training scripts write to config.json. They do not affect the network.
 OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # a network with a Skip block has only Skip blocks
-# Fields that UNet2DModel lacks, with the values of a network that is a UNet2DModel.
+SKIP_DOWN_BLOCKS = ("SkipDownBlock2D", "AttnSkipDownBlock2D")  # cannot be mixed with other kinds of blocks
+# Fields that UNet2DModel does not have. With these values, the network is equivalent to a UNet2DModel.
 OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 SKIP_UP_BLOCKS = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
-IMAGE_CHANNELS = 3  # the only number that diffusers' Skip blocks support
-WIDTH_MULTIPLE = 32  # divisor of the widths of Skip blocks
+IMAGE_CHANNELS = 3  # Skip blocks in diffusers support only this number
+WIDTH_MULTIPLE = 32  # block_out_channels must be multiples of this number with Skip blocks
 
 
 @dataclass(frozen=True, slots=True)
 class UNetConfig(NetConfig):
-    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use, and OWN_FIELDS.
+    """The fields of diffusers' `UNet2DModel` that DDPM-family checkpoints use, and OWN_FIELDS.
 
-    Raises ValueError, naming the field and its value, for a network that cannot be built.
+    The defaults are those of diffusers. Raises ValueError with the field and its value if the network cannot be built.
     """
 
     KIND: ClassVar[str] = "unet config: "
@@ -57,7 +57,7 @@ class UNetConfig(NetConfig):
     act_fn: str = "silu"
     attention_head_dim: OptionalCount = 8
     norm_num_groups: OptionalCount = 32
-    """None only for a network of Skip blocks, see `groups`."""
+    """None is allowed only with Skip blocks, see `groups`."""
     attn_norm_num_groups: OptionalCount = None
     norm_eps: PositiveNumber = 1e-5
     resnet_time_scale_shift: str = "default"
@@ -65,11 +65,11 @@ class UNetConfig(NetConfig):
     class_embed_type: str | None = None
     num_train_timesteps: int | None = None
     num_heads: OptionalCount = None
-    """The number of heads of every attention, whatever its width; overrides attention_head_dim."""
+    """The number of heads of each attention, whatever its width. Overrides attention_head_dim."""
     time_proj_dim: OptionalCount = None
-    """The width of the timestep's sines and cosines; None means the first of block_out_channels."""
+    """The width of the timestep's encoding; None means block_out_channels[0]. See `time_width`."""
     timestep_scale: PositiveNumber = 1.0
-    """The factor of timesteps: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
+    """Multiplies timesteps. It is 1000 / T for networks trained with OpenAI's rescale_timesteps."""
 
     def __post_init__(self) -> None:
         NetConfig.__post_init__(self)
@@ -115,7 +115,10 @@ class UNetConfig(NetConfig):
         return self.block_out_channels
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of one row in a forward pass: feature maps, skip connections, attention."""
+        """Estimate the memory of a forward pass of one image, in bytes.
+
+        The estimate includes feature maps, skip connections and attention.
+        """
         height, width = size_px
         total = 0
         names = list(zip(self.down_block_types, self.up_block_types[::-1], strict=True))
@@ -133,28 +136,27 @@ class UNetConfig(NetConfig):
         return any(name in SKIP_DOWN_BLOCKS + SKIP_UP_BLOCKS for name in named)
 
     def groups(self, channels: int) -> int:
-        """Return the groups of a group norm for a number of channels, outside of Skip blocks."""
+        """Return the number of groups for a group norm over `channels`. Skip blocks use `groups_of`."""
         return self.norm_num_groups or groups_of(channels)
 
     @property
     def time_width(self) -> int:
-        """Number of the timestep's sines and cosines."""
+        """The width of the timestep's encoding: sines and cosines, or a learned table."""
         width = self.time_proj_dim or self.block_out_channels[0]
         return 2 * width if self.time_embedding_type == "fourier" else width
 
     @property
     def temb_dim(self) -> int:
-        """The width of the combined embedding of timestep and class."""
+        """The width of the joint embedding of timestep and class."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property
     def class_name(self) -> str:
-        """UNet2DModel for a network that diffusers can run too, otherwise OWN_CLASS_NAME."""
+        """UNet2DModel if diffusers can run the network, otherwise OWN_CLASS_NAME."""
         own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
         return OWN_CLASS_NAME if own else CLASS_NAME
 
     def head_width(self, channels: int) -> int:
-        """Return the width of an attention head for a number of channels."""
         return channels // self.num_heads if self.num_heads is not None else self.attention_head_dim or channels
 
     @property
@@ -166,14 +168,14 @@ class UNetConfig(NetConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The divisor of height and width: every block except the last halves them."""
+        """Height and width must be multiples of this number, because each block but the last halves them."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Read a diffusers config.json. Strips the prefix UNetRes from block names.
+        """Read a diffusers config.json. Block names may have the old prefix UNetRes, which is removed.
 
-        Raises ValueError for an unsupported _class_name and for an unknown field that is not off.
+        Raises ValueError for an unsupported _class_name, for an unknown field that is not off, and for invalid values.
         """
         class_name = config.get("_class_name", CLASS_NAME)
         if class_name not in (CLASS_NAME, OWN_CLASS_NAME):
@@ -193,7 +195,7 @@ class UNetConfig(NetConfig):
         return cls.from_json(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of config.json, without OWN_FIELDS for a network that is a UNet2DModel."""
+        """Return the content of config.json. OWN_FIELDS are omitted if diffusers can run the network."""
         fields = dataclasses.asdict(self)
         if self.class_name == CLASS_NAME:
             fields = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
@@ -201,5 +203,5 @@ class UNetConfig(NetConfig):
 
 
 def groups_of(channels: int) -> int:
-    """Return the default number of groups in a group norm."""
+    """Return the default number of groups for a group norm over `channels`."""
     return min(channels // 4, 32)

@@ -1,6 +1,6 @@
-"""Finds, reads, hashes and writes the weights of a U-Net folder, whole or in shards, or of one file.
+"""Find, read, hash and write network weights.
 
-Only tensors are unpickled.
+Weights may be in a checkpoint folder or in a single file. Pickle files are read with weights_only=True.
 """
 
 import hashlib
@@ -22,18 +22,19 @@ from tminus.model.machine import GIB, free_memory_bytes
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-SAFETENSORS_DTYPES = {  # includes dtypes refused for weights, so that error messages have torch's names
+SAFETENSORS_DTYPES = {  # includes unsupported dtypes, so that error messages can name them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 100_000_000  # limit set by safetensors
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, under diffusers' current names. Values are not checked.
+    """Read the weights in a U-Net folder, from one file or from shards, and update old parameter names.
 
-    Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
+    Raises CheckpointError if a file is missing, truncated or unsafe, or if a tensor has fewer values than its shape
+    requires. NaN and infinity are not detected.
     """
     state: dict[str, Tensor] = {}
     files = _weight_files(unet_folder)
@@ -48,9 +49,11 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
-    """Read the state dict of one file under the file's own names. Raises CheckpointError as `load_state_dict` does.
+    """Read a state dict from a single file, without renaming parameters.
 
-    part_of: finds the weights in a file that holds more; returns None for a file of another kind.
+    part_of: given the content of a file, returns the part that is the weights, or None if the whole content is.
+
+    Raises CheckpointError like `load_state_dict`.
     """
     _check_memory(file, [file])
     state = _read_tensors(file, part_of)
@@ -59,7 +62,7 @@ def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, An
 
 
 def _check_memory(where: Path, files: Iterable[Path]) -> None:
-    """Raise CheckpointError for weights larger than memory, before any is read."""
+    """Raise CheckpointError if the weight files are larger than the free memory."""
     size, free = sum(file.stat().st_size for file in files), free_memory_bytes()
     if free is not None and size > free:
         raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
@@ -79,7 +82,7 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
-    """Return an error message if the weights do not fit this network, with the first name or shape that differs."""
+    """Return a message about the first parameter that does not fit the network, or None if all fit."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
@@ -93,10 +96,10 @@ def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cast weights of known shapes. Raises CheckpointError for values that are not finite."""
+    """Convert weights to float32. Raises CheckpointError for NaN and infinite values."""
     cast = {key: value.to(torch.float32) for key, value in state.items()}
     for key, value in cast.items():
-        # A sum is quick and keeps NaN and infinity. Check each value only if the sum is not finite.
+        # The sum is fast to compute and is not finite if any value is not. Check all values only then.
         if not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
     return cast
@@ -108,10 +111,13 @@ _NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights to diffusers' current names: Fourier features, and attention weights from before 2023."""
+    """Rename parameters that have old names.
+
+    These are Fourier features, and attention from before 2023 (query, key, value, proj_attn).
+    """
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # such files have both names
+        if key == OLD_FOURIER:  # a file may contain both names
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
@@ -120,14 +126,14 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the weights of a folder in float32, as safetensors, atomically."""
+    """Write weights to a folder atomically, as float32 safetensors."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     file = folder / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes and values by sha256. The same weights have the same hash in any file format."""
+    """Return the sha256 of all names, shapes and values. It does not depend on the file format."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().to("cpu", torch.float32).contiguous()
@@ -137,14 +143,15 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _weight_files(unet_folder: Path) -> list[Path]:
-    """List the files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
+    """List the weight files to read, preferring the same files as diffusers.
 
-    A variant (fp16, non_ema) is read only if there are no plain weights.
+    safetensors files come before .bin files, and whole files before shards. Variants such as fp16 and non_ema are used
+    only if there are no plain weights.
     """
     for variant in ("", ".*"):
         for suffix in ("safetensors", "bin"):
             whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
-            if whole := [file for file in whole if "-of-" not in file.name]:  # whole files, without shards
+            if whole := [file for file in whole if "-of-" not in file.name]:  # without shards
                 return whole[:1]
             if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
                 return _shards(indexes[0])
@@ -159,12 +166,14 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors into memory of this process.
+    """Read the tensors of a file into memory that belongs to this process.
 
-    safetensors would map the file, or need twice the memory. If a mapped file is overwritten, the served weights
-    change. If it is truncated, the process ends. Raises ValueError for a file that changes while it is read.
+    safetensors would map the file into memory instead. Then overwriting the file would change the weights being served,
+    and truncating it would kill the process. Copying mapped tensors would take twice the memory.
+
+    Raises ValueError if the file changes while it is read.
     """
-    with safe_open(file, "pt"):  # checks the whole header
+    with safe_open(file, "pt"):  # validates the header
         pass
     state = {}
     with file.open("rb") as opened:
@@ -188,7 +197,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_tensors(
     file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
 ) -> dict[str, Tensor]:
-    with file.open("rb") as opened:  # raises a clear OSError for an unreadable file; the readers below do not
+    with file.open("rb") as opened:  # an unreadable file raises a clear OSError here, unlike below
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
                 f"{file}: a pointer of Git LFS and not the weights; run git lfs pull where it is from"
@@ -201,8 +210,8 @@ def _read_tensors(
         raise
     except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
-    except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
-        # Other messages describe the reader. Only those of safetensors and of the system describe the file.
+    except Exception as error:  # a damaged .bin file raises many types, such as KeyError or struct.error
+        # Only error messages from safetensors and the operating system describe the file.
         is_clear = file.suffix == ".safetensors" or isinstance(error, OSError)
         why = f" ({first_line(error)})" if is_clear else ""
         raise CheckpointError(f"{file}: truncated or not a weights file{why}") from error

@@ -1,6 +1,6 @@
-"""The supported networks, by the `_class_name` of their config.json.
+"""The supported networks. `_class_name` in config.json selects one of them.
 
-Networks of other projects keep the parameter names of their files.
+Networks from other projects keep the parameter names of those projects.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ NETWORKS: Mapping[type[NetConfig], Callable[[Any], Denoiser]] = {
 
 
 def read_net_config(config: Mapping[str, Any]) -> NetConfig:
-    """Read a config.json. Raises ValueError, naming the field and its value."""
+    """Read the config.json of any supported network. Raises ValueError with the field and its value."""
     by_name = {kind.CLASS_NAME: kind for kind in NETWORKS}
     return by_name.get(str(config.get("_class_name")), UNetConfig).from_dict(config)
 
 
 def build(config: NetConfig) -> Denoiser:
-    """Make the network of a config, with random weights."""
+    """Build the network for a config, with random weights."""
     return NETWORKS[type(config)](config)

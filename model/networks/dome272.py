@@ -1,4 +1,7 @@
-"""The U-Net of dome272/Diffusion-Models-pytorch: max-pooling, bilinear upsampling, attention at every level."""
+"""The U-Net of dome272/Diffusion-Models-pytorch.
+
+It uses max pooling, bilinear upsampling, and attention at each level.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,7 +22,10 @@ HEADS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dome272Config(NetConfig):
-    """All channels are fixed except in the middle: 512, 512, 256 in the first version, 256, 256 in later ones."""
+    """The network's arguments. All widths are fixed except those of the middle layers.
+
+    middle: (512, 512, 256) in the project's first version, (256, 256) in later ones.
+    """
 
     CLASS_NAME: ClassVar[str] = "Dome272UNet"
     KIND: ClassVar[str] = "Dome272UNet config: "
@@ -43,7 +49,10 @@ class Dome272Config(NetConfig):
         return WIDTHS
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the bytes of one row in a forward pass. The largest attention is at the size of the images."""
+        """Estimate the memory of a forward pass of one image, in bytes.
+
+        The largest attention is at full resolution.
+        """
         pixels = [size_px[0] * size_px[1] >> 2 * level for level in range(len(WIDTHS))]
         maps = sum(4 * 6 * width * each for width, each in zip(WIDTHS, pixels, strict=True))
         return maps + 4 * HEADS * pixels[0] ** 2
@@ -68,14 +77,14 @@ class _DoubleConv(nn.Module):
 
 
 class _Resampling(nn.Module):
-    """Base of a down or up block: adds the timestep's embedding to each pixel."""
+    """Base class for a level of the U-Net, which ends by adding the timestep embedding to each pixel."""
 
     def __init__(self, temb: int, cout: int) -> None:
         super().__init__()
         self.emb_layer = nn.Sequential(nn.SiLU(), nn.Linear(temb, cout))
 
     def add_time(self, h: Tensor, act_temb: Tensor) -> Tensor:
-        emb: Tensor = self.emb_layer[1](act_temb)  # act_temb has passed SiLU already
+        emb: Tensor = self.emb_layer[1](act_temb)  # emb_layer[0] is a SiLU, already applied
         return h + emb[:, :, None, None]
 
 
@@ -99,7 +108,7 @@ class _Up(_Resampling):
 
 
 class _Attention(nn.Module):
-    """Self-attention with the parameters of nn.MultiheadAttention and none of its options."""
+    """Self-attention with parameters named as in nn.MultiheadAttention."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -134,7 +143,10 @@ class _SelfAttention(nn.Module):
 
 
 class Dome272UNet(Denoiser):
-    """The network, with the parameter names of its files. class_embedding is label_emb with the null class added."""
+    """The U-Net, with parameters named as in dome272's code.
+
+    class_embedding is the exception: it is the project's label_emb with the null class appended.
+    """
 
     config: Dome272Config
 
@@ -162,7 +174,6 @@ class Dome272UNet(Denoiser):
         self.outc = nn.Conv2d(a, config.out_channels, 1)
 
     def time_embedder(self) -> Callable[[Tensor], Tensor]:
-        """Return sines and cosines, without an MLP."""
         return partial(_sines_and_cosines, self.config.time_dim)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
@@ -184,7 +195,10 @@ class Dome272UNet(Denoiser):
 
 
 def _sines_and_cosines(width: int, t: Tensor) -> Tensor:
-    """Return sines, then cosines, of 10000^(-2 i / width) t (Vaswani et al. 2017, sec. 3.5): t [B] -> [B, width]."""
+    """Embed timesteps t [B] as sines, then cosines, of t / 10000^(2 i / width): [B, width].
+
+    See Vaswani et al. 2017, sec. 3.5.
+    """
     frequencies = 1 / 10_000 ** (torch.arange(0, width, 2, device=t.device, dtype=torch.float32) / width)
     angles = t.to(torch.float32)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)

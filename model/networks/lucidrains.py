@@ -1,4 +1,7 @@
-"""The Unet of lucidrains/denoising-diffusion-pytorch: RMS norms, linear attention, some learned keys and values."""
+"""The U-Net of lucidrains/denoising-diffusion-pytorch.
+
+It uses RMS norms, linear attention, and learned additional keys and values.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from tminus.model.layers import sinusoidal_embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LucidrainsConfig(NetConfig):
-    """The arguments of the network. Arguments of a level are lists with one value per level."""
+    """The network's arguments. Those that differ between levels are lists with one value per level."""
 
     CLASS_NAME: ClassVar[str] = "LucidrainsUnet"
     KIND: ClassVar[str] = "LucidrainsUnet config: "
@@ -28,7 +31,7 @@ class LucidrainsConfig(NetConfig):
     attn_heads: Counts
     attn_dim_head: Counts
     full_attn: tuple[bool, ...]
-    """Whether a level has full attention; else its attention is linear in the number of pixels."""
+    """For each level, True for full attention and False for linear attention."""
     num_mem_kv: Count = 4
 
     def __post_init__(self) -> None:
@@ -91,13 +94,13 @@ class _Resnet(nn.Module):
         self.res_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # act_temb has passed SiLU already
+        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # mlp[0] is a SiLU, already applied
         out: Tensor = self.block2(self.block1(x, scale, shift)) + self.res_conv(x)
         return out
 
 
 class _LinearAttention(nn.Module):
-    """Attention by a softmax over the channels of q and a softmax over the pixels of k (Shen et al. 2021)."""
+    """Linear attention (Shen et al. 2021). The softmax is over channels for q, and over pixels for k."""
 
     def __init__(self, channels: int, heads: int, width: int, mem: int) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class _LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _RMSNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Use x.shape instead of len(x): tracing would make len(x) a constant.
+        # The batch size is x.shape[0], because tracing would record len(x) as a constant.
         qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         q, k, v = (each.reshape(x.shape[0], self.heads, -1, each.shape[2]) for each in qkv)  # [B, heads, width, HW]
         mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
@@ -140,7 +143,7 @@ class _Attention(nn.Module):
 
 
 class LucidrainsUnet(Denoiser):
-    """The network, with the parameter names of its files."""
+    """The U-Net, with parameters named as in lucidrains' code."""
 
     config: LucidrainsConfig
 
@@ -153,7 +156,7 @@ class LucidrainsUnet(Denoiser):
         self.init_conv = nn.Conv2d(config.in_channels, start, 7, padding=3)
         self.time_mlp = nn.Sequential(
             nn.Identity(), nn.Linear(config.dim, temb), nn.GELU(), nn.Linear(temb, temb)
-        )  # the identity has no parameters
+        )  # time_mlp[0] has no parameters
 
         def attention(level: int, channels: int) -> nn.Module:
             kind = _Attention if config.full_attn[level] else _LinearAttention
@@ -212,7 +215,7 @@ class LucidrainsUnet(Denoiser):
 
 
 def _embed_time(dim: int, mlp: nn.Sequential, t: Tensor) -> Tensor:
-    """Embed t [B] as [B, 4 dim]: sines, then cosines, and the two layers."""
+    """Embed timesteps: t [B] -> [B, 4 dim]."""
     embedding = sinusoidal_embedding(t, dim, flip_sin_to_cos=False, freq_shift=1)
     out: Tensor = mlp(embedding.to(next(mlp.parameters()).dtype))
     return out
