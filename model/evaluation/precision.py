@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tminus.model.catalogue import TABLE_SAMPLERS, Recommended
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation.samples import Point, sample_classes
 from tminus.model.guidance import Forward
@@ -20,7 +20,6 @@ from tminus.model.samplers import sample_passes
 
 REFERENCE = Point("dpmpp_2m", 40)  # treated as exact
 PRECISE, COMMON = Point("dpmpp_2m", 20), Point("ddim", 50)
-WITHOUT_NOISE = {"ddpm": "ddim", "dpmpp_2m_sde": "dpmpp_2m"}  # Their noise would hide their truncation.
 # Step limits for recommended samplers: more steps take longer, and the difference does not grow. All other samplers,
 # except tables, are limited to PRECISE.steps, because with more steps they are as exact as the reference.
 MAX_STEPS = {"ddim": 50, "euler": 50}
@@ -89,7 +88,10 @@ def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
     """
     if recommended is None:
         return PRECISE, COMMON
-    sampler, steps = WITHOUT_NOISE.get(recommended.sampler, recommended.sampler), recommended.steps
+    sampler, steps = recommended.sampler, recommended.steps
+    if sampler not in TABLE_SAMPLERS and SAMPLER_FACTS[sampler].noise == "always":
+        # Its noise would hide its truncation. Without noise it is DDIM or, of second order, DPM-Solver++ 2M.
+        sampler = "dpmpp_2m" if SAMPLER_FACTS[sampler].looks_back else "ddim"
     if sampler not in TABLE_SAMPLERS:
         steps = min(steps, MAX_STEPS.get(sampler, PRECISE.steps))
     own = Point(sampler, steps, recommended.guidance)
