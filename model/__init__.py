@@ -1,4 +1,1 @@
-"""The mathematics: U-Net, noise schedules, samplers, training and evaluation.
-
-Imports nothing from service/.
-"""
+"""The mathematics: U-Net, noise schedules, samplers, training and evaluation. Imports nothing from service/."""

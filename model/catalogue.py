@@ -40,10 +40,7 @@ class SamplerFacts:
         return self.noise != "always" and self.passes_per_step == 1 and not self.passes_to_start
 
     def num_passes(self, steps: int) -> int:
-        """Return the number of network passes for one image without guidance.
-
-        The last step always takes one pass.
-        """
+        """Return the number of network passes for one image without guidance. The last step always takes one pass."""
         if steps < 2:
             return steps
         return self.passes_per_step * (steps - 1) + 1 + (self.passes_to_start if steps > self.steps_to_start else 0)

@@ -91,10 +91,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class TminusJson:
-    """The content of tminus.json.
-
-    Methods that read a field raise CheckpointError if its value is invalid.
-    """
+    """The content of tminus.json. Methods that read a field raise CheckpointError if its value is invalid."""
 
     file: Path
     values: Mapping[str, Any] = field(default_factory=dict)

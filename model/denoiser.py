@@ -105,15 +105,9 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """Run the network for given embeddings.
-
-        x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W].
-        """
+        """Run the network for given embeddings. x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
 
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
-        """The modules whose outputs serve as image features.
-
-        If a module returns a tuple, the first item is used.
-        """
+        """The modules whose outputs serve as image features. If a module returns a tuple, the first item is used."""

@@ -1,7 +1,4 @@
-"""Read size-limited JSON files and write files atomically.
-
-Any file in a checkpoint folder may be damaged.
-"""
+"""Read size-limited JSON files and write files atomically. Any file in a checkpoint folder may be damaged."""
 
 import json
 import os

@@ -191,10 +191,7 @@ def variational_bound(
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
-    """Return L_T = D_KL(q(x_T|x_0) || N(0, I)), [B] in bits per dimension.
-
-    x_0 is [B, C, H, W] in [-1, 1].
-    """
+    """Return L_T = D_KL(q(x_T|x_0) || N(0, I)), [B] in bits per dimension. x_0 is [B, C, H, W] in [-1, 1]."""
     alpha_bar = schedule.alpha_bar[-1]
     mean = alpha_bar.sqrt().item() * x_0.to(torch.float64)
     one = torch.ones((), dtype=torch.float64, device=x_0.device)

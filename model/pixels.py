@@ -97,10 +97,7 @@ def colour(text: str) -> Colour:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Rotate a picture in place according to its EXIF orientation, and return it.
-
-    Invalid EXIF data is ignored.
-    """
+    """Rotate a picture in place according to its EXIF orientation, and return it. Invalid EXIF data is ignored."""
     with contextlib.suppress(Exception):  # some cameras write invalid EXIF data
         ImageOps.exif_transpose(image, in_place=True)
     return image

@@ -74,10 +74,7 @@ class Plan:
         return torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
 
     def q_sample(self, x_0: Tensor, eps: Tensor) -> Tensor:
-        """Draw x_t at the noise level of the first pass (Ho et al. 2020, eq. 4).
-
-        x_0, eps and x_t are [B, C, H, W].
-        """
+        """Draw x_t at the noise level of the first pass (Ho et al. 2020, eq. 4). x_0, eps and x_t are [B, C, H, W]."""
         signal, noise = (
             each.to(x_0.dtype).to(x_0.device) for each in (self.alpha_bar[0].sqrt(), (1 - self.alpha_bar[0]).sqrt())
         )

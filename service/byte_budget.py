@@ -32,10 +32,7 @@ class ByteBudget:
 
 
 class Hold(AbstractContextManager["Hold"]):
-    """Counts the bytes held for one request, connection or task.
-
-    As a context manager, releases them on exit.
-    """
+    """Counts the bytes held for one request, connection or task. As a context manager, releases them on exit."""
 
     def __init__(self, budget: ByteBudget, exempt_bytes: int, owner: str | None) -> None:
         self.budget, self.owner, self._exempt_bytes = budget, owner, exempt_bytes  # assign only while empty

@@ -228,10 +228,7 @@ class UnsupportedMediaType(ServiceError):
 
     @classmethod
     def of(cls, declared: str, taken: Iterable[str]) -> "UnsupportedMediaType":
-        """Return an error that lists the supported types.
-
-        Its Accept header lists them too (RFC 9110, 15.5.16).
-        """
+        """Return an error that lists the supported types. Its Accept header lists them too (RFC 9110, 15.5.16)."""
         names = [*taken]
         bound = " or ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
@@ -737,10 +734,7 @@ class NoImages(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """There is no job with this id.
-
-    It never existed, is no longer stored, or was not durable and has ended.
-    """
+    """There is no job with this id. It never existed, is no longer stored, or was not durable and has ended."""
 
     status, code, title = 404, "job_not_found", "There is no such job"
     remedy = "`GET /jobs` lists the jobs that exist."
@@ -820,10 +814,7 @@ _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)
 
 
 def _json_start(value: object, limit: int) -> str:
-    """Write a value as JSON.
-
-    Stop soon after `limit` characters, because the value may have a million items.
-    """
+    """Write a value as JSON. Stop soon after `limit` characters, because the value may have a million items."""
     text = ""
     for piece in _SHOWN.iterencode(value):
         text += piece

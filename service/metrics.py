@@ -338,10 +338,7 @@ class Metrics:
         (counter.labels(*labels) if labels else counter).inc(by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """Add an observation to a histogram of METRICS.
-
-        labels: label values, in the order that METRICS has them.
-        """
+        """Add an observation to a histogram of METRICS. labels: label values, in the order that METRICS has them."""
         self._histograms[name].labels(*labels).observe(value)
 
     def model_loaded(self, info: ModelInfo) -> None:
@@ -383,10 +380,7 @@ class Metrics:
         self.registry.register(_WaitingInStore(waiting_in_store))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """Record a tick (one batched step) of a model.
-
-        row_steps: number of rows in the tick, keyed by sampler.
-        """
+        """Record a tick (one batched step) of a model. row_steps: number of rows in the tick, keyed by sampler."""
         self.observe("tminus_tick_duration_seconds", seconds, model)
         self.observe("tminus_tick_places", places, model)
         for sampler, count in row_steps.items():
@@ -403,10 +397,7 @@ class Metrics:
         self._snapshot_at.set_to_current_time()
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """Record a response.
-
-        Call this in the request's task, because the exemplar comes from context variables.
-        """
+        """Record a response. Call this in the request's task, because the exemplar comes from context variables."""
         self._request.observe(seconds, exemplar_here(), route, str(status))
         if str(status) in ERRORS:
             self.count("tminus_errors_total", str(status))
@@ -442,10 +433,7 @@ class _Latency:
 
 
 class _WaitingInStore(Collector):
-    """Two gauges that are left out while their values are unknown.
-
-    A value of 0 would mean that no job waits.
-    """
+    """Two gauges that are left out while their values are unknown. A value of 0 would mean that no job waits."""
 
     def __init__(self, read: Callable[[], tuple[int, float] | None]) -> None:
         self._read = read

@@ -1,7 +1,4 @@
-"""What is known about a loaded model, and the limits of requests.
-
-Frozen dataclasses; no torch, no asyncio.
-"""
+"""What is known about a loaded model, and the limits of requests. Frozen dataclasses; no torch, no asyncio."""
 
 import math
 from collections.abc import Mapping
@@ -83,10 +80,7 @@ class ModelInfo:
         return any(table.hash == table_hash for table in self.tables)
 
     def table(self, table_hash: str) -> Table:
-        """Return the table with this hash.
-
-        Raises ValueError if it is gone, for example after another `tminus tune`.
-        """
+        """Return the table with this hash. Raises ValueError if it is gone, for example after another `tminus tune`."""
         for table in self.tables:
             if table.hash == table_hash:
                 return table

@@ -37,10 +37,7 @@ class Pace:
 
 
 class Watch:
-    """One viewer of a job: when the viewer's next frame is due, and the callback that takes it.
-
-    Used by the worker.
-    """
+    """One viewer of a job: when the viewer's next frame is due, and the callback that takes it. Used by the worker."""
 
     def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None], seen: int = 0) -> None:
         """Create a viewer.
@@ -70,10 +67,7 @@ class Watch:
 
 
 class Mailbox:
-    """Holds at most one frame, from the worker's thread for the event loop.
-
-    A newer frame replaces an older one.
-    """
+    """Holds at most one frame, from the worker's thread for the event loop. A newer frame replaces an older one."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_drop: Callable[[], None]) -> None:
         """on_drop: called for each dropped frame, in any thread."""

@@ -65,10 +65,7 @@ class SampleSpec:
 
     @property
     def end(self) -> int:
-        """Return the number of the last pass, plus 1.
-
-        Passes are numbered from `start`, even when a step takes two.
-        """
+        """Return the number of the last pass, plus 1. Passes are numbered from `start`, even when a step takes two."""
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:

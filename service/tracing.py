@@ -99,10 +99,7 @@ class JobSpan:
         self._ticks, self._ticks_s, self._places = 0, 0.0, 0  # totals over the ticks that included rows of this job
 
     def add_tick(self, seconds: float, places: int) -> None:
-        """Count a tick that included rows of this job.
-
-        places: size of the tick, including the rows of other jobs.
-        """
+        """Count a tick that included rows of this job. places: size of the tick, including the rows of other jobs."""
         self._ticks += 1
         self._ticks_s += seconds
         self._places += places

@@ -49,10 +49,7 @@ class Dome272Config(NetConfig):
         return WIDTHS
 
     def pass_bytes(self, size_px: tuple[int, int]) -> int:
-        """Estimate the memory of a forward pass of one image, in bytes.
-
-        The largest attention is at full resolution.
-        """
+        """Estimate the memory of a forward pass of one image, in bytes. The largest attention is at full resolution."""
         pixels = [size_px[0] * size_px[1] >> 2 * level for level in range(len(WIDTHS))]
         maps = sum(4 * 6 * width * each for width, each in zip(WIDTHS, pixels, strict=True))
         return maps + 4 * HEADS * pixels[0] ** 2

@@ -120,10 +120,7 @@ class Caller:
 
 
 class Access:
-    """Owns the usage of each name, and the addresses that sent wrong keys.
-
-    Used only in the event loop's thread.
-    """
+    """Owns the usage of each name, and the addresses that sent wrong keys. Used only in the event loop's thread."""
 
     def __init__(
         self, keys: KeyRing | None = None, *, is_open: bool = True, clock: Callable[[], float] = time.monotonic

@@ -1,7 +1,4 @@
-"""Creates the jobs of all kinds of requests from their parameters.
-
-Parameters are checked before a job is accepted.
-"""
+"""Creates the jobs of all kinds of requests from their parameters. Parameters are checked before a job is accepted."""
 
 import json
 import time

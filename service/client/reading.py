@@ -201,10 +201,7 @@ class EventDecoder:
 
 
 def event_of(sent: ServerSentEvent) -> Event | None:
-    """Parse an event of a job. Returns None for a kind that this client does not know.
-
-    Raises UnexpectedAnswer.
-    """
+    """Parse an event of a job. Returns None for a kind that this client does not know. Raises UnexpectedAnswer."""
     try:
         members = checks.mapping(checks.loads(sent.data))
         match sent.event:

@@ -66,10 +66,7 @@ class HeldJob:
         return state in TRANSITIONS[self.state]
 
     def become(self, state: HeldState) -> None:
-        """Enter the next state.
-
-        Close the viewers' mailboxes if the job will take no more steps in this process.
-        """
+        """Enter the next state. Close the viewers' mailboxes if the job will take no more steps in this process."""
         assert self.may_become(state), f"{self.state} -> {state}"
         self.state = state
         if state in LAST_STATES:

@@ -80,10 +80,7 @@ class JobRunner:
         return not self._model.retired and self._load_queue.is_unloaded(self._model.name)
 
     def check_room(self) -> Outlook:
-        """Return the outlook of a job that waits for its model to load.
-
-        Raises Overloaded if too many jobs wait.
-        """
+        """Return the outlook of a job that waits for its model to load. Raises Overloaded if too many jobs wait."""
         left_s = self._load_queue.expected_s(self._model.name)
         waiting, most = len(self._held), self._model.limits.max_jobs
         if waiting >= most:
@@ -280,10 +277,7 @@ class JobRunner:
         return False
 
     async def _end(self, job: HeldJob, outcome: Outcome, images: Pixels | None = None, **fields: object) -> None:
-        """Store the outcome of a job.
-
-        Do nothing if another task already stores it or the job is no longer held.
-        """
+        """Store the outcome of a job. Do nothing if another task already stores it or the job is no longer held."""
         if not job.may_become(HeldState.ENDING):
             return
         finished_us = self._store.now_us()

@@ -18,10 +18,7 @@ from tminus.service.worker.worker import Worker
 
 
 class Lifecycle:
-    """Starts, updates and stops the parts that handle one model's jobs.
-
-    Used only in the event loop's thread.
-    """
+    """Starts, updates and stops the parts that handle one model's jobs. Used only in the event loop's thread."""
 
     def __init__(
         self,

@@ -60,10 +60,7 @@ class Replica:
         self._waiting_s = 0.0  # seconds of work in jobs that no replica holds, when last known
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Load and measure the models, and return the app once it accepts jobs.
-
-        Raises the error of a failed start.
-        """
+        """Load and measure the models, and return the app once it accepts jobs. Raises the error of a failed start."""
         self._loop, settings = asyncio.get_running_loop(), self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)

@@ -119,10 +119,7 @@ class BacklogRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,  # noqa: ARG002
     ) -> list[list[RunningReplica]]:
-        """Return the replicas, least predicted work first.
-
-        Serve takes the first replica with room for the request.
-        """
+        """Return the replicas, least predicted work first. Serve takes the first replica with room for the request."""
         replicas = {each.replica_id.unique_id: each for each in candidate_replicas}
         standings = {name: Standing.of(each.routing_stats) for name, each in replicas.items()}
         return [[replicas[name]] for name in self._balance.order(standings, time.monotonic())]

@@ -11,10 +11,7 @@ MOST_PORT = 65_535
 
 
 class RaySettings(Settings):
-    """Settings of replicas on Ray.
-
-    In a Serve config file, these settings are the arguments of the application.
-    """
+    """Settings of replicas on Ray. In a Serve config file, these settings are the arguments of the application."""
 
     ray_address: str | None = Field(
         None,

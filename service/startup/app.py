@@ -45,10 +45,7 @@ OF_A_MODEL = "/models/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """The app and its models.
-
-    On shutdown, the server drains the models' worker and waits for open streams.
-    """
+    """The app and its models. On shutdown, the server drains the models' worker and waits for open streams."""
 
     app: FastAPI
     served: ServedModels

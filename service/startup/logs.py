@@ -103,10 +103,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Report which code logged a line that could not be written.
-
-        Unlike the base class, omit the line's content.
-        """
+        """Report which code logged a line that could not be written. Unlike the base class, omit the line's content."""
         with suppress(OSError, ValueError):
             kind = type(sys.exception()).__name__
             self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")

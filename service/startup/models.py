@@ -166,10 +166,7 @@ class ServedModels:
             await self._start(one)
 
     async def close(self) -> None:
-        """Stop the worker, and store the outcomes of its jobs.
-
-        Call this after all requests have been answered.
-        """
+        """Stop the worker, and store the outcomes of its jobs. Call this after all requests have been answered."""
         self.worker.close()
         if self._crash_file is not None:
             await self._stores.count_crash(self._crash_file.close())  # before other servers can claim the jobs

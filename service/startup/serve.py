@@ -71,10 +71,7 @@ NO_END_FILE = "if a job ends this process, it will not be known which: %s"
 
 
 def serve(settings: Settings) -> bool:
-    """Serve until SIGTERM or SIGINT.
-
-    Return False if the worker crashed. Raises ValueError for an unusable setting.
-    """
+    """Serve until SIGTERM or SIGINT. Return False if the worker crashed. Raises ValueError for an unusable setting."""
     # Before listening, do everything that can fail without measuring a model.
     traces = start_traces(VERSION)
     settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
@@ -284,10 +281,7 @@ def read_models(settings: Settings) -> "tuple[list[ReadModel], list[UnloadedMode
 
 
 def needed_bytes(settings: Settings, folder: Path) -> int:
-    """Return how many bytes a model needs, approximately; 0 without --models-memory-gb.
-
-    Raises CheckpointError.
-    """
+    """Return how many bytes a model needs, approximately; 0 without --models-memory-gb. Raises CheckpointError."""
     from tminus.service.engine.loading import serving_bytes
 
     return serving_bytes(folder) if settings.models_memory_gb is not None else 0
@@ -324,10 +318,7 @@ def read_crash_reports(settings: Settings, folder: Path) -> tuple[tuple[Path, st
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
-    """Return a function that opens the store for a weights hash.
-
-    Raises ValueError for an unusable database.
-    """
+    """Return a function that opens the store for a weights hash. Raises ValueError for an unusable database."""
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     with about("job_store", "postgres"):

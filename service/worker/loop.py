@@ -55,10 +55,7 @@ class ImageDecoded(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """Event: a job has ended, with a result or an error.
-
-    Both are None if the client left before the job began.
-    """
+    """Event: a job has ended, with a result or an error. Both are None if the client left before the job began."""
 
     job: RunningJob
     result: JobResult | None = None

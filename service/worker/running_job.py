@@ -48,10 +48,7 @@ class NewJob:
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """An accepted job. Only the worker's thread may change it once it is queued.
-
-    Any thread may read its status.
-    """
+    """An accepted job. Only the worker's thread may change it once it is queued. Any thread may read its status."""
 
     new: NewJob  # its inputs and snapshot are dropped once the engine has them
     model: LoadedModel

@@ -202,10 +202,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
-        """Run the app, then abort the connection after LINGER_S.
-
-        A closed transport may wait for its reader forever.
-        """
+        """Run the app, then abort the connection after LINGER_S. A closed transport may wait for its reader forever."""
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
 

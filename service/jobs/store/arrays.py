@@ -1,7 +1,4 @@
-"""Packs arrays for a job store, in the safetensors format.
-
-Unlike pickle, safetensors runs no code when read.
-"""
+"""Packs arrays for a job store, in the safetensors format. Unlike pickle, safetensors runs no code when read."""
 
 import logging
 import zlib
@@ -32,10 +29,7 @@ UNREADABLE = (
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn decoding errors of the `with` block into StorageFailed.
-
-    A database does not detect flipped bits.
-    """
+    """Turn decoding errors of the `with` block into StorageFailed. A database does not detect flipped bits."""
     try:
         yield
     except UNREADABLE as error:

@@ -298,10 +298,7 @@ class ResultStore(AsyncStore):
             return await asyncio.to_thread(_checked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """Delete some old jobs, and some objects that no job refers to.
-
-        Return True if the caller should call again.
-        """
+        """Delete some old jobs, and some objects that no job refers to. Return True if the caller should call again."""
         more = await super().sweep(before_us, max_bytes, owed_after_us)
         keys = await self.call(JobStore.take_unneeded_objects)
         if keys:
@@ -367,10 +364,7 @@ class Stores:
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> AsyncStore:
-        """Like `take_first`, but without blocking the event loop.
-
-        Raises ValueError if the store cannot be opened.
-        """
+        """Like `take_first`, but without blocking the event loop. Raises ValueError if the store cannot be opened."""
         async with self._turn:
             return await asyncio.to_thread(self.take_first, weights_hash)
 
@@ -396,10 +390,7 @@ class Stores:
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
 
     async def count_crash(self, job_ids: Collection[str]) -> None:
-        """Count a crash of this process against jobs, whichever store has them.
-
-        Logs errors instead of raising them.
-        """
+        """Count a crash of this process against jobs, whichever store has them. Logs errors instead of raising them."""
         if job_ids:
             calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
             await asyncio.gather(*calls, return_exceptions=True)

@@ -38,10 +38,7 @@ METADATA = "169.254.169.254"  # Amazon's metadata service, which provides creden
 
 
 class S3Objects:
-    """The objects with a common prefix in a bucket.
-
-    Each call has a timeout, and raises StorageFailed for any error.
-    """
+    """The objects with a common prefix in a bucket. Each call has a timeout, and raises StorageFailed for any error."""
 
     def __init__(self, url: str, folder: str) -> None:
         """url: s3://bucket/prefix. folder: appended to the prefix. Raises ValueError for an invalid URL or endpoint."""

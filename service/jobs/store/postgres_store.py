@@ -211,10 +211,7 @@ class PostgresStore(SharedStore):
             return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
 
     def _may_sweep(self, run: Run, weights: str) -> bool:
-        """Lock the sweep of these weights until the transaction ends.
-
-        Return False if another replica has the lock.
-        """
+        """Lock the sweep of these weights until the transaction ends. Return False if another replica has the lock."""
         key = sa.func.hashtext(f"tminus sweep {self._schema} {weights}")
         return bool(run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one())
 

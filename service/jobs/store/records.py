@@ -37,10 +37,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A durable job as stored.
-
-    Times are Unix times in microseconds, because all databases sort integers alike.
-    """
+    """A durable job as stored. Times are Unix times in microseconds, because all databases sort integers alike."""
 
     id: str
     spec: SampleSpec
@@ -117,10 +114,7 @@ class ObjectGone(Exception):
 
 
 class LeaseLost(Exception):
-    """Raised if another replica holds or has ended a job, or the job was deleted.
-
-    Discard the job's results.
-    """
+    """Raised if another replica holds or has ended a job, or the job was deleted. Discard the job's results."""
 
 
 def listed(job_ids: Sequence[str]) -> str:

@@ -243,10 +243,7 @@ class SharedStore(JobStore):
 
     @Call(writes=True, owes=True)
     def cancel(self, job_id: str) -> bool:
-        """End a job as cancelled.
-
-        Return False if it had already ended. The holder finds out at its next renewal.
-        """
+        """End a job as cancelled. Return False if it had already ended. The holder finds out at its next renewal."""
         tables, jobs = self._tables, self._tables.jobs
         mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
         ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())

@@ -144,10 +144,7 @@ def _kept_before(file: Path) -> int:
 
 
 def unended(file: Path) -> list[str]:
-    """Return the ids of a file's unfinished jobs.
-
-    Empty if a server has the file open or it cannot be read.
-    """
+    """Return the ids of a file's unfinished jobs. Empty if a server has the file open or it cannot be read."""
     try:
         with _reading(file, 0) as connection:
             query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
@@ -183,10 +180,7 @@ class DiskFull(ValueError):
 
 
 def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
-    """Return an error that says why a file cannot be used.
-
-    error: raised by SQLite or the operating system.
-    """
+    """Return an error that says why a file cannot be used. error: raised by SQLite or the operating system."""
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
     full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
@@ -289,10 +283,7 @@ def _lacks_wal(connection: sqlite3.Connection) -> bool:
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError if the file is damaged.
-
-    The check stops after CHECK_S seconds, and the file is then accepted.
-    """
+    """Raise ValueError if the file is damaged. The check stops after CHECK_S seconds, and the file is then accepted."""
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:

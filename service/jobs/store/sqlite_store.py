@@ -1,7 +1,4 @@
-"""Durable jobs in one SQLite file with a WAL (write-ahead log).
-
-A commit is on the disk when its call returns.
-"""
+"""Durable jobs in one SQLite file with a WAL (write-ahead log). A commit is on the disk when its call returns."""
 
 import logging
 import os
@@ -282,10 +279,7 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 
 
 def state_folder(state_dir: str) -> Path | None:
-    """Create the state folder and return its path, or None for ":memory:".
-
-    Raises ValueError as open_store does.
-    """
+    """Create the state folder and return its path, or None for ":memory:". Raises ValueError as open_store does."""
     if state_dir == IN_MEMORY:
         return None
     try:

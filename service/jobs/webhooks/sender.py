@@ -89,10 +89,7 @@ def signed_headers(secrets: Iterable[bytes], delivery_id: str, unix_s: int, body
 
 
 class NotDelivered(Exception):
-    """Raised if an attempt fails.
-
-    Clients see the reason, so it contains no address and no text from the response.
-    """
+    """Raised if an attempt fails. Clients see the reason, so it contains no address and no text from the response."""
 
     def __init__(self, reason: str, *, is_final: bool = False) -> None:
         """is_final: the receiver wants no further attempts."""
@@ -164,10 +161,7 @@ def _check(status: int) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """Return the reason for a failed connection.
-
-    TLS errors are shown, because the client can fix a certificate.
-    """
+    """Return the reason for a failed connection. TLS errors are shown, because the client can fix a certificate."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

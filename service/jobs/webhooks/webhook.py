@@ -50,10 +50,7 @@ ORIGIN_CHARACTERS = 100
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The receiver of a job's events, and the events to send.
-
-    The URL's path and query may contain secrets.
-    """
+    """The receiver of a job's events, and the events to send. The URL's path and query may contain secrets."""
 
     url: str
     events: tuple[Event, ...] = EVENTS
@@ -168,10 +165,7 @@ def is_public(address: Address) -> bool:
 
 
 def refused(bound: str, url: str) -> InvalidField:
-    """Return the error for a URL.
-
-    It shows only the origin, because errors are logged and the rest may be secret.
-    """
+    """Return the error for a URL. It shows only the origin, because errors are logged and the rest may be secret."""
     return InvalidField.of("webhook", bound, origin_of(url))
 
 
@@ -187,9 +181,6 @@ def _last_label(host: str) -> str:
 
 
 def origin_of(url: str) -> str:
-    """Return the scheme, host and port of a URL, even if malformed.
-
-    Drop user, path and query, which may be secret.
-    """
+    """Return the scheme, host and port of a URL, even if malformed. Drop user, path and query, which may be secret."""
     found = ORIGIN.match(url)
     return (found[1] + found[2]).lower()[:ORIGIN_CHARACTERS] if found else "no URL"
