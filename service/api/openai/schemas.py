@@ -113,7 +113,7 @@ class ImagesCall(Sampling, Members):
     """The number of images."""
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
-        """Check the members against the model, and convert them to a job. Raises InvalidField, which carries all errors."""
+        """Check the members against the model and convert them to a job. Raises InvalidField with all errors."""
         size, errors = size_of(model), ValidationErrors()
         self.check_bounds(bounds_of_images({}, limits), errors)
         lossless, streamed = self.output_format == "png", self.stream
