@@ -42,7 +42,7 @@ from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
-PATH = "/"  # root of one model's API, or of the server, which means the default model
+PATH = "/"  # root of a model's API; at the root of the server, the default model's
 BARE_PATH = "/models/{model}"  # path of a model, without the trailing slash
 NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # Hugging Face's name: our name
 # Our own parameters, which a request may also contain. class_label is not among them, because the prompt replaces it.

@@ -40,7 +40,7 @@ class Services:
 
     number: int  # identifies the model in this process; never reused
     model: ModelInfo
-    limits: Limits  # on requests to this model
+    limits: Limits  # limits on requests to this model
     allowed_sites: AllowedSites
     access: Access
     metrics: Metrics
@@ -54,8 +54,8 @@ class Services:
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom
-    webhooks: AllowedReceivers | None  # allowed besides public ones; None if webhooks are off
-    loaded_s: int  # when the model was registered, in Unix time
+    webhooks: AllowedReceivers | None  # receivers allowed besides public ones; None if webhooks are off
+    loaded_s: int  # Unix time at which the model was registered
     noise_turns: CallerTurns  # gives the worker one image of POST /noise at a time
     models: "Models"  # the registry of all models
 
@@ -69,7 +69,7 @@ class Services:
         return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory. Returns the Services that its name has by then.
+        """Wait until the model is in memory, and return its current Services.
 
         request: the wait ends if this request's client disconnects; None for a WebSocket message. Raises the errors of
         LoadQueue.ensure_loaded.
@@ -100,7 +100,7 @@ class ServedModel:
     loaded: InMemory | None  # None while the model is not in memory
     users: int = 0  # number of requests in progress
     loaded_s: float = float("-inf")  # when the model was last loaded after startup, by time.monotonic()
-    last_used_s: float = field(default_factory=time.monotonic)  # last use or load
+    last_used_s: float = field(default_factory=time.monotonic)  # when the model was last used or loaded
 
     @property
     def name(self) -> str:

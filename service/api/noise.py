@@ -59,7 +59,7 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def add_noise(services: Services, request: Request) -> Response:
-    """Respond with the uploaded image at timestep t, with the noise of that timestep added."""
+    """Respond with x_t: the uploaded image with the noise of timestep t added."""
     model = services.model
     negotiate(request, (PNG,))
     check_encoding(request)
@@ -119,8 +119,8 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
 
     The returned function may wait for a GPU. For a latent model, the autoencoder's thread has already waited.
 
-    A separate thread is no option: running torch, it would slow down every tick; running numpy, it would need a second
-    implementation of the Philox generator with identical bits. The worker gets one image at a time, so a tick is
+    A separate thread would not work as well. With torch, it would slow down every tick. With numpy, it would need a
+    second, bit-identical implementation of the Philox generator. The worker gets one image at a time, so a tick is
     delayed by at most one image: 0.15 ms for 32x32 pixels, and 7 ms for 256x256 pixels in colour.
     """
     async with services.noise_turns.taken(caller):

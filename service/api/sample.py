@@ -57,7 +57,7 @@ from tminus.service.worker.recording import Recorder, Recording, TrajectoryRecor
 from tminus.service.worker.running_job import NewJob
 
 WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
-# The media types on offer, and how the error ends that lists them.
+# The media types on offer, and the end of the error message that lists them.
 WITHOUT_FRAMES = (WITHOUT_EVERY, ", or image/webp together with the parameter `every`")
 WITH_FRAMES = ((WEBP, JSON), f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step")
 MAX_FRAME_BYTES = 16 * 2**20  # limit on the pixels of a job's frames
@@ -186,7 +186,7 @@ def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool
     """Describe a response with images as PNG, zip, JSON or floats. clip: whether to clip floats to the value range."""
     form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
-    # Moving the axes of floats takes a second copy.
+    # Transposing floats takes a second copy.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
     return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
@@ -263,7 +263,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
     with_noise = len({*noisy}.intersection(selection.passes))
-    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # one s for each value
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # each value has its own std, s
     rounded = len(selection.points) + len(selection.predictions) + with_noise
     image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes

@@ -82,7 +82,7 @@ class _Stream:
         self._secret: str | None = None  # a key from a message, because a page cannot set a WebSocket's headers
 
     async def serve(self) -> None:
-        """Run jobs until the client closes the connection, disconnects or makes an error. Raises nothing."""
+        """Run jobs until the client closes the connection, disconnects or causes an error. Raises nothing."""
         with suppress(WebSocketDisconnect, TimeoutError):  # the client has disconnected or stopped reading
             try:
                 if not self._known:

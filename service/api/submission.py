@@ -38,8 +38,8 @@ async def ensure_loaded(
 ) -> Services:
     """Wait until the model is in memory, and return its current Services. The deadline is shortened by the wait.
 
-    HEAD does not load the model, because the server can answer HEAD without it. Nor does a request whose caller lacks
-    the quota for the job: `submit` will refuse that job. An invalid request raises before the model is loaded.
+    The model is not loaded for HEAD, which the server can answer without it. It is not loaded for a caller without
+    enough quota either, because `submit` will refuse the job. An invalid request raises before the model is loaded.
 
     request: the wait ends if this request's client disconnects; None for a WebSocket message. Raises the errors of
     spec_of and Services.ensure_loaded.
@@ -142,7 +142,7 @@ def _key(
         return None
     # Leave out defaults, so that the hash does not change in a version with more parameters.
     given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
-    # An earlier version left guidance 1 out of the hash if `steps` was given; the two requests still mean the same.
+    # Earlier versions left a guidance of 1 out of the hash. If `steps` is given, a missing guidance still means 1.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
@@ -172,7 +172,7 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
 
 
 def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
-    """Return headers with the value range of floats, or with the number of channels that pictures show if not all."""
+    """Return headers with the value range of floats, or the number of channels shown if pictures cannot show all."""
     if media_type == NPY:
         return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
     if model.fits_pictures:
@@ -183,12 +183,12 @@ def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str,
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
     """Return a warning if the images will be noise, because the first step treats x_T as an x_t that is mostly image.
 
-    That is so for one step with the spacing `leading` or `linspace`: as in diffusers, the step's timestep is 0.
+    This happens with a single step and the spacing `leading` or `linspace`: its timestep is 0, as in diffusers.
     """
     # An edit with strength starts from the image, with the noise of its first step.
     if spec.steps > 1 or spec.strength is not None:
         return None
-    if spec.table is not None and not model.has_table(spec.table):  # the job is older than the removal of its table
+    if spec.table is not None and not model.has_table(spec.table):  # the table was removed after the job ended
         return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:

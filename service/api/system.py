@@ -104,6 +104,6 @@ def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
         return Draining()
     if not worker.state.ready:
         return NotReady()
-    # Failures of a shared store do not count, because they affect every server. If all servers became unready, nobody
+    # Failures of a shared store do not count, because they affect every server. If all servers became unready, none
     # would answer the calls that need no store.
     return jobs.store_failure(of_shared=False)

@@ -255,7 +255,7 @@ class Contract:
     ) -> dict[str, Described]:
         """Return the schemas of a call's fields: as text for a query or a form, otherwise as JSON.
 
-        bounds: replaces the bounds of POST /sample for these fields.
+        bounds: override the bounds of POST /sample.
         """
         return fields_of(kind, {**bounds_of(self.model, self.limits), **(bounds or {})}, as_text=as_text)
 
@@ -362,7 +362,7 @@ def document(
     made["tags"] = [{"name": name, "description": description} for name, description in TAGS.items()]
     made["webhooks"] = WEBHOOKS
     made["x-websockets"] = WEBSOCKETS
-    made["security"] = [{}, *({name: []} for name in SCHEMES)]  # {}: needs no key, for a server without keys
+    made["security"] = [{}, *({name: []} for name in SCHEMES)]  # {} allows requests without a key
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
             _complete(method.upper(), path, operation, is_public=is_public(path, method.upper()))

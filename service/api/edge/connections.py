@@ -33,7 +33,7 @@ FREE_PIECES, BYTES_PER_PIECE = 1024, 64
 # time a slow reader receives them.
 UNSENT_BYTES = 16_384
 LINGER_S = 10.0  # seconds, after the app has ended, for the client to read the rest and answer the close frame
-LAST_LINGER_S = 1.0  # seconds, after closing because of a client's error, during which received data is discarded
+LAST_LINGER_S = 1.0  # seconds to discard received data after closing because of a client's error
 CONTROL_FRAMES = 64  # maximum number of pings and pongs per second
 
 
@@ -122,7 +122,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         """Start reading, and stop counting the connection as an HTTP connection."""
         self.handshake_answered()
         self.transport.resume_reading()
-        self.__dict__.pop("handshake_answered", None)  # it would keep the HTTP protocol object in memory
+        self.__dict__.pop("handshake_answered", None)  # the callback would keep the HTTP protocol object in memory
 
     def _takes_control_frame(self) -> bool:
         """Count a control frame. If this second already has too many, close with code 1008 and return False."""

@@ -45,7 +45,7 @@ BULK_BYTES = 65_536  # bytes to read in one turn of the event loop if they need 
 # request would get an error.
 KEPT_S = 75
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # limits on receiving the rest of a request after its response
-LAST_LINGER_S = 0.5  # in seconds, for refused connections and during shutdown
+LAST_LINGER_S = 0.5  # in seconds; used for refused connections and during shutdown
 # Minimum speed of sending a response, in bytes per second, averaged over SENT_S seconds. Slower connections are
 # aborted.
 SENT_RATE, SENT_S = 8192, 40.0
@@ -72,7 +72,7 @@ class _Outlet:
 
     _timer: TimerHandle | None = None  # set while some bytes of a response are unsent
     _written = 0  # total bytes of all responses
-    _sent = 0  # how many of those had been sent when the timer started
+    _sent = 0  # bytes that had been sent when the timer started
 
     def __init__(self, protocol: "HttpProtocol") -> None:
         self._protocol, self._transport = protocol, protocol.transport
@@ -181,7 +181,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
-        """Close the connection that has been idle longest, of those that match. Return False if none matches."""
+        """Close the longest-idle connection that fits. Return False if none fits."""
         for each in self.idle:
             if fits(each):
                 each._unset_keepalive_if_required()
@@ -198,7 +198,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport
-        del self._outlet  # it refers back to this protocol; without the cycle, both are freed at once
+        del self._outlet  # breaks a reference cycle, so that both objects are freed at once
 
     def data_received(self, data: bytes) -> None:
         """Process received data, unless the connection is closing or a response is pending.
@@ -206,8 +206,8 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         While a response is pending, reading continues, because only a read reveals that the client has disconnected.
         Data that arrives before the response begins is dropped. The connection then closes after the response, so the
         client repeats the dropped request on a new connection. Data that arrives after the response has begun is kept
-        until the response ends, because the client may already have all of it: for example, a response to HEAD ends
-        with its head.
+        until the response ends, because the client may already have the whole response. A response to HEAD, for
+        example, ends with its head.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -233,7 +233,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         return TURN_BYTES if self._has_chunks else BULK_BYTES
 
     def on_response_complete(self) -> None:
-        """If the request's body is still incomplete after the response, set a deadline of HEAD_S seconds for it.
+        """If the request's body is still incomplete after the response, set a deadline of HEAD_S seconds for the rest.
 
         uvicorn's idle timeout would be longer, and the next byte would cancel it.
         """
@@ -312,7 +312,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _take(self, data: bytes) -> None:
         asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
-        if self.transport.get_protocol() is not self:  # it is now a WebSocket
+        if self.transport.get_protocol() is not self:  # the connection is now a WebSocket
             return
         if self.cycle is not asked:
             self.cycle.transport = cast(Transport, self._outlet)
@@ -340,7 +340,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
-            del self._outlet  # it would keep this protocol in memory
+            del self._outlet  # the outlet would keep this protocol in memory
             # Stop reading until the handshake is answered. uvicorn cannot refuse frames that arrive earlier, and
             # clients send none.
             self.transport.pause_reading()

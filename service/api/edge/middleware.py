@@ -153,7 +153,7 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # by uvicorn, at the end of its shutdown timeout
+        except asyncio.CancelledError:  # raised when uvicorn's shutdown timeout ends
             if status is not None:
                 raise
             await render(Draining(), scope)(scope, receive, send_with_id)
@@ -210,7 +210,7 @@ class MemoryLimit:
         """max_bytes_by_path: limits for paths, with or without /models/NAME. refused: called with an error's code."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
-        # 3 times, so that one caller's share fits the largest body and a copy of its parts: 2 <= SHARE * 3.
+        # 3 * largest_bytes, so that one caller's share fits the largest body and copies of its parts: 2 <= SHARE * 3.
         self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, 3 * largest_bytes)), answers
         self._refused = refused
 

@@ -109,7 +109,7 @@ class TensorMetadata(BaseModel):
     shape: list[int] = Field(description="The lengths. -1 is any length.")
 
 
-# The parameters that are tensors. Rarely used parameters, and those that are not numbers, are request parameters.
+# The parameters that are tensors. Rarely used parameters, and those that are not numbers, are sent in `parameters`.
 INPUTS = (
     TensorMetadata(name=CLASS_LABEL, datatype="INT64", shape=[ANY]),  # BYTES is also accepted
     TensorMetadata(name=SEED, datatype="UINT64", shape=[1]),
@@ -353,7 +353,7 @@ def _validated(document: dict[str, Any], context: Context) -> InferRequest:
             error, is_missing = each.get("ctx", {}).get("error"), each["type"] == "missing"
             if not isinstance(error, InvalidField):
                 bound = "given" if is_missing else re.sub(r"^.*? should (be|have) ", "", each["msg"])
-                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # pydantic reports each allowed type
+                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # one error per allowed type
                     bound = "text, a number or a boolean"
                 error = InvalidField.of(_field(each["loc"], document), bound, None if is_missing else each["input"])
             errors.add(error)

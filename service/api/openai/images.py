@@ -126,8 +126,7 @@ def openai_routes(models: Models) -> APIRouter:
         "/models/{model}",
         **described("openai_get_model"),
         responses=failures(404, 422),
-        # The handler does not take the path parameter as an argument; FastAPI would then document a 422 that never
-        # occurs.
+        # If the path parameter were an argument of the handler, FastAPI would document a 422 that never occurs.
         openapi_extra={"parameters": [path_parameter("model")]},
     )
     async def get_model_entry(request: Request) -> ModelEntry:

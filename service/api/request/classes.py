@@ -80,7 +80,7 @@ def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | No
 
 
 def _named(text: str, names: tuple[str, ...]) -> int | None:
-    """Return the class with this name. Digits also match a name of the same value, if only one has it: 1 matches 01."""
+    """Return the class with this name. Digits also match a single numeric name of equal value: 1 matches 01."""
     by_name, by_value = _numbers_by_name(names)
     if (exact := by_name.get(text.casefold())) is not None:
         return exact
@@ -105,9 +105,9 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
 
 @lru_cache(maxsize=4)  # a request may have a thousand labels, each looked up among a thousand names
 def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Return class numbers keyed by name, and class numbers keyed by value for names that are numbers.
+    """Return two mappings to class numbers: from names, and from the values of names that are numbers.
 
-    Values that several names have are left out.
+    A value shared by several names is left out.
     """
     values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
     times = Counter(values.values())
@@ -119,8 +119,8 @@ def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int
     """Return the class that a prompt names, or None for an empty prompt. Raises InvalidField, which lists the classes.
 
     A prompt is a class's name or number. Case is ignored, and hyphens, spaces and underscores are equivalent, because
-    people write both `t-shirt` and `T shirt`. A merely similar name never matches. field: the field that has the
-    prompt.
+    people write both `t-shirt` and `T shirt`. A merely similar name never matches. field: the name of the prompt's
+    field, for errors.
     """
     name, names = prompt.strip(), model.class_names
     if not name and (not model.conditional or model.null_class is not None):

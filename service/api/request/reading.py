@@ -110,7 +110,7 @@ def has_answer(request: Request, etag: str) -> bool:
     """Return True if If-None-Match says that the client already has this response (RFC 9110, section 13.1.2).
 
     Weak and strong ETags compare as equal. `*` matches any response to GET or HEAD, but none to POST, because a
-    response to POST is not a stored resource.
+    response to POST is not a resource.
     """
     names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
     return etag in names or ("*" in names and request.method in ("GET", "HEAD"))
@@ -247,9 +247,9 @@ async def read_body(request: Request) -> bytes:
 async def read_json(request: Request, max_bytes: int, taken: Collection[str] | None = (JSON,)) -> dict[str, Any]:
     """Read a JSON body. max_bytes: limit on the body without its pictures. Reading stops once the limit is exceeded.
 
-    taken: the media types that the call accepts, as listed in the error for any other type. This function itself reads
-    only JSON; a body without a type counts as JSON. None: read a body of any type as JSON, for APIs whose
-    clients do not declare JSON.
+    taken: the media types that the call accepts, for the error message. Only JSON is read here: a body without a type
+    counts as JSON, and any other type is refused. None: read a body of any type as JSON, for APIs whose clients do not
+    declare JSON.
 
     Raises UnsupportedMediaType or the errors of `from_body`.
     """

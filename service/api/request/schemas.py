@@ -67,7 +67,7 @@ SETTINGS = ("sampler", "steps", "guidance")
 # The parameters that determine the defaults of the SETTINGS.
 DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
 BIT_DEPTHS = (8, 16, 32)
-MAX_ITEMS = 16  # longest list that is checked, unless the field allows a longer one
+MAX_ITEMS = 16  # longer lists are refused unchecked, unless the field allows them
 OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # the parameters that `check_bounds` checks
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
@@ -366,7 +366,7 @@ class RequestSchema(BaseModel):
                 errors.add(error)
         if parsed is None or errors:
             right = {name: value for name, value in given.items() if name not in (*PICTURES, *errors)}
-            with suppress(ValidationError):  # an invalid parameter may be required
+            with suppress(ValidationError):  # a required parameter may be among the invalid ones
                 cls.model_validate(right, context=context).check_bounds(bounds, errors)
             errors.raise_all()
         return parsed
