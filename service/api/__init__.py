@@ -1,1 +1,1 @@
-"""The HTTP and WebSocket API: converts requests to specs and results to responses, and computes no images."""
+"""The HTTP and WebSocket API. It turns requests into specs and results into responses, but computes no images."""

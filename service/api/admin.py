@@ -1,4 +1,4 @@
-"""Routes under /models: list, load, reload and unload models while the server runs."""
+"""Routes under /models that list, load, reload and unload models while the server runs."""
 
 from collections.abc import Awaitable, Mapping
 from typing import Protocol
@@ -18,11 +18,11 @@ from tminus.service.api.request.reading import BARE
 class Loader(Protocol):
     """Loads, reloads and unloads models while the server runs.
 
-    Methods raise ModelBusy, ModelNotFound, CheckpointRefused or another ServiceError.
+    Every method may raise ModelBusy, ModelNotFound, CheckpointRefused or another ServiceError.
     """
 
     def unloaded_models(self) -> Awaitable[Mapping[str, str]]:
-        """Return the state of each model that can be loaded but is not served, keyed by name."""
+        """Return the state of each model that can be loaded but is not being served, keyed by model name."""
 
     def state(self, services: Services) -> str:
         """Return the state of a served model: loaded, loading, unloading or unloaded."""
@@ -31,14 +31,14 @@ class Loader(Protocol):
         """Load a model into memory and serve it."""
 
     def reload(self, name: str) -> Awaitable[Services]:
-        """Read the model's folder again and serve its current content."""
+        """Read the model's folder again and serve what it now contains."""
 
     def unload(self, name: str) -> Awaitable[None]:
-        """Free a model's memory after its jobs end. Stop serving the model if loading on demand is off."""
+        """Free a model's memory once its jobs have ended. Also stop serving the model, unless models load on demand."""
 
 
 class ModelSummary(BaseModel):
-    """A model in the list of all models."""
+    """One entry in the list of models."""
 
     name: str
     default: bool = Field(description="Whether requests that name no model use this one.")
@@ -48,7 +48,7 @@ class ModelSummary(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models of this server."""
+    """All models of this server."""
 
     models: list[ModelSummary]
 

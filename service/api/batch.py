@@ -1,6 +1,6 @@
-"""GET /batch: lists the waiting and running jobs, each at its own timestep.
+"""GET /batch: lists the waiting and running jobs, each with its current timestep.
 
-A job's id and seed are null for callers who may not see the job.
+The id and seed of a job are null if the caller may not see that job.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from tminus.service.errors import ModelUnloaded
 from tminus.service.work import JobStatus, timesteps_of
 
 MOST_JOBS = 64  # maximum number of jobs in a response
-FRESH_S = 0.1  # seconds for which all callers share the jobs of one read
+FRESH_S = 0.1  # seconds until the jobs are read again; all callers share one read
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Constants of a listed job: its number in GET /batch, T of its model, and the timestep of each of its passes."""
+    """Fixed values of a listed job: its number in GET /batch, its model's T, and the timestep of each pass."""
 
     number: int
     num_timesteps: int
@@ -34,7 +34,7 @@ class _Known:
 
 
 class BatchJob(BaseModel):
-    """A job, with the step and timestep of its rows."""
+    """A job, with the step and timestep that its rows have reached."""
 
     number: int = Field(description="A number that stays the same for as long as the job runs.")
     id: str | None = Field(description="Null where the caller may not see the job.")
@@ -61,18 +61,18 @@ class BatchAnswer(BaseModel):
 
 
 class RunningJobs:
-    """Holds the jobs that the worker reported last. Used only in the event loop's thread."""
+    """Holds the jobs that the worker last reported. Use only in the event loop's thread."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
         self._known: dict[str, _Known] = {}
         self._numbers = count(1)
-        self._statuses: list[JobStatus] = []  # at most MOST_JOBS
+        self._statuses: list[JobStatus] = []  # at most MOST_JOBS jobs
         self._more = 0
-        self._looked_s = float("-inf")  # time of the last read, by the event loop's clock
+        self._looked_s = float("-inf")  # when the jobs were last read, on the event loop's clock
 
     async def seen_by(self, caller: Caller) -> BatchAnswer:
-        """Return the jobs, without the ids and seeds that the caller may not see."""
+        """Return the jobs, hiding the ids and seeds that the caller may not see."""
         await self._look()
         services = self._models.default
         return BatchAnswer(
@@ -86,7 +86,7 @@ class RunningJobs:
         now_s = asyncio.get_running_loop().time()
         if now_s - self._looked_s < FRESH_S:
             return
-        statuses = await self._models.default.statuses.all()  # jobs of all models, because all models share one worker
+        statuses = await self._models.default.statuses.all()  # of all models, which share one worker
         self._looked_s = now_s
         known, self._known = self._known, {}
         for status in statuses[:MOST_JOBS]:

@@ -1,7 +1,7 @@
-"""GET /jobs/{id}/events: streams a durable job as server-sent events, with frames on request.
+"""GET /jobs/{id}/events: streams a durable job as server-sent events, with frames if the client requests them.
 
-The events give the current state, not the history. A client that reconnects continues after the last event it received,
-and never misses the final event.
+Events report the current state, not the history. A client that reconnects continues after the last event that it
+received, and never misses the final event.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from tminus.service.jobs.jobs import JobView, held_view
 from tminus.service.jobs.store.records import OUTCOMES
 from tminus.service.preview import Frame, Mailbox, Watch
 
-POLL_S = 1.0  # seconds between two reads of a job's state while no frame arrives
+POLL_S = 1.0  # seconds between two reads of a job's state when no frame arrives
 RECONNECT_MS = 2000
 LAST = "end"  # id of the final event
 
@@ -45,7 +45,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
     @router.get(
         "/{job_id}/events",
         **described("watch_job"),
-        response_class=Response,  # FastAPI's EventSourceResponse works only with a handler that yields
+        response_class=Response,  # FastAPI's EventSourceResponse requires a handler that yields
         responses={
             200: {
                 "description": "The events",
@@ -62,9 +62,9 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         request: Request, job_id: str, preview: Annotated[PreviewRequest, in_query(PreviewRequest)]
     ) -> Response:
         last_id = request.headers.get("last-event-id", "")
-        services = models.default  # used only for the parts that all models share
+        services = models.default  # any model will do: only parts that all models share are used
         view = await services.jobs.find_durable(job_id, caller_of(request).sees)
-        if last_id == LAST and view.state in OUTCOMES:  # 204 makes an EventSource stop reconnecting
+        if last_id == LAST and view.state in OUTCOMES:  # status 204 stops an EventSource from reconnecting
             return Response(status_code=204)
         if request.method == "HEAD":
             return head_answer(EVENT_HEADERS, "text/event-stream")
@@ -78,10 +78,10 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 class _Follower:
-    """Streams a job's events to one connection until the job ends, whichever replica holds the job.
+    """Streams a job's events to one connection until the job ends.
 
-    If this replica holds the job, its worker supplies the events. If another replica holds the job, that replica's
-    events are forwarded. If no replica holds the job, the client gets the state from the store.
+    The events come from this replica's worker if this replica holds the job. If another replica holds it, that
+    replica's events are forwarded. If none does, the job's state is read from the store.
     """
 
     def __init__(self, models: Models, request: Request, preview: PreviewRequest, view: JobView, last_id: str) -> None:
@@ -89,10 +89,10 @@ class _Follower:
         self._models, self._request, self._preview, self._last_id = models, request, preview, last_id
         self._services, self._jobs = models.default, models.default.jobs
         self._sees, self._view = caller_of(request).sees, view
-        self._viewer = self._watch()  # watch before the response begins, to miss no frame
+        self._viewer = self._watch()  # start before the response begins, so that no frame is missed
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Yield events until the job ends or is deleted, or the server shuts down."""
+        """Yield events until the job ends, the job is deleted, or the server shuts down."""
         yield format_sse_event(retry=RECONNECT_MS)
         told = ""
         while self._view.record.outcome is None:
@@ -110,7 +110,7 @@ class _Follower:
                     yield events
                 if self._last_id == LAST:
                     return
-            if self._is_ending:  # the client reconnects, to another replica
+            if self._is_ending:  # the client will reconnect to another replica
                 return
             if self._view.state == "waiting" != told:
                 yield _event("waiting", _standing(None, None))
@@ -118,7 +118,7 @@ class _Follower:
             await asyncio.sleep(POLL_S)
             try:
                 self._view = await self._jobs.find_durable(self._view.record.id, self._sees)
-            except JobNotFound:  # the job was deleted; a client that reconnects gets 404
+            except JobNotFound:  # the job was deleted; a client that reconnects will get 404
                 return
             except StorageFailed:
                 continue
@@ -132,16 +132,17 @@ class _Follower:
 
     @property
     def _is_ending(self) -> bool:
-        """Return whether this process will run no further step of any job."""
+        """Return True if this process will run no more steps of any job."""
         return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":
-        """Start watching the job in this process. Return None if this process does not hold the job."""
+        """Start watching the job. Return None if this process does not hold it."""
         mailbox = Mailbox(
             asyncio.get_running_loop(), partial(self._services.metrics.count, "tminus_frames_dropped_total")
         )
-        shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # no pictures by default
-        # A job that resumed from a snapshot may be behind the client's last step. Repeated steps are then shown again.
+        shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # no pictures unless requested
+        # A job that resumed from a snapshot may be behind the last step that the client saw. The client then sees steps
+        # again.
         known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
         watch = Watch(self._preview.pace, shows, mailbox.put, min(known, self._view.step or 0))
         job = self._jobs.watch(self._view.record.id, watch, mailbox)
@@ -154,17 +155,18 @@ class _Follower:
     async def _holder(self) -> str | None:
         """Return the address of the other replica that holds the job.
 
-        Return None if no other replica holds the job, if the store fails, or if a replica forwarded this request.
+        Return None if no other replica holds it, if the store fails, or if this request was already forwarded by a
+        replica.
         """
         with suppress(StorageFailed):
             return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
         return None
 
     async def _passed_on(self, address: str) -> AsyncIterator[bytes]:
-        """Yield the holder's events while it holds the job.
+        """Yield the events of the replica that holds the job, for as long as it holds the job.
 
-        A hanging holder sends nothing but keeps its connection open. So check the store whenever POLL_S pass without an
-        event.
+        A replica that hangs keeps its connection open but sends nothing. So the store is checked each time POLL_S
+        seconds pass without an event.
         """
         sent = self._services.other_replicas.events(address, self._request, self._view.record.id, self._last_id)
         async with aclosing(none_when_quiet(sent, POLL_S)) as parts:
@@ -178,7 +180,7 @@ class _Follower:
     async def _is_held_at(self, address: str) -> bool:
         try:
             return await self._jobs.held_at(self._view) == address
-        except StorageFailed:  # no other replica can claim the job while the store fails
+        except StorageFailed:  # while the store fails, no other replica can take over the job
             return True
 
 
@@ -186,22 +188,22 @@ class _Follower:
 class _Viewer:
     """Sends one connection the events of a job that this process holds."""
 
-    services: Services  # services of the job's model
+    services: Services  # of the job's model
     job: HeldJob
     watch: Watch
     mailbox: Mailbox
     progress: Progress
-    last_id: str  # id of the last event that was sent
+    last_id: str  # id of the last event sent
 
     def close(self) -> None:
         self.services.jobs.unwatch(self.job, self.watch)
         self.mailbox.close()
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
-        """Yield events until this process no longer holds the job, or the server shuts down."""
+        """Yield events until this process stops holding the job or the server shuts down."""
         waiting, last_sent = view.state == "waiting", None
         standing = _standing(view.position, view.eta_s)
-        if not waiting:  # a client that reconnects may still show an old state
+        if not waiting:  # a client that reconnects may be showing an old state
             yield _event("progress", await self.progress.after(view.step or 0))
         while True:
             if waiting and standing != last_sent:
@@ -224,7 +226,7 @@ class _Viewer:
                 yield event
 
     async def _events_of(self, frame: Frame) -> list[bytes]:
-        """Return the events of a frame: its pictures, or `progress` if the client requested no pictures."""
+        """Return a frame's events: its pictures, or `progress` if the client requested no pictures."""
         step = str(frame.step)
         if not self.watch.show:
             self.last_id = step
@@ -235,7 +237,8 @@ class _Viewer:
         self.last_id = step
         self.services.metrics.count("tminus_frames_sent_total")
         media_type = f"image/{self.progress.preview.frame_format}"
-        # Only the last picture of a step has the id, so a client that loses an earlier picture gets the step again.
+        # Only the last picture of a step carries the event id. A client that loses an earlier picture gets the step
+        # again.
         ids = [None] * (len(shown) - 1) + [step]
         return [
             _event(
@@ -248,7 +251,7 @@ class _Viewer:
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
-    """Return the fields of a `waiting` event. Round the time, so that not every poll sends a new event."""
+    """Return the fields of a `waiting` event. The time is rounded, so that not every poll changes the event."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 

@@ -1,9 +1,9 @@
 """Hugging Face's inference API for text-to-image and image-to-image: POST to the URL of the server or of a model.
 
-The source is huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types).
-Its InferenceClient posts to the exact URL of a model, and reads the response body as an image. Both tasks use the same
-URL. For text-to-image, `inputs` is the prompt. For image-to-image, `inputs` is the picture, and the prompt is one of
-the parameters.
+Based on huggingface_hub: inference/_providers/hf_inference.py, and TextToImageParameters in its generated types. Its
+InferenceClient posts to exactly the URL of a model, for both tasks, and reads the response body as an image. In a
+text-to-image request, `inputs` is the prompt. In an image-to-image request, `inputs` is the picture, and the prompt is
+one of the parameters.
 """
 
 from collections.abc import Mapping
@@ -42,14 +42,15 @@ from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
-PATH = "/"  # root of a model's API, or of the server for its default model
-BARE_PATH = "/models/{model}"  # a model's path without the trailing slash
-NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # our names, keyed by Hugging Face's
-# Our own parameters that a request may also contain. The prompt replaces class_label.
+PATH = "/"  # root of a model's API; at the root of the server, the default model's
+BARE_PATH = "/models/{model}"  # path of a model, without the trailing slash
+NAMES = {**DIFFUSERS_NAMES, "num_images_per_prompt": "n", "scheduler": "sampler"}  # Hugging Face's name: our name
+# Our own parameters, which a request may also contain. class_label is not among them, because the prompt replaces it.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
 KNOWN = (*NAMES, *CHECKED, *OURS)
-# Either of these makes a request image-to-image. `strength` is our parameter: Hugging Face's client forwards any name.
+# A request with either of these is image-to-image. `strength` is our own parameter, but Hugging Face's client can send
+# any name.
 OF_EDITS = ("prompt", "strength")
 
 
@@ -74,16 +75,16 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
 
 
 async def text_to_image(services: Services, request: Request) -> Response:
-    """Respond with images for a prompt, or for a picture and a prompt, as POST /sample does."""
+    """Respond as POST /sample does, with images for a prompt, or for a picture and a prompt."""
     media_type = negotiate(request, MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
     try:
         body = await read_json(request, services.limits.max_body_bytes, None)
-    except MalformedBody as error:  # Hugging Face's client sends a picture without parameters as raw bytes
+    except MalformedBody as error:  # Hugging Face's client sends raw bytes for a picture without parameters
         raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     parameters, given_as = parameters_of(body, services.model)
-    del body  # free the picture, if any
+    del body  # frees the picture, if any
     with named_as_given(given_as):
         asked = await parse_call(SampleRequest, parameters, services.bounds)
         del parameters
@@ -93,10 +94,10 @@ async def text_to_image(services: Services, request: Request) -> Response:
 
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, Any], dict[str, str]]:
-    """Convert a body to the parameters of POST /sample.
+    """Convert a request body to parameters of POST /sample.
 
-    Return the parameters, and the names that the body uses for them, keyed by our names. Raises InvalidField,
-    UnknownField and ConflictingField.
+    Returns the parameters, and the body's name for each parameter, keyed by our name. Raises InvalidField, UnknownField
+    or ConflictingField.
     """
     check_names(body, ("inputs", "parameters"))
     given, inputs = body.get("parameters", {}), body.get("inputs")
@@ -121,7 +122,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> tuple[dict[str, 
 
 
 def _sampler(scheduler: object, model: ModelInfo) -> str:
-    """Return the sampler that `scheduler` names: a sampler, or a diffusers class with its default settings."""
+    """Return the sampler for `scheduler`: the name of a sampler, or of a diffusers class (with default settings)."""
     known = _samplers(model)
     if not isinstance(scheduler, str) or scheduler not in known:
         raise InvalidField.of("scheduler", f"one of {', '.join(known)}", scheduler)
@@ -129,12 +130,12 @@ def _sampler(scheduler: object, model: ModelInfo) -> str:
 
 
 def _samplers(model: ModelInfo) -> dict[str, str]:
-    """Return the model's samplers, keyed by their own names and by names of diffusers classes."""
+    """Return the model's samplers, keyed by their own names and by the names of diffusers classes."""
     known = {name: name for name in model.samplers}
     for name in CLASS_NAMES:
         try:
             kind = scheduler_kind(name, {})
-        except ValueError:  # the default sampler of this class is not supported
+        except ValueError:  # no sampler matches this class with its default settings
             continue
         # Classes for EDM or flow matching fit only models of that kind. All other classes fit every model.
         if kind.sampler in model.samplers and kind.family in ("betas", "consistency", FAMILY_OF[model.prediction_type]):
@@ -143,7 +144,7 @@ def _samplers(model: ModelInfo) -> dict[str, str]:
 
 
 def _check(name: str, value: object, model: ModelInfo) -> None:
-    """Raise InvalidField if the model cannot fulfil the request: another image size, or a class to avoid."""
+    """Raise InvalidField if the request asks for another image size or for a class to avoid."""
     size = {"width": model.width_px, "height": model.height_px}
     if name == "negative_prompt":
         if value != "":
@@ -151,7 +152,7 @@ def _check(name: str, value: object, model: ModelInfo) -> None:
     elif name == "target_size":
         if value != size:
             raise InvalidField.of(name, f"the model's own size, {size}", value)
-    elif value != size[name] or isinstance(value, bool):  # True == 1 in Python
+    elif value != size[name] or isinstance(value, bool):  # in Python, True == 1
         raise InvalidField.of(name, f"{size[name]}, as all images of this model are", value)
 
 

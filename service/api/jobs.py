@@ -1,4 +1,4 @@
-"""POST and GET /jobs, and the routes of one job: state, images, cancel and delete. events.py has the job's events."""
+"""POST and GET /jobs, and a single job's routes: state, images, cancel and delete. Its events are in events.py."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +43,7 @@ from tminus.service.jobs.jobs import STATES
 from tminus.service.jobs.store.records import Place
 
 MAX_PAGE = 200
-COPIES = 3  # copies of a job's images in memory while they are read: packed, unpacked, and an array
+COPIES = 3  # copies of a job's images in memory during a read: packed, unpacked, and as an array
 
 
 class JobsCall(RequestSchema):
@@ -70,7 +70,7 @@ class JobsCall(RequestSchema):
 
     @property
     def place(self) -> Place | None:
-        """The position where the page starts; None for the newest job."""
+        """The position after which the page starts, or None to start with the newest job."""
         if self.before is None:
             return None
         created_us, _, job_id = self.before.partition("-")
@@ -85,7 +85,7 @@ class JobImageCall(FloatsRequest):
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
-    """Return a router with the routes under /jobs. Routes of one job accept the id of any model's job."""
+    """Return a router with the routes under /jobs. The routes of a single job accept the id of any model's job."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     of_job = failures(404, 422, 500, 507)
 
@@ -161,10 +161,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def post_job(services: Services, request: Request) -> Response:
-    """Accept a durable job and respond 202 with its URL. A repeated Idempotency-Key gets the first request's job."""
+    """Accept a durable job and respond with 202 and its URL. A repeated Idempotency-Key returns the earlier job."""
     values, errors = await read_parameters(request, services.limits)
     parameters = await parse_call(JobCall, values, services.bounds, errors, services.webhooks)
-    del values  # free the picture, if any
+    del values  # frees the picture, if any
     view, again = await create(services, request, parameters)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
@@ -180,7 +180,7 @@ async def post_job(services: Services, request: Request) -> Response:
 async def image(
     models: Models, request: Request, job_id: str, media_type: str, index: int | None, *, clip: bool
 ) -> Response:
-    """Respond with a job's images, or with 304 without reading them. Limit the caller's concurrent requests."""
+    """Respond with a job's images, or with 304 if the client has them. Limits each caller to a few requests at once."""
     caller, jobs = caller_of(request), models.default.jobs
     async with caller.usage.turns:
         view = await jobs.done(job_id, caller.sees)

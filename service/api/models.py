@@ -1,4 +1,4 @@
-"""The registry of served models, and the services that answer their requests.
+"""The registry of served models, and the objects that their request handlers need.
 
 A request that names no model uses the default model.
 """
@@ -36,9 +36,9 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One model, and the parts that all models share. Each served model has a Services, which its handlers receive."""
+    """What handlers need to serve one model: the model itself, and the parts that all models share."""
 
-    number: int  # the model's number in this process; never reused
+    number: int  # identifies the model in this process; never reused
     model: ModelInfo
     limits: Limits  # limits on requests to this model
     allowed_sites: AllowedSites
@@ -50,13 +50,13 @@ class Services:
     statuses: JobStatuses
     decoder: Decoder
     encoder: Encoder
-    cache: LRUCache[str, bytes]  # response bodies, keyed by ETag; used only in the event loop's thread
+    cache: LRUCache[str, bytes]  # response bodies by ETag; use only in the event loop's thread
     streams: Streams
     other_replicas: OtherReplicas
     recordings: RecordingRoom
     webhooks: AllowedReceivers | None  # receivers allowed besides public ones; None if webhooks are off
-    loaded_s: int  # Unix time in seconds of the model's registration
-    noise_turns: CallerTurns  # limits the worker to one image of POST /noise at a time
+    loaded_s: int  # Unix time at which the model was registered
+    noise_turns: CallerTurns  # gives the worker one image of POST /noise at a time
     models: "Models"  # the registry of all models
 
     @property
@@ -65,14 +65,14 @@ class Services:
 
     @property
     def is_unloaded(self) -> bool:
-        """Return whether a request must wait for the model to load."""
+        """True if a request must wait for the model to load."""
         return self.models.load_queue.is_unloaded(self.model.name)
 
     async def ensure_loaded(self, request: Request | None, deadline_s: float | None = None) -> "Services":
-        """Wait until the model is in memory, and return the current Services of its name.
+        """Wait until the model is in memory, and return its current Services.
 
-        request: the wait ends if this request's client disconnects; None for a message on a WebSocket. Raises the
-        errors of LoadQueue.ensure_loaded.
+        request: the wait ends if this request's client disconnects; None for a WebSocket message. Raises the errors of
+        LoadQueue.ensure_loaded.
         """
         if not self.is_unloaded:
             return self
@@ -83,24 +83,24 @@ class Services:
 
 @dataclass(slots=True)
 class InMemory:
-    """The parts of a model that exist only while the model is in memory."""
+    """What exists only while a model is in memory."""
 
     model: LoadedModel
     keeper: SnapshotKeeper
-    release: Callable[[], object]  # called after the worker has unloaded the model
+    release: Callable[[], object]  # called once the worker has unloaded the model
     memory_bytes: int
 
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """A registered model, which is served or still has jobs. Only Models, ServedModels and ModelLoader change it."""
+    """A model that is being served or still has jobs. Only Models, ServedModels and ModelLoader change it."""
 
     services: Services
     lifecycle: Lifecycle
     loaded: InMemory | None  # None while the model is not in memory
-    users: int = 0  # requests in progress
-    loaded_s: float = float("-inf")  # time.monotonic() of the last load after startup
-    last_used_s: float = field(default_factory=time.monotonic)  # time.monotonic() of the last use or load
+    users: int = 0  # number of requests in progress
+    loaded_s: float = float("-inf")  # when the model was last loaded after startup, by time.monotonic()
+    last_used_s: float = field(default_factory=time.monotonic)  # when the model was last used or loaded
 
     @property
     def name(self) -> str:
@@ -119,50 +119,50 @@ Handler = Callable[[Services, Request], Awaitable[Response]]
 
 
 class Models:
-    """The registry: owns the served models, and the unserved models whose jobs are still kept.
+    """The registry of served models, and of models that are no longer served but whose jobs are still kept.
 
     Use only in the event loop's thread, except for `all`.
     """
 
     def __init__(self, load_queue: LoadQueue) -> None:
         self.load_queue = load_queue
-        self._served: dict[str, ServedModel] = {}  # keyed by name; the first is the default
-        self._by_number: dict[int, ServedModel] = {}  # keyed by number; includes replaced and unloaded models
+        self._served: dict[str, ServedModel] = {}  # keyed by name; the first one is the default
+        self._by_number: dict[int, ServedModel] = {}  # also holds replaced and unloaded models
 
     # --- requests ---
 
     @property
     def default(self) -> Services:
-        """The model for requests that name no model."""
+        """The model used by requests that name no model."""
         return next(iter(self))
 
     def __iter__(self) -> Iterator[Services]:
         return (one.services for one in self._served.values())
 
     def named(self, name: str) -> Services:
-        """Return the served model of this name. Raises ModelNotFound."""
+        """Return the served model with this name. Raises ModelNotFound."""
         if (one := self._served.get(name)) is None:
             raise ModelNotFound.of(name, self._served)
         return one.services
 
     def numbered(self, number: int) -> Services:
-        """Return a registered model, served or not. Raises ModelUnloaded if the model was forgotten."""
+        """Return the registered model with this number, served or not. Raises ModelUnloaded after `forget`."""
         if (one := self._by_number.get(number)) is None:
             raise ModelUnloaded
         return one.services
 
     def of(self, request: HTTPConnection) -> Services:
-        """Return the model that the request's path names, or the default model. Raises ModelNotFound."""
+        """Return the model named in the request's path, or the default model. Raises ModelNotFound."""
         name = request.path_params.get("model")
         return self.default if name is None else self.named(name)
 
     def used(self, request: HTTPConnection) -> AbstractContextManager[Services]:
-        """Return a context manager that yields the request's model and prevents unloading. Raises ModelNotFound."""
+        """Return a context manager that yields the request's model and keeps it loaded. Raises ModelNotFound."""
         return self.using(self.of(request))
 
     @contextmanager
     def using(self, services: Services) -> Iterator[Services]:
-        """Count a user of the model while the block runs. A model with users is not unloaded."""
+        """Keep the model from being unloaded while the block runs."""
         one = self._by_number[services.number]
         one.users += 1
         try:
@@ -172,7 +172,7 @@ class Models:
             one.last_used_s = time.monotonic()
 
     def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
-        """Wrap `handle` as a route's handler that looks up the request's model. name: the route's name."""
+        """Return a route handler that calls `handle` with the request's model. name: the route's name."""
 
         async def with_services(request: Request) -> Response:
             with self.used(request) as services:
@@ -185,17 +185,17 @@ class Models:
 
     @property
     def served(self) -> list[ServedModel]:
-        """The served models, the default model first."""
+        """The served models, starting with the default model."""
         return list(self._served.values())
 
     @property
     def all(self) -> list[ServedModel]:
-        """All registered models, in the order of registration. Safe to call from any thread."""
+        """All registered models, in order of registration. Safe to call from any thread."""
         return list(self._by_number.values())
 
     @property
     def left(self) -> list[ServedModel]:
-        """The models that are no longer served, the oldest first."""
+        """The models that are no longer served, oldest first."""
         return [one for one in self.all if self._served.get(one.name) is not one]
 
     @property
@@ -206,11 +206,11 @@ class Models:
         return self._served.get(name)
 
     def put(self, one: ServedModel) -> None:
-        """Serve a model, in place of an earlier model of the same name."""
+        """Serve a model. It replaces any served model of the same name."""
         self._served[one.name] = self._by_number[one.number] = one
 
     def remove(self, name: str) -> ServedModel:
-        """Stop serving a model and return it. The name must not be the default model's."""
+        """Stop serving a model and return it. The default model cannot be removed."""
         assert name != self.default.model.name
         return self._served.pop(name)
 

@@ -1,4 +1,4 @@
-"""POST /noise: the forward process, which turns an uploaded image into x_t with the model's own noise schedule."""
+"""POST /noise: turns an uploaded image into x_t by the forward process, with the model's own noise schedule."""
 
 import asyncio
 import hashlib
@@ -59,7 +59,7 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
 
 
 async def add_noise(services: Services, request: Request) -> Response:
-    """Respond with the uploaded image, noised to timestep t."""
+    """Respond with x_t: the uploaded image with the noise of timestep t added."""
     model = services.model
     negotiate(request, (PNG,))
     check_encoding(request)
@@ -70,7 +70,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     asked.check_bounds(services.bounds, errors)
     errors.check()
     caller = caller_of(request)
-    if services.is_unloaded:  # a caller without quota must not load a model
+    if services.is_unloaded:  # a caller without quota must not cause the model to load
         caller.check(row_steps=1, jobs=0)
         services = await services.ensure_loaded(request)
         model = services.model
@@ -92,9 +92,9 @@ async def add_noise(services: Services, request: Request) -> Response:
 
 
 async def _read_upload(request: Request, max_bytes: int, errors: ValidationErrors) -> tuple[bytes, dict[str, Any]]:
-    """Read the image and the other form fields. The image is the body, or the form's file `image`.
+    """Read the image and the other form fields. The image is the whole body, or the file `image` in a form.
 
-    Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, and the errors of read_form.
+    Raises UnsupportedMediaType, BodyTooLarge, InvalidImage, or the errors of read_form.
     """
     if is_form(request):
         form = await read_form(request, max_bytes, ("image",))
@@ -115,13 +115,13 @@ async def _made(services: Services, caller: str, image: Images, t: int, seed: in
 
 
 async def _noised(services: Services, caller: str, image: Images, t: int, seed: int) -> Callable[[], Images]:
-    """Add the noise in the worker's thread, between two ticks. Return a function that returns the image.
+    """Add noise to an image in the worker's thread, between ticks. Returns a function that returns the result.
 
-    The returned function may wait for a GPU. For a latent model, the autoencoder's thread does this wait instead.
+    The returned function may wait for a GPU. For a latent model, the autoencoder's thread has already waited.
 
-    A second thread that runs torch would slow down every tick, and a second Philox in numpy would have to be
-    bit-identical. The worker gets one image at a time, so that a tick waits for at most one image: 0.15 ms for 32x32
-    pixels, and 7 ms for 256x256 in colour.
+    A separate thread would not work as well. With torch, it would slow down every tick. With numpy, it would need a
+    second, bit-identical implementation of the Philox generator. The worker gets one image at a time, so a tick is
+    delayed by at most one image: 0.15 ms for 32x32 pixels, and 7 ms for 256x256 pixels in colour.
     """
     async with services.noise_turns.taken(caller):
         noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
@@ -133,6 +133,6 @@ async def _noised(services: Services, caller: str, image: Images, t: int, seed: 
 
 
 def _etag(recipe: dict[str, object], image: Images) -> str:
-    """Return the ETag: a hash of the recipe and the pixels, which determine the response's bytes."""
+    """Return an ETag that identifies the response's bytes: a hash of the recipe and the pixels."""
     name = hashlib.sha256(json.dumps([PNG, recipe, image.shape], sort_keys=True).encode() + image.tobytes())
     return f'"{name.hexdigest()[:32]}"'

@@ -1,7 +1,8 @@
 """Requests to the replica that works on a job, for the job's state, events and frames.
 
-These requests carry the client's own credentials, so a replica has no more rights than its clients. A request from a
-replica is never forwarded again: the response contains what this replica knows.
+A replica is another server on the same job store. The requests carry the client's own credentials, so a replica can do
+no more than its clients. A forwarded request is never forwarded again: the replica that receives it responds with what
+it knows itself.
 """
 
 import logging
@@ -18,15 +19,15 @@ log = logging.getLogger(__name__)
 
 FORWARDED = "x-tminus-forwarded"
 PASSED = (b"authorization", b"cookie", b"traceparent", b"x-request-id")
-# Every error that a bad address or a bad response can raise.
+# All errors that a bad address or a bad response can cause.
 FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
-CONNECT_S, ANSWER_S = 1.0, 2.0  # timeouts in seconds; afterwards this replica responds with what it knows
-SILENT_S = 40.0  # maximum seconds between two events; comments come more often
+CONNECT_S, ANSWER_S = 1.0, 2.0  # timeouts in seconds, after which this replica answers alone
+SILENT_S = 40.0  # maximum seconds without data; replicas send comments more often than that
 EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
 
 
 class OtherReplicas:
-    """Owns the HTTP client for other replicas, which is created on first use."""
+    """Owns the HTTP client for requests to other replicas. The client is created on first use."""
 
     def __init__(self) -> None:
         self._http: httpx.AsyncClient | None = None
@@ -36,20 +37,20 @@ class OtherReplicas:
             await self._http.aclose()
 
     async def job(self, address: str, request: Request, job_id: str) -> JobAnswer | None:
-        """Return a job's state from the replica at this address, or None on failure."""
+        """Return a job's state, as reported by the replica at this address, or None if the request fails."""
         try:
             answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
             return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
-        except FAILURES as error:  # pydantic's ValidationError is a ValueError
+        except FAILURES as error:  # ValueError includes pydantic's ValidationError
             log.warning("%s does not tell where job %s stands: %r", address, job_id, error)
             return None
 
     async def events(
         self, address: str, request: Request, job_id: str, last_id: str
     ) -> AsyncGenerator[tuple[bytes, str]]:
-        """Yield the bytes of a job's events, with the id of the last event so far.
+        """Yield a job's events as bytes, each time with the id of the last event so far.
 
-        Stops when the replica ends the stream, or on failure.
+        Ends when the replica ends the stream, or when the request fails.
         """
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request)
@@ -64,7 +65,7 @@ class OtherReplicas:
                 if answer.status_code != 200:
                     return
                 async for part in answer.aiter_raw():
-                    whole, separator, rest = (rest + part).rpartition(b"\n\n")  # forward only complete events
+                    whole, separator, rest = (rest + part).rpartition(b"\n\n")  # forward whole events only
                     if found := EVENT_ID.findall(whole):
                         last_id = found[-1].decode()
                     if separator:
@@ -72,19 +73,19 @@ class OtherReplicas:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
-            logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs each request at level INFO
+            logging.getLogger("httpx").setLevel(logging.WARNING)  # at level INFO, httpx logs every request
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits)
         return self._http
 
 
 def came_from_a_replica(request: Request) -> bool:
-    """Return whether another replica forwarded this request."""
+    """Return True if another replica forwarded this request."""
     return FORWARDED in request.headers
 
 
 def _headers(request: Request) -> list[tuple[bytes, bytes]]:
-    """Return the headers to forward, as raw bytes: a browser's cookies may contain any bytes."""
+    """Return the headers to forward. They stay raw bytes, because a browser's cookies may contain any byte."""
     passed = [(name, value) for name, value in request.headers.raw if name in PASSED]
     if request.client is not None:
         passed.append((b"x-forwarded-for", request.client.host.encode("latin-1", "ignore")))

@@ -1,6 +1,6 @@
-"""GET / and /docs: the web page, the API in Swagger UI, and their files.
+"""GET / and /docs: the web page, the API in Swagger UI, and the files that both use.
 
-This server serves all files. The pages load nothing from other sites.
+All of these files come from this server. The pages load nothing from other sites.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ from tminus.service.api.request.reading import qualities
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {
     "Cache-Control": "no-cache",
-    # blob: URLs refer to data that the page has created.
+    # The page creates blob: URLs for its own data.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
-# Swagger UI sets style attributes, and its stylesheet contains images as data: URLs.
+# Swagger UI sets style attributes, and its stylesheet embeds images as data: URLs.
 DOCS_HEADERS = HEADERS | {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -37,17 +37,17 @@ GZIP_LEVEL = 6
 
 
 def compressed(request: Request, answer: Response) -> Response:
-    """Return the response, compressed if the client accepts gzip. Use only for long texts without secrets.
+    """Return the response, compressed if the client accepts gzip. Use it only for long texts without secrets.
 
-    The ETag becomes weak, because it identifies both the plain and the compressed form (RFC 9110, section 8.8.1).
+    The ETag becomes weak, because it identifies the compressed and the plain form alike (RFC 9110, section 8.8.1).
     """
     if (tag := answer.headers.get("etag")) is not None:
         answer.headers["etag"] = f"W/{tag}"
     encodings = qualities(",".join(request.headers.getlist("accept-encoding")))
-    # A range counts bytes of the file, not of its compressed form.
+    # Ranges count bytes of the plain file, not of its compressed form.
     is_whole = answer.status_code == 200 and "range" not in request.headers
     if is_whole and any(name == "gzip" and q > 0 for name, q in encodings):
-        if request.method == "HEAD":  # the compressed length is unknown
+        if request.method == "HEAD":  # the compressed length is not known
             answer.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
             del answer.headers["Content-Length"]
             return answer
@@ -66,9 +66,9 @@ class _Compressed(Response):
 
 
 def page_routes(*, with_metrics: bool = True) -> APIRouter:
-    """Return a router with the web page and its files. with_metrics: show the page's link to /metrics."""
+    """Return a router with the web page and its files. with_metrics: whether the page links to /metrics."""
     router = APIRouter(tags=["page"])
-    files = StaticFiles(directory=FOLDER)  # responds 304 to a client that already has the file
+    files = StaticFiles(directory=FOLDER)  # responds with 304 if the client already has the file
     unlinked = (FOLDER / "index.html").read_text("utf-8").replace('<a id="metrics"', '<a id="metrics" hidden')
 
     @router.get("/", **described("get_page"), response_class=HTMLResponse)
@@ -85,7 +85,7 @@ def page_routes(*, with_metrics: bool = True) -> APIRouter:
 
 
 def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
-    """Return a router with Swagger UI and the OpenAPI document. document: returns the document for a request."""
+    """Return a router with Swagger UI and the OpenAPI document. document: makes the document for a request."""
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
@@ -105,7 +105,7 @@ def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
 
 
 def _swagger_ui_folder() -> Path:
-    """Return the folder of Swagger UI's files in the package fastapi_offline, without importing the package."""
+    """Return the folder of Swagger UI's files. It is part of the package fastapi_offline, which is not imported."""
     spec = find_spec("fastapi_offline")
     assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None

@@ -60,8 +60,8 @@ WITHOUT_EVERY = (*MEDIA_TYPES, NPY, TRAJECTORY)
 # The media types on offer, and the end of the error message that lists them.
 WITHOUT_FRAMES = (WITHOUT_EVERY, ", or image/webp together with the parameter `every`")
 WITH_FRAMES = ((WEBP, JSON), f"; {NPY} has finished images alone, and {TRAJECTORY} the latents of each step")
-MAX_FRAME_BYTES = 16 * 2**20  # pixels of all frames of one job
-MAX_TRAJECTORY_BYTES = 32 * 2**20  # size of the file
+MAX_FRAME_BYTES = 16 * 2**20  # limit on the pixels of a job's frames
+MAX_TRAJECTORY_BYTES = 32 * 2**20  # limit on the size of a trajectory file
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
@@ -94,16 +94,16 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Describes a response before its job runs: the data to record during the job, and the encoding of the result."""
+    """Describes a response before its job runs: what to record during the job, and how to encode the result."""
 
     media_type: str
-    etag_form: str  # everything besides the spec that determines the bytes
-    metric_label: str  # label of the metric of encoding time
-    make: Callable[[Any], bytes]  # encodes the value that `read` returns
-    read: Callable[[JobResult], Any] = lambda result: result.read()  # may wait for a GPU; raises NotFinite
-    recording: Recorder[Any] | None = None  # receives rows while the job runs
-    held_bytes: int = 0  # bytes in memory until the encoding ends, without the images
-    held_for: str = "n"  # the request parameter that determines held_bytes
+    etag_form: str  # all that determines the bytes, besides the spec
+    metric_label: str  # label for the encoding time in the metrics
+    make: Callable[[Any], bytes]  # encodes what `read` returns
+    read: Callable[[JobResult], Any] = lambda result: result.read()  # can wait for a GPU and raise NotFinite
+    recording: Recorder[Any] | None = None  # receives rows during the job
+    held_bytes: int = 0  # memory in use until the encoding ends, besides the images
+    held_for: str = "n"  # the parameter that held_bytes depends on
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -111,12 +111,12 @@ async def sample(services: Services, request: Request) -> Response:
     """Run a job and respond with its images."""
     values, errors = await read_parameters(request, services.limits)
     offered, hint = WITHOUT_FRAMES if values.get("every") is None else WITH_FRAMES
-    # Report errors in the body before errors in Accept.
+    # Errors in the parameters are reported first, before an error in Accept.
     media_type = offered[0] if errors else negotiate(request, offered, hint)
     if media_type == NPY:
         values = {"bit_depth": 32} | values
     parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
-    del values  # free the picture, if any
+    del values  # frees the picture, if any
     services = await ensure_loaded(services, caller_of(request), parameters, request)
     new = await prepare_job(services, caller_of(request), parameters, request)
     return await respond(services, request, new, answer_of(parameters, media_type, new.spec, services.model))
@@ -132,9 +132,9 @@ def answer_of(parameters: SampleCall, media_type: str, spec: SampleSpec, model: 
 
 
 async def respond(services: Services, request: Request, new: NewJob, answer: Answer) -> Response:
-    """Respond from the client's or the server's cache. Otherwise run the job and encode its result."""
+    """Respond from the client's cache or the server's cache, or else run the job and encode its result."""
     model, metrics = services.model, services.metrics
-    is_known = model.fingerprint != ""  # a model that was never loaded has no fingerprint
+    is_known = model.fingerprint != ""  # empty for a model that was never loaded
     tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
     headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
@@ -148,7 +148,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         if "no-cache" not in directives and (kept := services.cache.get(tag)) is not None:
             metrics.count("tminus_answered_without_work_total", "cache_hit")
             return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=answer.media_type)
-    if request.method == "HEAD":  # the request is valid, and HEAD runs no job
+    if request.method == "HEAD":  # the request is valid; HEAD runs no job
         return head_answer(headers, answer.media_type)
     loop = asyncio.get_running_loop()
     with services.recordings.taken(answer.held_bytes, answer.held_for) if answer.held_bytes else nullcontext():
@@ -161,7 +161,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
         )  # fmt: skip
         encode_s = loop.time() - started_s
     if tag is not None and "no-store" not in directives:
-        with suppress(ValueError):  # the content is larger than the whole cache
+        with suppress(ValueError):  # raised if the content is larger than the whole cache
             services.cache[tag] = content
     headers |= {
         "X-Job-ID": new.id,
@@ -173,7 +173,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
 
 
 def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = True) -> Answer:
-    """Describe a response with the finished images. Raises InvalidField if the bit depth and media type conflict."""
+    """Describe a response with the finished images. Raises InvalidField if the media type cannot have the bit depth."""
     if media_type == NPY:
         if spec.depth != 32:
             raise InvalidField.of("bit_depth", f"32 or absent with Accept: {NPY}", spec.depth)
@@ -183,17 +183,17 @@ def still(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool = T
 
 
 def of_images(media_type: str, spec: SampleSpec, model: ModelInfo, *, clip: bool) -> Answer:
-    """Describe a response with images as PNG, zip, JSON or floats. clip: clip floats to the value range."""
+    """Describe a response with images as PNG, zip, JSON or floats. clip: whether to clip floats to the value range."""
     form = etag_form(media_type, clip=clip)
     make = partial(encode_result, media_type, spec, model=model, clip=clip)
-    # Floats need a second copy while their axes are transposed.
+    # Transposing floats takes a second copy.
     held_bytes = 8 * spec.n * model.height_px * model.width_px * model.channels if media_type == NPY else 0
     headers = pixel_headers(media_type, model, clip=clip)
     return Answer(media_type, form, metric_label(media_type), make, held_bytes=held_bytes, headers=headers)
 
 
 def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Describe a response with an animated WebP of the steps from noise to the images. Raises InvalidField."""
+    """Describe an animated WebP that shows the steps from noise to the images. Raises InvalidField."""
     _check_depth(spec, "every")
     if len(asked.shows) > 1:
         raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
@@ -210,7 +210,7 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
 
 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
-    """Describe a JSON response with the frames as PNGs. Raises InvalidField.
+    """Describe a JSON response with PNG frames. Raises InvalidField.
 
     The response also contains the finished images, unless `until` ends the job early.
     """
@@ -227,9 +227,9 @@ def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) ->
 
 
 def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo, *, from_noise: bool = False) -> int:
-    """Return the size in bytes of all frames before the result, including x_T if `from_noise`.
+    """Return the total size in bytes of the frames before the result, with x_T if `from_noise`.
 
-    Raises InvalidField if the frames and the result together exceed MAX_FRAME_BYTES.
+    Raises InvalidField if the frames and the result together would exceed MAX_FRAME_BYTES.
     """
     frame_bytes = len(asked.shows) * spec.n * model.height_px * model.width_px * model.channels
     steps = spec.num_passes if asked.until is None else min(spec.num_passes, asked.until + 1)
@@ -241,10 +241,10 @@ def _frame_bytes(spec: SampleSpec, asked: SampleCall, every: int, model: ModelIn
 
 
 def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
-    """Describe a response with a trajectory: latents of the selected steps, and distributions of the noisy ones.
+    """Describe a trajectory file, with the latents of selected steps and the distributions of those that add noise.
 
-    `keep` selects the steps; None selects all. Raises InvalidField if the steps add too little noise, or if the file
-    would be too large.
+    `keep` selects the steps; None selects all of them. Raises InvalidField if the steps add too little noise or the
+    file would be too large.
     """
     _check_depth(spec, f"Accept: {TRAJECTORY}")
     if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
@@ -263,7 +263,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
     pixels = model.height_px * model.width_px * model.channels
     latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
     with_noise = len({*noisy}.intersection(selection.passes))
-    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # the file has one s for each value
+    by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # each value has its own std, s
     rounded = len(selection.points) + len(selection.predictions) + with_noise
     image_bytes = latents * (np.dtype(asked.dtype).itemsize * rounded + 4 * with_noise * by_value) + pixels
     most = MAX_TRAJECTORY_BYTES // image_bytes
@@ -272,8 +272,8 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
         raise InvalidField.of(name, f"fewer with Accept: {TRAJECTORY}, for images of this size", value)
     if spec.n > most:
         raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for this number of steps", spec.n)
-    # Memory peaks during packing, which holds the arrays, their bytes and the file. The float32 arrays before that need
-    # less.
+    # Packing takes the most memory: it holds the arrays, their bytes and the file. The float32 arrays before that are
+    # smaller.
     path, held_bytes = TrajectoryRecorder(spec, selection, asked.dtype), 3 * spec.n * image_bytes
 
     def read(result: JobResult) -> tuple[Trajectory, Pixels]:
@@ -285,7 +285,7 @@ def trajectory(spec: SampleSpec, model: ModelInfo, asked: SampleCall) -> Answer:
 
 
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
-    """Return the error for a spec without noise, and so without log p. The error names the parameter to change."""
+    """Return the error for a spec that adds no noise, and so has no log p. It names the parameter to change."""
     noise = SAMPLER_FACTS[spec.sampler].noise
     if noise != "none" and spec.strength is not None:
         bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"

@@ -1,4 +1,4 @@
-"""WS /sample/stream: each message starts a job. The client receives previews, and the images at the end."""
+"""WS /sample/stream: each message starts a job. The client receives previews, and finally the images."""
 
 import asyncio
 import logging
@@ -39,10 +39,10 @@ from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
-FIRST_MESSAGE_S = 10.0  # seconds to wait for a key, and for the first job
+FIRST_MESSAGE_S = 10.0  # seconds to wait for a key, and then for the first job
 NEXT_MESSAGE_S = 60.0  # seconds to wait for the next job
-KEY_CHARACTERS = 1024  # maximum length of a first message, which contains a key
-SEND_S = 60.0  # timeout in seconds of each send: a client that reads nothing is disconnected
+KEY_CHARACTERS = 1024  # maximum length of a message with a key
+SEND_S = 60.0  # timeout of each send in seconds, after which the client is disconnected
 NORMAL = 1000
 
 
@@ -58,12 +58,12 @@ def stream_routes(models: Models) -> APIRouter:
             services.allowed_sites.check(ws.scope)
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
-            services = models.of(ws) if known else services  # a client without a key must not learn the models' names
-            services.worker.state.check_open()  # check before accepting, so a proxy can try another server
+            services = models.of(ws) if known else services  # do not reveal the models' names to a client without a key
+            services.worker.state.check_open()  # before accepting, so that a proxy can try another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()
-        except ServiceError as refusal:  # the WebSocket was not accepted
+        except ServiceError as refusal:  # raised before the WebSocket was accepted
             note_error(refusal, services.metrics)
             status = refusal.status
             await ws.send_denial_response(render(refusal))
@@ -74,16 +74,16 @@ def stream_routes(models: Models) -> APIRouter:
 
 
 class _Stream:
-    """Runs the jobs of one connection, one at a time. Each job looks up its model by name again."""
+    """Runs the jobs of one connection, one at a time. The model is looked up again for each job."""
 
     def __init__(self, models: Models, services: Services, ws: WebSocket, *, known: bool) -> None:
-        """known: the handshake has a key or needs none; otherwise the first message must contain a key."""
+        """known: False if the first message must contain a key; True if the handshake has one or needs none."""
         self._models, self._services, self._ws, self._known = models, services, ws, known
-        self._secret: str | None = None  # key from a message: a page cannot set headers of a WebSocket
+        self._secret: str | None = None  # a key from a message, because a page cannot set a WebSocket's headers
 
     async def serve(self) -> None:
-        """Run jobs until the client closes the connection, disconnects or makes an error. Raises nothing."""
-        with suppress(WebSocketDisconnect, TimeoutError):  # the client has disconnected, or reads nothing
+        """Run jobs until the client closes the connection, disconnects or causes an error. Raises nothing."""
+        with suppress(WebSocketDisconnect, TimeoutError):  # the client has disconnected or stopped reading
             try:
                 if not self._known:
                     await self._introduce()
@@ -97,7 +97,7 @@ class _Stream:
                         self._models.used(self._ws) as self._services,
                     ):
                         asked = await parse_call(StreamCall, values, self._services.bounds)
-                        del values  # free megabytes of pictures: the job may run for an hour
+                        del values  # frees megabytes of pictures, because the job may run for an hour
                         self._services = await ensure_loaded(self._services, caller, asked)
                         new = await prepare_job(self._services, caller, asked)
                         where = "in a stream, whose images are PNGs"
@@ -112,7 +112,7 @@ class _Stream:
                 await self._end(error)
 
     async def _introduce(self) -> None:
-        """Read the first message, which must contain only a key. Raises Silence, Unauthorized and MalformedMessage."""
+        """Read the first message, which must contain a key. Raises Silence, Unauthorized or MalformedMessage."""
         try:
             async with asyncio.timeout(FIRST_MESSAGE_S):
                 message = await self._receive(KEY_CHARACTERS)
@@ -124,7 +124,7 @@ class _Stream:
         self._caller()
 
     def _caller(self) -> Caller:
-        """Return the caller that the key identifies now. Raises Unauthorized if the key was removed."""
+        """Return the caller that the key belongs to now. Raises Unauthorized if the key has been removed."""
         access = self._services.access
         if self._secret is None or not access.has_keys:
             return identify(access, self._ws.scope)
@@ -136,14 +136,17 @@ class _Stream:
             error = ServiceError()
         note_error(error, self._services.metrics)
         with self._services.streams.busy():
-            message = error.problem() | {"type": "error"}  # replaces `type` of the problem document
+            message = error.problem() | {"type": "error"}  # replaces the URN in the problem document's `type`
             if error.retry_after_s is not None:
                 message["retry_after_s"] = error.retry_after_s
             await self._send(message)
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
-        """Wait for the parameters of a job. Ignore a cancel after a job's end, and store a new key. Raises Silence."""
+        """Wait for the parameters of a job. Raises Silence.
+
+        Ignores a cancel message that arrives after a job's end. Stores the key of a key message.
+        """
         try:
             async with asyncio.timeout(patience_s):
                 while (message := await self._receive()).get("type") in ("cancel", "key"):
@@ -154,7 +157,7 @@ class _Stream:
         return message
 
     async def _receive(self, most_characters: int | None = None) -> dict[str, Any]:
-        """Wait for a message and parse it. Return {} for a message of more than `most_characters`."""
+        """Wait for a message and parse it. If it is longer than `most_characters`, return {}."""
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
@@ -202,7 +205,7 @@ class _Stream:
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
             error = await self._stop_listening(listening, done, new.id)
-            await showing  # wait until the current frame is sent
+            await showing  # let it finish the current frame
             if error is not None:
                 raise error
             try:
@@ -222,14 +225,14 @@ class _Stream:
     async def _stop_listening(
         self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
     ) -> BaseException | None:
-        """Cancel the job if it still runs. Return the client's error, if any. Raises WebSocketDisconnect."""
+        """Cancel the job if it is still running. Return the client's error, if any. Raises WebSocketDisconnect."""
         error = listening.exception() if listening.done() else None
         if not done.done():
             was_asked = listening.done() and error is None
             self._services.worker.cancel(job_id, "client_cancelled" if was_asked else "client_gone")
         if isinstance(error, WebSocketDisconnect):
             raise error
-        listening.cancel()  # the client's further messages belong to its next job
+        listening.cancel()  # later messages belong to the next job
         await asyncio.wait([listening])
         return error
 
@@ -270,7 +273,7 @@ class _Stream:
 
 @asynccontextmanager
 async def _in_time() -> AsyncIterator[None]:
-    """Limit the time of a send. Raises TimeoutError, and WebSocketDisconnect if uvicorn has closed the connection."""
+    """Limit how long a send may take. Raises TimeoutError, or WebSocketDisconnect if the connection was closed."""
     try:
         async with asyncio.timeout(SEND_S):
             yield

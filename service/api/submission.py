@@ -1,4 +1,11 @@
+<<<<<<< HEAD
 """Creates the jobs of all kinds of requests from their parameters. Parameters are checked before a job is accepted."""
+=======
+"""Creates jobs from request parameters, for all kinds of requests.
+
+All parameters are checked before a job is accepted.
+"""
+>>>>>>> wt-w2-5
 
 import json
 import time
@@ -27,18 +34,18 @@ from tminus.service.spec import SampleSpec
 from tminus.service.work import Ticket, timesteps_of, work_of
 from tminus.service.worker.running_job import NewJob
 
-MOSTLY_IMAGE = 0.5  # alpha_bar_t: the image's share of the variance of x_t
+MOSTLY_IMAGE = 0.5  # minimum alpha_bar_t at which an x_t counts as more image than noise
 
 
 async def ensure_loaded(
     services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
 ) -> Services:
-    """Wait until the model is in memory, and return its current Services. Subtract the wait from the deadline.
+    """Wait until the model is in memory, and return its current Services. The deadline is shortened by the wait.
 
-    HEAD loads no model, because the server can respond to HEAD without one. A caller without quota for the job loads no
-    model either: `submit` refuses the job. An invalid request raises before a model is loaded.
+    The model is not loaded for HEAD, which the server can answer without it. It is not loaded for a caller without
+    enough quota either, because `submit` will refuse the job. An invalid request raises before the model is loaded.
 
-    request: the wait ends if this request's client disconnects; None for a message on a WebSocket. Raises the errors of
+    request: the wait ends if this request's client disconnects; None for a WebSocket message. Raises the errors of
     spec_of and Services.ensure_loaded.
     """
     if not services.is_unloaded or (request is not None and request.method == "HEAD"):
@@ -61,7 +68,7 @@ async def prepare_job(
     *,
     transparent: bool = False,
 ) -> NewJob:
-    """Make a job from the parameters. Decode its images, and remove them from the parameters.
+    """Make a job from the parameters. Decodes the images and removes them from the parameters.
 
     request: see `ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of and Decoder.inputs.
     """
@@ -90,9 +97,9 @@ async def prepare_job(
 
 @asynccontextmanager
 async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncIterator[None]:
-    """Charge a caller for a job. An exception in the block refunds the charge. Raises QuotaExceeded.
+    """Charge a caller for a job. If the `with` block raises, the charge is refunded. Raises QuotaExceeded.
 
-    The price is one row-step for each pass of each row. A guided step counts twice, and a skipped step not at all.
+    Each pass of each row costs one row-step. A guided pass costs two, and a skipped pass costs nothing.
     """
     row_steps = new.work.places
     with caller.charged(row_steps, await services.new_jobs.open_jobs(caller.name, caller.limits.jobs)):
@@ -101,10 +108,10 @@ async def charged(services: Services, caller: Caller, new: NewJob) -> AsyncItera
 
 
 async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
-    """Charge a caller for a job that is not durable, and submit the job to the worker.
+    """Charge a caller for a job that is not durable, and submit it to the worker.
 
-    Raises the errors of `charged` and Worker.submit. The retry time of Overloaded is the shortest of all servers that
-    share a job store.
+    Raises the errors of `charged` and Worker.submit. The retry time in Overloaded is the shortest of all the servers
+    that share the job store.
     """
     try:
         async with charged(services, caller, new):
@@ -116,9 +123,9 @@ async def submit(services: Services, caller: Caller, new: NewJob) -> Ticket:
 async def create(
     services: Services, request: Request, parameters: JobCall, *, transparent: bool = False
 ) -> tuple[JobView, bool]:
-    """Create a durable job, unless an earlier job has the same Idempotency-Key.
+    """Create a durable job, unless the Idempotency-Key already belongs to an earlier job.
 
-    Return the new or earlier job, and whether the job is the earlier one. transparent: see decode_inputs. Raises the
+    Returns the new or the earlier job, and True if it is the earlier one. transparent: see decode_inputs. Raises the
     errors of `prepare_job` and NewJobs.create.
     """
     caller, webhook = caller_of(request), parameters.receiver
@@ -131,28 +138,28 @@ async def create(
 def _key(
     request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
-    """Return the Idempotency-Key with a hash of its request, or None without a key. Raises InvalidField.
+    """Return the Idempotency-Key and a hash of its request, or None if the request has no key. Raises InvalidField.
 
-    Each owner has separate keys. transparent: see decode_inputs.
+    Keys of different owners are independent. transparent: see decode_inputs.
     """
     if (name := key_in_headers(request)) is None:
         return None
-    # Exclude defaults, so that the hash stays the same in a version with more parameters.
+    # Leave out defaults, so that the hash does not change in a version with more parameters.
     given = parameters.model_dump(exclude_defaults=True, exclude={"webhook", "webhook_events_filter"})
-    # An earlier version left guidance 1 out of the hash. If `steps` is given, a missing guidance still means 1.
+    # Earlier versions left a guidance of 1 out of the hash. If `steps` is given, a missing guidance still means 1.
     if "steps" in given and given.get("guidance") == 1:
         del given["guidance"]
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
-    if transparent:  # a transparent mask gives another image
+    if transparent:  # a transparent mask makes a different image
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)
 
 
 def cache_headers(etag: str | None) -> dict[str, str]:
-    """Return the caching headers of a response. A response without an ETag must not be stored."""
+    """Return a response's caching headers. A response without an ETag must not be stored."""
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
@@ -169,7 +176,7 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
 
 
 def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:
-    """Return headers with the range of floats, or with the shown channels if pictures cannot show every channel."""
+    """Return headers with the value range of floats, or the number of channels shown if pictures cannot show all."""
     if media_type == NPY:
         return {"X-Value-Range": "{:g}, {:g}".format(*VALUE_RANGE), "X-Clipped": str(clip).lower()}
     if model.fits_pictures:
@@ -178,14 +185,14 @@ def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str,
 
 
 def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
-    """Return a warning if the images will be noise: the first step treats x_T as an x_t that is mostly image.
+    """Return a warning if the images will be noise, because the first step treats x_T as an x_t that is mostly image.
 
-    This happens for a single step with the spacing `leading` or `linspace`: its timestep is 0, as in diffusers.
+    This happens with a single step and the spacing `leading` or `linspace`: its timestep is 0, as in diffusers.
     """
-    # With strength, the job starts from an image that is noised for the first step.
+    # An edit with strength starts from the image, with the noise of its first step.
     if spec.steps > 1 or spec.strength is not None:
         return None
-    if spec.table is not None and not model.has_table(spec.table):  # the job ended before its table was removed
+    if spec.table is not None and not model.has_table(spec.table):  # the table was removed after the job ended
         return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:

@@ -1,4 +1,4 @@
-"""GET /model and GET /model/schedule, the server's probes, and GET /metrics."""
+"""GET /model and GET /model/schedule, the health probes, and GET /metrics."""
 
 from operator import itemgetter
 
@@ -47,7 +47,7 @@ def model_routes(models: Models) -> APIRouter:
 
 
 def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRouter:
-    """Return a router with the probes and /metrics. metrics: None disables /metrics."""
+    """Return a router with the health probes and /metrics. metrics: None leaves out /metrics."""
     router = APIRouter(tags=["system"])
 
     @router.get("/healthz", **described("get_liveness"), response_model=StatusAnswer, responses=failures(500, 503))
@@ -71,13 +71,13 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
     return router
 
 
-# Render problems instead of raising them: a failed probe must not count as a rejected request.
+# Return problems instead of raising them, so that a failed probe does not count as a rejected request.
 
 
 def metrics_answer(metrics: Metrics, request: Request) -> Response:
-    """Return the response of /metrics: OpenMetrics if Accept names it and does not prefer plain text.
+    """Return the response to /metrics: OpenMetrics if Accept lists it and does not prefer plain text, else plain text.
 
-    Other media types in Accept are ignored, as in Prometheus' own exporters.
+    As in Prometheus' own exporters, other media types in Accept are ignored.
     """
     liked = dict(sorted(qualities(", ".join(request.headers.getlist("accept"))), key=itemgetter(1)))
     quality = liked.get(OPENMETRICS, 0.0)
@@ -86,13 +86,13 @@ def metrics_answer(metrics: Metrics, request: Request) -> Response:
 
 
 def alive(worker: Worker) -> StatusAnswer | Response:
-    """Return the response of /healthz. Safe to call from any thread."""
+    """Return the response to /healthz. Safe to call from any thread."""
     reason = fatal_error(worker)
     return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Return the error that only a restart can fix, or None. Safe to call from any thread."""
+    """Return the error that only a restart can fix, if any. Safe to call from any thread."""
     return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 
@@ -104,6 +104,6 @@ def why_unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
         return Draining()
     if not worker.state.ready:
         return NotReady()
-    # Ignore failures of a shared store, because they affect every server. If every server became unready, none would
-    # answer calls that need no store.
+    # Failures of a shared store do not count, because they affect every server. If all servers became unready, none
+    # would answer the calls that need no store.
     return jobs.store_failure(of_shared=False)

@@ -1,1 +1,1 @@
-"""Responses: JSON documents, errors, the progress of jobs, and the OpenAPI document."""
+"""Responses: JSON documents, errors, job progress and the OpenAPI document."""

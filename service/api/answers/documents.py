@@ -1,6 +1,6 @@
-"""The JSON documents that clients receive, as pydantic models.
+"""Pydantic models of the JSON documents that clients receive.
 
-Internal values have their own classes, so that internal names can change.
+Internal values have classes of their own, so their names can change without changing the API.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tminus.service.jobs.webhooks.delivery_store import Delivery, DeliveryState
 from tminus.service.jobs.webhooks.webhook import EVENTS, Webhook
 from tminus.service.model_info import Limits, ModelInfo
 
-JOB_EXAMPLE: dict[str, Any] = {  # without null members, because FastAPI removes them from examples
+JOB_EXAMPLE: dict[str, Any] = {  # no null members: FastAPI removes them from examples
     "id": "0d1f3c5e7a9b4c2d8e6f0a1b2c3d4e5f",
     "model": "fashion-mnist-32",
     "state": "running",
@@ -44,7 +44,7 @@ JOB_EXAMPLE: dict[str, Any] = {  # without null members, because FastAPI removes
         "class_label": [7, 7, 7, 7],
     },
 }
-FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # internal values have attributes of the same names
+FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the internal objects have attributes of the same names
 
 
 class DeliveryAnswer(BaseModel):
@@ -73,7 +73,7 @@ class WebhookAnswer(BaseModel):
 
 
 class JobAnswer(BaseModel):
-    """A job, as every call below /jobs returns it. A member is null if its value is unknown or does not exist yet."""
+    """A job, as returned by every call below /jobs. A member is null if its value is unknown or does not exist yet."""
 
     model_config = ConfigDict(
         json_schema_serialization_defaults_required=True, json_schema_extra={"examples": [JOB_EXAMPLE]}
@@ -96,7 +96,7 @@ class JobAnswer(BaseModel):
     fingerprint: str | None = Field(description="The fingerprint of the build that made the images.")
     parameters: dict[str, Any] = Field(description="The parameters of `POST /sample` that make the same images again.")
     problem: dict[str, Any] | None = Field(description="Why the job failed: the members of a problem document.")
-    # The default is None: another server may not know the webhook.
+    # Has a default because the JSON of another replica may lack this member.
     webhook: WebhookAnswer | None = Field(default=None, description="Who is told of the job.")
 
     @classmethod
@@ -125,7 +125,7 @@ class JobAnswer(BaseModel):
 
 
 def document(view: JobView) -> dict[str, Any]:
-    """Return the JSON document of a job, the same for webhooks and for GET /jobs/{id}."""
+    """Return the JSON document of a job. Webhooks and GET /jobs/{id} use the same document."""
     return JobAnswer.of(view).model_dump()
 
 
@@ -137,7 +137,7 @@ class JobPage(BaseModel):
 
 
 class Fault(BaseModel):
-    """One fault in the parameters of a request."""
+    """One fault in a request's parameters."""
 
     code: str = Field(description="What programs go by: it stays the same.")
     detail: str = Field(description="What is wrong, for people.")
@@ -155,8 +155,8 @@ def _problem_example() -> dict[str, Any]:
 class Problem(BaseModel):
     """A problem document (RFC 9457).
 
-    `field`, `value` and `bound` describe what to change, if that is a single thing. `errors` lists all faults of the
-    parameters; the other members repeat the first fault.
+    `field`, `value` and `bound` say what to change, if there is a single thing to change. `errors` lists every fault
+    in the parameters; the other members repeat the first one.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [_problem_example()]})
@@ -174,7 +174,7 @@ class Problem(BaseModel):
 
 
 class ErrorText(BaseModel):
-    """An error in the form that clients of Hugging Face and KServe read."""
+    """An error in the form that Hugging Face and KServe clients expect."""
 
     error: str = Field(description="What is wrong, for people.")
     code: str = Field(description="What programs go by: it stays the same.")
@@ -184,7 +184,7 @@ class ErrorText(BaseModel):
 
 
 class LimitsAnswer(BaseModel):
-    """The limits of requests."""
+    """The limits on requests."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -203,7 +203,7 @@ class LimitsAnswer(BaseModel):
 
 
 class RecommendedAnswer(BaseModel):
-    """The sampling settings that the checkpoint recommends, or the usual settings."""
+    """The sampling settings that the checkpoint recommends, or the usual settings if it recommends none."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -213,7 +213,7 @@ class RecommendedAnswer(BaseModel):
 
 
 class SamplerAnswer(BaseModel):
-    """A sampler of the model."""
+    """One of the model's samplers."""
 
     when: str = Field(description="When to take it.")
     source: str
@@ -242,7 +242,7 @@ class SamplerAnswer(BaseModel):
 
 
 class TableAnswer(BaseModel):
-    """A sampler table of the checkpoint."""
+    """One of the checkpoint's sampler tables."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -254,7 +254,7 @@ class TableAnswer(BaseModel):
 
 
 class LatentAnswer(BaseModel):
-    """The latents of a latent model."""
+    """The autoencoder of a latent model, and the shape and scaling of its latents."""
 
     model_config = FROM_ATTRIBUTES
 
@@ -266,7 +266,7 @@ class LatentAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """A loaded model and its execution."""
+    """A loaded model and how it runs."""
 
     name: str
     architecture: str
@@ -315,7 +315,7 @@ class ModelAnswer(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo, limits: Limits) -> "ModelAnswer":
-        """Return the answer for a model. The T values of the noise schedule are in a ScheduleAnswer."""
+        """Return the answer for a model. It omits the noise schedule, which ScheduleAnswer contains."""
         made: dict[str, Any] = {
             "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
             "tables": model.tables,
@@ -333,7 +333,7 @@ class ScheduleAnswer(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo) -> "ScheduleAnswer":
-        """Compute the schedule of a model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+        """Return the noise schedule of a model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
         alpha_bar = [model.alpha_bar(t) for t in range(model.num_timesteps)]
         before = [1.0, *alpha_bar[:-1]]
         beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
@@ -341,7 +341,7 @@ class ScheduleAnswer(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """The answer of a successful probe. A failed probe returns a problem document."""
+    """The response to a successful probe. A failed probe gets a problem document."""
 
     status: str
 
@@ -360,7 +360,7 @@ class SampledImage(BaseModel):
 
 
 class PathFrame(BaseModel):
-    """The images of a request after the same number of steps, as contact sheets."""
+    """Contact sheets that show all images of a request after the same number of steps."""
 
     step: int = Field(description="How many steps the images have taken.")
     t: float = Field(description="The timestep of the next step.")
@@ -369,7 +369,7 @@ class PathFrame(BaseModel):
 
 
 class SampleAnswer(BaseModel):
-    """The images as JSON, and the values needed to generate them again."""
+    """The images, and the values needed to generate them again."""
 
     spec: dict[str, Any] = Field(description="The request as the server understood it.")
     weights: str = Field(description="SHA-256 of the weights.")

@@ -1,4 +1,4 @@
-"""The response headers of the OpenAPI document. Each description exists once, here."""
+"""Descriptions of the response headers for the OpenAPI document."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 WHOLE, TEXT = {"type": "integer"}, {"type": "string"}
 
 HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
-    # --- all answers ---
+    # --- all responses ---
     "API-Version": (TEXT, "The version of the native API."),
     "X-Request-ID": (
         TEXT,
@@ -47,24 +47,24 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     # --- durable jobs ---
     "Location": (TEXT, "Where the job is."),
     "Idempotent-Replayed": (TEXT, "`true` where an earlier request made this job."),
-    # --- refusals ---
+    # --- errors ---
     "Retry-After": (WHOLE, "Seconds until it makes sense to try again. Absent where the server cannot say."),
     "WWW-Authenticate": (TEXT, "How to send a key."),
     "Accept": (TEXT, "The media types that a body may have here."),
     "Accept-Encoding": (TEXT, "The codings that a body may have: `identity`."),
-    # --- other answers ---
+    # --- other responses ---
     "Set-Cookie": (TEXT, "The cookie `tminus_key`, which pages on other origins cannot use."),
 }
 OF_ANY = ("API-Version", "X-Request-ID", "X-Content-Type-Options")
-OF_OTHERS = OF_ANY[1:]  # for calls of other vendors' APIs
+OF_OTHERS = OF_ANY[1:]  # for the APIs of other vendors
 OF_QUOTA = ("RateLimit-Policy", "RateLimit")
 TAKEN = ("X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "X-Warning")
 OF_JOB = ("X-Job-ID", *TAKEN, "X-Fingerprint")
 OF_FORECAST = ("X-Queue-Position", "X-ETA-Seconds", "Server-Timing")
-NAMED = ("ETag", "Cache-Control")  # for answers that clients may cache
+NAMED = ("ETag", "Cache-Control")  # for responses that clients may cache
 OF_PICTURES = ("X-Shown-Channels", "Vary")
 OF_FLOATS = ("X-Value-Range", "X-Clipped")
-# The headers of problem documents, by status.
+# The headers of problem documents, keyed by status code.
 OF_REFUSALS: Mapping[int, tuple[str, ...]] = {
     401: ("WWW-Authenticate",),
     409: ("Retry-After",),
@@ -76,7 +76,7 @@ OF_REFUSALS: Mapping[int, tuple[str, ...]] = {
 
 
 def with_headers(*names: str) -> dict[str, Any]:
-    """Return the headers member of an OpenAPI response."""
+    """Return the `headers` member of an OpenAPI response."""
     return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
 
 

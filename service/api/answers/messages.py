@@ -1,7 +1,7 @@
-"""The WebSocket messages and server-sent events of the OpenAPI document.
+"""Descriptions of WebSocket messages and server-sent events for the OpenAPI document.
 
-OpenAPI cannot describe such messages, so they are in two extensions: `x-websockets` of the document, keyed by path, and
-`x-events` of a response, keyed by event name.
+OpenAPI has no way to describe such messages. Two extensions hold the descriptions instead: `x-websockets` of the
+document, keyed by path, and `x-events` of a response, keyed by event name.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from tminus.service.api.answers.operations import described
 
 Described = dict[str, Any]
 
-MEMBERS: Mapping[str, tuple[str | None, str]] = {  # (JSON type, or None for any type; description), keyed by member
+MEMBERS: Mapping[str, tuple[str | None, str]] = {  # member: (JSON type, or None for any type; description)
     "id": ("string", "The id of the job, for `GET /jobs/{job_id}`."),
     "seed": ("integer", "The seed, given or drawn."),
     "sampler": ("string", "The sampler that is taken."),

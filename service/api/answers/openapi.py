@@ -1,8 +1,8 @@
 """The parts of the OpenAPI document that FastAPI cannot derive, because handlers read parameters and bodies themselves.
 
-Descriptions are in other modules: calls in operations.py, headers in headers.py, the WebSocket and events in
-messages.py, and parameters in the request schemas. The default of a field is the last sentence of its description, and
-the value of the extension `x-default`.
+The texts are in other modules: calls in operations.py, headers in headers.py, WebSocket messages and events in
+messages.py, and parameters in the request schemas. A field's default is stated twice: in the last sentence of its
+description, and in the extension `x-default`.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ from tminus.service.model_info import Limits, ModelInfo
 Described = dict[str, Any]  # part of an OpenAPI document
 
 FILE: Described = {"type": "string", "format": "binary"}
-# JSON bodies may have numbers as text, because JavaScript cannot hold a seed above 2^53 in a number.
+# JSON bodies may contain numbers as text, because a JavaScript number cannot hold every seed above 2^53.
 AS_TEXT: Mapping[str, Described] = {
     "integer": {"type": "string", "pattern": f"^{DIGITS.pattern}$"},
     "number": {"type": "string", "pattern": f"^{NUMBER.pattern}$"},
@@ -87,7 +87,7 @@ IN_PATHS = {
     "job_id": "The id of the job.",
     "name": "The name of a file.",
 }
-FORMS: Mapping[Form, str] = {as_openai: "ErrorAnswer", as_error_text: "ErrorText"}  # names of their components
+FORMS: Mapping[Form, str] = {as_openai: "ErrorAnswer", as_error_text: "ErrorText"}  # component names
 BAD_REQUEST = "A member is invalid, unknown or given twice, or the body cannot be parsed"
 SCHEMES: Described = {
     "bearer": {
@@ -111,7 +111,7 @@ def ref(component: str) -> Described:
 
 
 def failures(*statuses: int) -> dict[int | str, Described]:
-    """Return the problem responses of a call, keyed by status."""
+    """Return the error responses of a call, keyed by status code."""
     content = {PROBLEM_JSON: {"schema": ref("Problem")}}
     return {
         status: {"description": FAILURES[status], "content": content, **with_headers(*OF_REFUSALS.get(status, ()))}
@@ -120,13 +120,13 @@ def failures(*statuses: int) -> dict[int | str, Described]:
 
 
 def answer(description: str, *media_types: str) -> Described:
-    """Return a response that can have any of these media types."""
+    """Return a response with any of these media types."""
     schemas = {JSON: ref("SampleAnswer")}
     return {"description": description, "content": {kind: {"schema": schemas.get(kind, FILE)} for kind in media_types}}
 
 
 def path_parameter(name: str) -> Described:
-    """Return a path parameter that the handler reads itself."""
+    """Return a path parameter for a handler that reads the parameter itself."""
     schema = {"type": "string"}
     return {"name": name, "in": "path", "required": True, "schema": schema, "description": IN_PATHS[name]}
 
@@ -173,7 +173,7 @@ CACHE_CONTROL = _header(
 )
 IDEMPOTENCY_KEY = _header(
     "Idempotency-Key",
-    {"type": "string", "minLength": 1, "maxLength": 257},  # 257: 255 characters and two quotes
+    {"type": "string", "minLength": 1, "maxLength": 257},  # 255 characters and two quotes
     "Makes a retry safe: the same key and parameters are the same job. Printable ASCII.",
 )
 WEBHOOKS: Described = {
@@ -208,13 +208,13 @@ REFS = {"sampler": ref("Sampler"), "timestep_spacing": ref("TimestepSpacing")}
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """The request schemas, with the bounds of the model and of the settings."""
+    """The request schemas, narrowed to what the model and the server's settings allow."""
 
     model: ModelInfo
     limits: Limits
 
     def query(self, kind: type[RequestSchema]) -> list[Described]:
-        """Return the query parameters of a kind of call. Images and secrets are not allowed in a query."""
+        """Return the query parameters of a kind of call. Images and webhook URLs must be in the body."""
         return [
             {"name": name, "in": "query", "schema": field, **{key: field.pop(key) for key in TOLD if key in field}}
             for name, field in self.fields(kind, as_text=True).items()
@@ -222,7 +222,7 @@ class Contract:
         ]
 
     def components(self) -> dict[str, Described]:
-        """Return the shared schemas, keyed by name."""
+        """Return the shared schema components, keyed by name."""
         examples = {"examples": [self._example()]}
         _, answers = models_json_schema(
             [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
@@ -241,7 +241,6 @@ class Contract:
         }
 
     def _example(self) -> Described:
-        """Return a request body that is valid for this model."""
         names, own = self.model.class_names, self.model.recommended
         of_class = {"class_label": names[min(7, len(names) - 1)]} if names else {}
         return {"n": min(4, self.limits.max_n), "sampler": own.sampler, "steps": own.steps, "seed": 7} | of_class
@@ -254,15 +253,15 @@ class Contract:
     def fields(
         self, kind: type[RequestSchema], *, as_text: bool = False, bounds: Bounds | None = None
     ) -> dict[str, Described]:
-        """Return the schemas of the fields of a call, as text (for a query or a form) or as JSON.
+        """Return the schemas of a call's fields: as text for a query or a form, otherwise as JSON.
 
-        bounds: bounds of fields that differ from those of POST /sample.
+        bounds: override the bounds of POST /sample.
         """
         return fields_of(kind, {**bounds_of(self.model, self.limits), **(bounds or {})}, as_text=as_text)
 
 
 def fields_of(kind: type[RequestSchema], bounds: Bounds, *, as_text: bool = False) -> dict[str, Described]:
-    """Return the schemas of the fields of a call, narrowed by the bounds."""
+    """Return the schemas of a call's fields, narrowed by the bounds."""
     return {
         name: _field(field, bounds.get(name, Bound()), REFS.get(name), as_text=as_text) | _described(field)
         for name, field in kind.model_json_schema()["properties"].items()
@@ -270,16 +269,15 @@ def fields_of(kind: type[RequestSchema], bounds: Bounds, *, as_text: bool = Fals
 
 
 def closed_object(description: str, properties: dict[str, Described]) -> Described:
-    """Return the schema of a JSON object with exactly these members allowed."""
+    """Return the schema of a JSON object that allows only these members."""
     return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
 
 
 TOLD = ("description", DEFAULT)
-OF_FIELDS = ("title", "default", "anyOf", BOUND, *TOLD)  # members that do not describe the type of the values
+OF_FIELDS = ("title", "default", "anyOf", BOUND, *TOLD)  # members that say nothing about the type of the values
 
 
 def _described(field: Described) -> Described:
-    """Return the description and the default of a field."""
     description = field["description"].replace("\n", " ")
     if DEFAULT not in field:
         return {"description": description}
@@ -287,7 +285,10 @@ def _described(field: Described) -> Described:
 
 
 def _field(field: Described, bound: Bound, component: Described | None = None, *, as_text: bool) -> Described:
-    """Narrow each type of a field. Text has no null; in JSON, numbers and booleans may also be text."""
+    """Narrow each type of a field by the bound.
+
+    Text values cannot be null. In JSON, numbers and booleans may also be sent as text.
+    """
     kinds: list[Described] = []
     for kind in field.get("anyOf", [field]):
         name = kind["type"]
@@ -303,7 +304,7 @@ def _field(field: Described, bound: Bound, component: Described | None = None, *
 
 
 def _in_form(form: Form, responses: Mapping[str, Described]) -> dict[str, Described]:
-    """Convert failure responses to the status and the schema of another vendor's API."""
+    """Give the error responses the status codes and schema of another vendor's API."""
     made = {status: described for status, described in responses.items() if int(status) < 400}
     for status in sorted(responses.keys() - made.keys()):
         seen, _ = form({"status": int(status), "detail": "", "code": ""})
@@ -316,13 +317,13 @@ def _in_form(form: Form, responses: Mapping[str, Described]) -> dict[str, Descri
 
 
 def _add(responses: dict[str, Described], *statuses: int) -> None:
-    """Add failure responses that the call does not describe itself."""
+    """Add error responses, unless the call already describes them."""
     for status, described in failures(*statuses).items():
         responses.setdefault(str(status), described)
 
 
 def _complete(method: str, path: str, operation: Described, *, is_public: bool) -> None:
-    """Add the parts that all operations share: keys, origins, the version and headers."""
+    """Add what all operations share: keys, origins, the API version and headers."""
     responses, form = operation["responses"], error_form(method, path)
     common = OF_ANY if form is None else OF_OTHERS
     if form is None and path not in PROBES:
@@ -350,8 +351,8 @@ def document(
 ) -> Described:
     """Return the OpenAPI document of an app, with the schemas of the contract and of `more`.
 
-    is_public: returns True if a path and method need no key. Other calls can fail because the key is missing or its
-    quota is used up.
+    is_public: returns True for a path and method that need no key. Every other call may also fail because the key is
+    missing or its quota is used up.
     """
     made = app.openapi()
     made["components"]["schemas"] |= {**contract.components(), **more}
@@ -361,7 +362,7 @@ def document(
     made["tags"] = [{"name": name, "description": description} for name, description in TAGS.items()]
     made["webhooks"] = WEBHOOKS
     made["x-websockets"] = WEBSOCKETS
-    made["security"] = [{}, *({name: []} for name in SCHEMES)]  # {}: a server without keys is open
+    made["security"] = [{}, *({name: []} for name in SCHEMES)]  # {} allows requests without a key
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
             _complete(method.upper(), path, operation, is_public=is_public(path, method.upper()))

@@ -1,7 +1,7 @@
-"""The names and descriptions of the calls in the OpenAPI document. Text only.
+"""The names and descriptions of the calls in the OpenAPI document.
 
-A route gets its part from `described`. The API reference page is generated from the OpenAPI document, so each text
-exists once. Parameters are described next to their checks, in api/request/schemas.py.
+Routes get them from `described`, and the API reference page is generated from the document, so each text is written
+only once. The descriptions of parameters are next to their checks, in api/request/schemas.py.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ API_VERSION = "1"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """The texts of a call: a one-line summary and a longer description."""
+    """The summary (one line) and the description of a call."""
 
     summary: str
     description: str = ""
 
 
 def described(operation_id: str) -> dict[str, Any]:
-    """Return the route arguments that name and describe a call. Generated clients name the call by the operation id."""
+    """Return the arguments that name and describe a route. Generated clients use the operation id as a name."""
     operation = OPERATIONS[operation_id]
     return {
         "operation_id": operation_id,

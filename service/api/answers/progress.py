@@ -1,4 +1,4 @@
-"""The progress of one job for its clients, in the event loop: result, remaining time, timing and events."""
+"""The progress of a job, as shown to clients: result, remaining time, timing and events."""
 
 import asyncio
 import logging
@@ -25,22 +25,22 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-LATE_S = 2.0  # seconds that the worker has after a deadline to end the job
-RECOUNT_S = 5.0  # seconds between updates of a job's forecast
-SEND_S = 40.0  # seconds to send each PIECE_BYTES of an event before a slow client is disconnected
-QUIET_S = 15.0  # seconds without events before a comment is sent, so that proxies keep the connection open
+LATE_S = 2.0  # seconds that the worker has to end a job after its deadline
+RECOUNT_S = 5.0  # seconds between two updates of a job's forecast
+SEND_S = 40.0  # seconds that a client has to read PIECE_BYTES of an event before it is disconnected
+QUIET_S = 15.0  # seconds of silence before a comment is sent, so that proxies keep the connection open
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 Item = TypeVar("Item")
 
 
 class Progress:
-    """The progress of a running job for one viewer. Counts the remaining time down between updates of the forecast."""
+    """The progress of a running job, for one viewer. Between two forecasts, the remaining time is counted down."""
 
     def __init__(
         self, services: Services, preview: PreviewRequest, job_id: str, spec: SampleSpec, eta_s: float | None
     ) -> None:
-        """services: those of the job's model. eta_s: a forecast made just now, or None."""
+        """services: for the job's model. eta_s: a forecast made just now, or None."""
         self._services, self._job_id, self._spec, self._eta_s = services, job_id, spec, eta_s or 0.0
         self.preview = preview
         self._loop = asyncio.get_running_loop()
@@ -48,25 +48,25 @@ class Progress:
 
     @cached_property
     def _timesteps(self) -> Sequence[float]:
-        """The timesteps of a running job. Lazy: this raises for a waiting job whose sampler table is gone."""
+        """The timesteps of the job. Computed on first use: a waiting job's sampler table may be missing."""
         return timesteps_of(self._spec, self._services.model)
 
     async def after(self, step: int) -> dict[str, Any]:
-        """Return the progress of the job after `step` steps. t: the timestep of the next step."""
+        """Return the progress of the job after `step` steps. The member `t` is the timestep of the next step."""
         if self._loop.time() - self._asked_s > RECOUNT_S:
             status = await self._services.statuses.of(self._job_id)
-            if status is not None:  # None: the job is newer than the last forecast, or has just ended
+            if status is not None:  # None if the job is newer than the last forecast or has just ended
                 self._asked_s, self._eta_s = self._loop.time(), status.eta_s
         left_s, steps = max(0.0, self._eta_s - (self._loop.time() - self._asked_s)), self._spec.num_passes
         t = self._timesteps[min(step, steps - 1)]
         return {"step": step, "steps": steps, "t": round(t, 3), "eta_s": round(left_s, 3)}
 
     async def shown(self, frame: Frame) -> list[tuple[dict[str, Any], bytes]]:
-        """Encode a frame as pairs of metadata and picture. Returns an empty list if encoding fails."""
+        """Encode a frame as pairs of metadata and picture. If encoding fails, return an empty list."""
         preview = self.preview
         try:
             pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
-        except Exception:  # a lost frame ends neither the job nor the stream
+        except Exception:  # losing a frame must end neither the job nor the stream
             log.exception("a frame of job %s could not be encoded", self._job_id)
             return []
         told = await self.after(frame.step)
@@ -77,19 +77,19 @@ class Progress:
 
 
 def head_answer(headers: Mapping[str, str], media_type: str) -> Response:
-    """Return the answer to a HEAD request. There is no body, so the length is unknown (RFC 9110, 9.3.2)."""
+    """Return the response to a HEAD request. Its content length is unknown (RFC 9110, section 9.3.2)."""
     answer = Response(headers=headers, media_type=media_type)
     del answer.headers["Content-Length"]
     return answer
 
 
 def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobResult]":
-    """Return a future with the result of an accepted job.
+    """Return a future that will hold the result of an accepted job.
 
-    The worker ends a job whose deadline passes. If the worker hangs, the future ends LATE_S seconds later.
+    The worker ends a job at its deadline. If the worker hangs, the future fails LATE_S seconds after the deadline.
     """
     result = asyncio.ensure_future(_result(ticket, deadline_s))
-    # Retrieve the exception, so asyncio does not log it when no client waits for the result.
+    # Retrieve the exception, so that asyncio does not log it when no client waits for the result.
     result.add_done_callback(lambda done: done.cancelled() or done.exception())
     return result
 
@@ -97,7 +97,7 @@ def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobRe
 async def finished_or_gone(
     request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
 ) -> JobResult:
-    """Wait for a job. If the client disconnects, the job is cancelled, and its rows are free in the next tick."""
+    """Wait for a job. If the client disconnects, cancel the job, which frees its rows for the next tick."""
     try:
         return await while_connected(request, asyncio.shield(done))
     finally:
@@ -106,7 +106,7 @@ async def finished_or_gone(
 
 
 def server_timing(result: JobResult, encode_s: float, model: ModelInfo) -> str:
-    """Return the value of Server-Timing: the duration of each phase of a job, in milliseconds."""
+    """Return the value of the Server-Timing header: the duration of each phase of a job, in milliseconds."""
     seconds = {"queue": result.queue_s, "first_step": result.first_step_s, "denoise": result.denoise_s}
     seconds |= {"decode": result.decode_s} if model.latent is not None else {}
     return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in (seconds | {"encode": encode_s}).items())
@@ -122,7 +122,7 @@ async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:
 
 
 async def none_when_quiet(items: AsyncGenerator[Item], patience_s: float) -> AsyncGenerator[Item | None]:
-    """Yield the items, and None whenever no item has arrived for `patience_s` seconds."""
+    """Yield the items. Also yield None each time `patience_s` seconds pass without an item."""
     coming = asyncio.ensure_future(anext(items, None))
     try:
         while True:
@@ -148,7 +148,7 @@ async def _with_comments(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]
 
 
 class EventStream(EventSourceResponse):
-    """A response of server-sent events, with a timeout for each event and with comments during silence.
+    """A response that streams server-sent events. Every event has a send timeout, and silence is filled with comments.
 
     Calls `close` when the response ends for any reason.
     """
@@ -161,7 +161,7 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            size_bytes = len(message.get("body", b""))  # a large event may take a slow reader longer
+            size_bytes = len(message.get("body", b""))  # a large event gets more time
             async with asyncio.timeout(SEND_S * max(1, math.ceil(size_bytes / PIECE_BYTES))):
                 await send(message)
 
@@ -169,7 +169,7 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("a client reads no events, and is disconnected")
-        except TooManyBytes as error:  # the client reconnects and then gets the current state
+        except TooManyBytes as error:  # the client reconnects and gets the current state
             log.info("an event is not sent, and its client is disconnected: %s", error.detail)
         finally:
             self._close()

@@ -1,1 +1,1 @@
-"""Processing around every request: connections, authentication, origin checks and limits."""
+"""What every request passes through: connections, authentication, origin checks and limits."""

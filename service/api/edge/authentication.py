@@ -1,8 +1,8 @@
-"""Checks every request's Host, Origin and API key, and identifies its caller.
+"""Checks the Host, Origin and API key of every request, and identifies its caller.
 
 The key is in `Authorization: Bearer KEY`, or in the cookie that POST /login sets for the web page. The cookie also
-works for images, event streams and WebSockets, to which a page can add no header. SameSite=Strict keeps other sites'
-pages from sending the cookie. HttpOnly keeps scripts from reading the cookie.
+covers images, event streams and WebSockets, to which a page cannot add headers. SameSite=Strict keeps pages of other
+sites from sending the cookie. HttpOnly keeps scripts from reading it.
 """
 
 from collections.abc import Callable
@@ -40,9 +40,9 @@ from tminus.service.tracing import PROBLEM, note
 
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
-# Paths without authentication: the server's health, and the page's own files, which do not depend on the models.
+# Paths that need no key: the health probes, and the web page's files, which are the same for all models.
 OPEN_PATHS = frozenset({*HEALTH, "/login", "/logout"})
-PAGE = "/"  # open only for reading: Hugging Face's clients POST prompts here
+PAGE = "/"  # needs no key for reading; Hugging Face clients POST prompts to this path
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
 SET_COOKIE = {
@@ -53,7 +53,7 @@ LOGGED_OUT = {204: SET_COOKIE | {"description": "The cookie is gone"}, **failure
 
 
 def caller_of(request: HTTPConnection) -> Caller:
-    """Return the caller that AccessControl identified."""
+    """Return the caller, as identified by AccessControl."""
     caller: Caller = request.state.caller
     return caller
 
@@ -61,22 +61,22 @@ def caller_of(request: HTTPConnection) -> Caller:
 def identify(access: Access, scope: Scope) -> Caller:
     """Return the caller of a request. Raises Unauthorized.
 
-    A server without keys ignores credentials, because they may be meant for a proxy.
+    A server without keys ignores credentials: they may be meant for a proxy in front of it.
     """
     headers = Headers(scope=scope)
     if access.has_keys:
         if (secret := _bearer(headers)) is not None:
             return access.with_secret(secret)
         if secret := _cookie(headers):
-            with suppress(Unauthorized):  # the cookie's key was removed: the page asks for a new key
+            with suppress(Unauthorized):  # the cookie's key was removed; the page will ask for a new one
                 return access.with_secret(secret)
     return access.without_secret()
 
 
 def has_key(access: Access, scope: Scope) -> bool:
-    """Return whether a WebSocket handshake has a valid key or needs none.
+    """Return True if a WebSocket handshake has a valid key or needs none.
 
-    Raises Unauthorized if the Authorization header has a wrong key.
+    Raises Unauthorized if the Authorization header has an invalid key.
     """
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
@@ -88,13 +88,13 @@ def has_key(access: Access, scope: Scope) -> bool:
 
 
 def is_open(path: str, method: str) -> bool:
-    """Return whether a path needs no key with this method."""
+    """Return True if this method needs no key on this path."""
     path = OF_A_MODEL.sub("", path)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
 
 
 def check_version(scope: Scope) -> None:
-    """Raise UnsupportedVersion for a request to the native API that names another version. Probes are exempt."""
+    """Raise UnsupportedVersion if a request to the native API asks for another version. Probes are not checked."""
     if scope["path"] in PROBES or error_form(scope["method"], scope["path"]) is not None:
         return
     for asked in Headers(scope=scope).getlist("API-Version"):
@@ -105,8 +105,8 @@ def check_version(scope: Scope) -> None:
 class AccessControl:
     """Refuses a request with a bad Host, Origin, version or key. Otherwise stores the caller in `request.state`.
 
-    A request counts as a connection of its caller until its response ends. Each response has headers with the remaining
-    quota. WebSockets are not checked here: their route checks them.
+    A request counts as one of its caller's connections until its response ends. If the caller has a quota, the response
+    headers state how much is left. WebSockets are checked by their route instead.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class AccessControl:
             send = _with_allowance(caller, send)
             with caller.connected():
                 await self._app(scope, receive, send)
-        except ServiceError as refusal:  # raised by these checks; exception handlers answer errors of routes
+        except ServiceError as refusal:  # raised by the checks above; exception handlers catch the errors of routes
             self._refused(refusal.code)
             note({PROBLEM: refusal.code})
             await render(refusal, scope)(scope, receive, send)
 
 
 class WhoAnswer(BaseModel):
-    """The caller of a request, with its limits."""
+    """The caller of a request, and the caller's limits."""
 
     name: str | None = Field(description="The name of the key. Null without a key.")
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
@@ -160,7 +160,7 @@ class WhoAnswer(BaseModel):
 
 
 class LoginRequest(RequestSchema):
-    """The body of POST /login. Query parameters are refused, because logs would keep them."""
+    """The body of POST /login. The key must not be in the query, because servers log queries."""
 
     key: Annotated[str, Field(max_length=512)]
     """The key, as it would be sent in a header."""
@@ -187,7 +187,7 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
         try:
             await no_parameters(request)
             asked = LoginRequest.parse(await read_json(request, max_body_bytes))
-        except (ConflictingField, InvalidField, UnknownField) as error:  # hide the value: it may be a key
+        except (ConflictingField, InvalidField, UnknownField) as error:  # leave out the value, which may be a key
             detail = f"{error.field} must be {error.bound}" if isinstance(error, InvalidField) else error.detail
             raise type(error)(detail, field=error.field, bound=error.bound) from None
         address = counted_address(request.client.host) if request.client else ""
@@ -216,7 +216,7 @@ def _cookie(headers: Headers) -> str:
 
 
 def _with_allowance(caller: Caller, send: Send) -> Send:
-    """Add the remaining quota to each response's headers (draft-ietf-httpapi-ratelimit-headers)."""
+    """Add headers with the caller's remaining quota to the response (draft-ietf-httpapi-ratelimit-headers)."""
     if caller.limits.row_steps_per_minute is None:
         return send
 

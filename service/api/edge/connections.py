@@ -1,8 +1,8 @@
-"""WebSocket connections under uvicorn, and parts that HTTP connections share.
+"""WebSocket connections under uvicorn, and code shared with HTTP connections.
 
-Runs in the event loop's thread. A WebSocket has small send buffers, limits on received data, and a deadline for
-closing. uvicorn has no settings for these limits, and its class is not public. So pyproject.toml limits uvicorn's
-version, and a test reports changes of the class.
+Everything here runs in the event loop's thread. WebSockets get small send buffers, limits on received data, and a
+deadline for closing. uvicorn has no settings for these, so its protocol class is subclassed. That class is not
+public: pyproject.toml restricts uvicorn's version, and a test fails if the class changes.
 """
 
 import asyncio
@@ -25,37 +25,38 @@ from websockets.protocol import State
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import TooManyBytes, TooManyStreams
 
-TCP_NOTSENT_LOWAT = 25  # from linux/tcp.h; the socket module does not define it
-TURN_BYTES = 2048  # about 300 of the smallest chunks or frames, which take 1 ms to parse
-# Any body or message may have FREE_PIECES pieces, and one more for each BYTES_PER_PIECE bytes.
+TCP_NOTSENT_LOWAT = 25  # from linux/tcp.h; missing from Python's socket module
+TURN_BYTES = 2048  # holds about 300 chunks or frames of the smallest size; parsing them takes 1 ms
+# A body or message may have FREE_PIECES pieces, plus one for each BYTES_PER_PIECE bytes of its size.
 FREE_PIECES, BYTES_PER_PIECE = 1024, 64
-# Limit for asyncio's and the kernel's send buffers. The defaults are megabytes: a slow reader would get old frames.
+# Limit on each send buffer, asyncio's and the kernel's. By default they hold megabytes of frames, which are old by the
+# time a slow reader receives them.
 UNSENT_BYTES = 16_384
-LINGER_S = 10.0  # seconds after the app ends, for the client to read the rest and to answer the close
-LAST_LINGER_S = 1.0  # seconds after a close for a client's error; data received meanwhile is discarded
-CONTROL_FRAMES = 64  # maximum pings and pongs per second
+LINGER_S = 10.0  # seconds, after the app has ended, for the client to read the rest and answer the close frame
+LAST_LINGER_S = 1.0  # seconds to discard received data after closing because of a client's error
+CONTROL_FRAMES = 64  # maximum number of pings and pongs per second
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Return whether a body or message came in more pieces than any client needs.
+    """Return True if a body or message arrived in more pieces than any client needs.
 
-    A small piece costs as much to parse as a large one.
+    Parsing a small piece costs as much as parsing a large one.
     """
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
 def limit_unsent(transport: BaseTransport, size_bytes: int) -> None:
-    """Limit the unsent bytes in the kernel, which holds megabytes by default. Works only on Linux."""
+    """Limit the bytes that wait in the kernel's send buffer. Has an effect only on Linux."""
     if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, size_bytes)
 
 
 class ReadsInTurns(BufferedProtocol):
-    """Mixin for a connection that reads at most `turn_bytes` in one turn of the event loop.
+    """Mixin for a connection that reads at most `turn_bytes` bytes in one turn of the event loop.
 
-    A larger read may contain hundreds of frames or chunks, and parsing them would delay all other connections. The
-    limit applies only under asyncio's event loop. uvloop, which Ray uses behind its own proxy, reads 64 KiB for
-    uvicorn's classes.
+    A larger read may contain hundreds of frames or chunks, and parsing them all would delay every other connection. The
+    limit has no effect under uvloop, which always reads 64 KiB for uvicorn's classes. Ray Serve uses uvloop, but behind
+    its own proxy.
     """
 
     _buffer = bytearray()
@@ -73,24 +74,24 @@ class ReadsInTurns(BufferedProtocol):
 
 
 class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
-    """uvicorn's WebSocket connection with the limits above. Runs in the event loop's thread."""
+    """uvicorn's WebSocket connection, with the limits of this module."""
 
     budget: ClassVar[ByteBudget]  # shared by all connections of one server; set by `stream_protocol`
-    # Called when the handshake is answered, and when the connection ends.
+    # Called once the handshake has been answered or the connection has ended.
     handshake_answered: Callable[[], None] = staticmethod(lambda: None)
-    _received: Hold  # bytes received since the app last took a message
-    _second, _control_frames = 0.0, 0  # start of the current second, and its number of control frames
+    _received: Hold  # bytes received since the app last took a message from the queue
+    _second, _control_frames = 0.0, 0  # when the current second began, and its number of control frames
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Shrink the send buffers, so that a slow reader is detected early and then gets the newest frame."""
+        """Shrink the send buffers, so that a slow reader is noticed early and is sent the newest frame next."""
         self._received = self.budget.hold(exempt_bytes=SMALL_BYTES)
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=UNSENT_BYTES)
         limit_unsent(transport, UNSENT_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        """Accept data, or close with 1013 if the server holds too much. A small message is always accepted."""
-        if self.conn.eof_sent:  # the connection is closing: ignore further data
+        """Accept data, or close with code 1013 if the server holds too much. Small messages are always accepted."""
+        if self.conn.eof_sent:  # already closing
             return
         try:
             self._received.add(len(data))
@@ -98,11 +99,11 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self._fail(CloseCode.TRY_AGAIN_LATER, "too much is being sent at once")
         else:
             super().data_received(data)
-            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # only control frames arrived
+            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # these were only control frames
                 self._received.release()
 
     def handle_cont(self, event: Frame) -> None:
-        """Accept a fragment, or close with 1009 if the message has too many fragments for its size."""
+        """Accept a fragment, or close with code 1009 if the message has too many fragments for its size."""
         pieces = len(self.frames) + 1
         if pieces % FREE_PIECES == 1 and too_fine(pieces, sum(map(len, self.frames))):
             self._fail(CloseCode.MESSAGE_TOO_BIG, "the message has too many fragments")
@@ -118,13 +119,13 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             super().handle_pong(event)
 
     def _end_handshake(self) -> None:
-        """Resume reading, and stop counting the connection as HTTP."""
+        """Start reading, and stop counting the connection as an HTTP connection."""
         self.handshake_answered()
         self.transport.resume_reading()
         self.__dict__.pop("handshake_answered", None)  # the callback would keep the HTTP protocol object in memory
 
     def _takes_control_frame(self) -> bool:
-        """Count a control frame. Close with 1008 and return False if the current second has too many."""
+        """Count a control frame. If this second already has too many, close with code 1008 and return False."""
         now_s = self.loop.time()
         if now_s >= self._second + 1:
             self._second, self._control_frames = now_s, 0
@@ -136,7 +137,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     def _fail(self, code: CloseCode, reason: str) -> None:
         """Close the connection because of a client's error.
 
-        Continue to read for LAST_LINGER_S: TCP may lose the close frame if received data is left unread.
+        Reading goes on for LAST_LINGER_S, because the close frame may be lost if received data is left unread.
         """
         if self.conn.eof_sent:
             return
@@ -152,9 +153,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
-        """Pass a message to the app. If the text is not UTF-8, close with 1007 and log no traceback.
+        """Pass a message to the app. If its text is not UTF-8, close with code 1007 without logging a traceback.
 
-        Drop a message that arrives after the server's close, because the app no longer reads.
+        A message that arrives after the server has closed the WebSocket is dropped, because the app no longer reads.
         """
         if self.conn.state is not State.OPEN:
             self.frames = []
@@ -172,7 +173,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     async def receive(self) -> Any:
         """Return the next message to the app, and stop counting its bytes.
 
-        First let the event loop run other connections, so one busy connection cannot delay them.
+        Other connections run first, so that a busy connection cannot delay them.
         """
         await asyncio.sleep(0)
         message = await super().receive()
@@ -187,38 +188,47 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     async def send(self, message: Any) -> None:
         """Send a message from the app.
 
-        Raises ClientDisconnected, which ends the app, if the app accepts a handshake whose client has disconnected. If
-        the app responds to a handshake with HTTP, mark the handshake as complete: uvicorn would otherwise log an error.
+        If the client has disconnected before the app accepts its handshake, raise ClientDisconnected, which ends the
+        app. If the app answers the handshake with an HTTP response, mark the handshake as complete; otherwise uvicorn
+        would log an error.
         """
         if message["type"] == "websocket.accept" and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.accept":
             self._end_handshake()
-        # uvicorn waits only before the next message. Wait here, so that a message counts until it is sent.
+        # uvicorn waits for the client only before the next message. Wait now, so that the message counts until it is
+        # sent.
         if message["type"] == "websocket.send":
             await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
+<<<<<<< HEAD
         """Run the app, then abort the connection after LINGER_S. A closed transport may wait for its reader forever."""
+=======
+        """Run the app. LINGER_S seconds after the app ends, abort the connection.
+
+        Without the abort, a closed transport may wait for its reader forever.
+        """
+>>>>>>> wt-w2-5
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
 
     def keepalive_timeout(self) -> None:
-        """Abort the connection: a client that did not answer a ping would not read a close frame either."""
+        """Abort the connection. A client that does not answer pings would not read a close frame either."""
         super().keepalive_timeout()
         self.transport.abort()
 
 
 def stream_protocol(max_held_bytes: int = MAX_HELD_BYTES) -> type[StreamProtocol]:
-    """Return the protocol class of one server. All connections of the class share one budget."""
+    """Return a protocol class for one server. All its connections share one memory budget."""
     return type("BoundedStreamProtocol", (StreamProtocol,), {"budget": ByteBudget(max_held_bytes)})
 
 
 class Streams:
-    """Counts all open streams, open streams by address, and busy streams. Shutdown waits for busy streams."""
+    """Counts open streams, in total and by address, and busy streams. Shutdown waits for busy streams."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
@@ -268,10 +278,10 @@ class Streams:
 
 
 class ForwardedAddresses(ProxyHeadersMiddleware):
-    """Reads X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, and accepts only valid addresses.
+    """Accepts X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, but only with a valid address.
 
-    uvicorn's class accepts any text. Without a valid address, the proxy counts as the client, so limits and logs always
-    have an address.
+    uvicorn's class accepts any text as an address. If the address is invalid, this class treats the proxy as the
+    client, so limits and logs always have an address.
     """
 
     def __init__(self, app: ASGIApp, trusted_hosts: list[str] | str) -> None:
@@ -281,20 +291,21 @@ class ForwardedAddresses(ProxyHeadersMiddleware):
 
 class _Addresses(_TrustedHosts):
     def get_trusted_client_address(self, x_forwarded_for: str) -> tuple[str, int]:
-        """Return the client's address and port. Return an empty address, which uvicorn ignores, for an invalid one."""
+        """Return the client's address and port. If the address is invalid, return "", which uvicorn ignores."""
         host, port = super().get_trusted_client_address(x_forwarded_for)
         try:
             ip_address(host)
         except ValueError:
             return "", 0
-        # The zone after % in an IPv6 address may be any text, and has a meaning only on its own machine.
+        # An IPv6 address may contain a zone after %. The zone can be any text and means something only on its own
+        # machine.
         return ("", 0) if "%" in host else (host, port)
 
 
 def counted_address(host: str) -> str:
-    """Return the unit to which limits apply: an IPv4 address, or the IPv6 /64 network of one customer.
+    """Return the address that limits count by: an IPv4 address, or an IPv6 /64 network, which is usually one customer.
 
-    A dual-stack socket reports an IPv4 address as ::ffff:a.b.c.d.
+    A dual-stack socket reports IPv4 addresses as ::ffff:a.b.c.d. They count as IPv4.
     """
     try:
         address = ip_address(host)

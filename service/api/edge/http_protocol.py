@@ -1,11 +1,13 @@
-"""HTTP connections under uvicorn: limits on heads, deadlines, a limit per address, and a close that loses no response.
+"""HTTP connections under uvicorn, with deadlines, limits on request heads, and a limit on connections per address.
 
-A connection is counted and timed until it ends, or until its WebSocket handshake is answered.
+Closing a connection does not lose its response.
 
-Sending has a deadline too: asyncio's transports wait for slow readers without limit, even after they are closed.
+A connection counts toward the limits until it ends or its WebSocket handshake is answered.
 
-uvicorn has no settings for most of these limits, and its class is not public. So pyproject.toml limits uvicorn's
-version, and a test reports changes of the class.
+Sending has a deadline too, because asyncio's transports wait for a slow reader forever, even after they are closed.
+
+uvicorn has no settings for most of these limits, so its protocol class is subclassed. That class is not public:
+pyproject.toml restricts uvicorn's version, and a test fails if the class changes.
 """
 
 import logging
@@ -34,40 +36,42 @@ from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooM
 
 log = logging.getLogger(__name__)
 
-# Deadline in seconds for a head, from the connection or from the first byte of a later request. A WebSocket handshake
-# must be answered within the same time after its head.
+# Seconds to receive a request's head. The time starts when the connection opens, or with the first byte of a later
+# request. After its head, a WebSocket handshake must be answered within the same time.
 HEAD_S = 10.0
-MAX_HEAD_BYTES = 16_384  # h11's limit on an incomplete head, and on the trailers of a chunked body
-BULK_BYTES = 65_536  # bytes read in one turn if nothing is parsed
-# Idle timeout in seconds. Most clients close an idle connection earlier. If the server closes while a request is on its
-# way, the client gets an error.
+MAX_HEAD_BYTES = 16_384  # h11's limit on an incomplete head and on a chunked body's trailers
+BULK_BYTES = 65_536  # bytes to read in one turn of the event loop if they need no parsing
+# Idle timeout in seconds, longer than that of most clients. If the server closed first, a client that had just sent a
+# request would get an error.
 KEPT_S = 75
-LINGER_S, LINGER_BYTES = 5.0, 2**24  # seconds and bytes for the rest of a request after its response
-LAST_LINGER_S = 0.5  # seconds, for refused connections and during shutdown
-# Minimum rate of sending a response, in bytes per second over SENT_S seconds. Slower connections are aborted.
+LINGER_S, LINGER_BYTES = 5.0, 2**24  # limits on receiving the rest of a request after its response
+LAST_LINGER_S = 0.5  # in seconds; used for refused connections and during shutdown
+# Minimum speed of sending a response, in bytes per second, averaged over SENT_S seconds. Slower connections are
+# aborted.
 SENT_RATE, SENT_S = 8192, 40.0
-# Limit on unsent bytes in the kernel. The default is megabytes: a slow reader's response would then show no progress
-# for minutes.
+# Limit on unsent bytes in the kernel. By default the kernel holds megabytes, so sending to a slow reader would seem to
+# make no progress for minutes.
 UNSENT_BYTES = 131_072
-# A request target with scheme and host, as sent to proxies. Servers must accept it too (RFC 9112, section 3.2.2).
+# A request target that includes scheme and host, as sent to proxies. RFC 9112 (section 3.2.2) requires servers to
+# accept it too.
 ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
-# Key in `open_by_address` for refused connections that linger, and their maximum number. Further refused connections
-# are closed at once.
+# Refused connections stay open briefly and are counted in `open_by_address` under the key TURNED_AWAY. Beyond
+# MAX_TURNED_AWAY of them, a refused connection is closed at once.
 TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
-# The listen backlog, and the most connections that asyncio accepts in one turn of the event loop. Each needs a file
-# descriptor before it can be refused.
+# The listen backlog, which is also the number of connections that asyncio accepts in one turn of the event loop. Even a
+# connection that is then refused needs a file descriptor.
 ACCEPTED = 64
 
 
 class _Outlet:
-    """The transport to which requests write their responses. Aborts the connection if the client reads too slowly.
+    """The transport to which responses are written. Aborts the connection if the client reads too slowly.
 
-    Closes through `HttpProtocol.close`.
+    `close` calls `HttpProtocol.close`.
     """
 
-    _timer: TimerHandle | None = None  # runs while bytes of a response are unsent
-    _written = 0  # bytes of all responses
+    _timer: TimerHandle | None = None  # set while some bytes of a response are unsent
+    _written = 0  # total bytes of all responses
     _sent = 0  # bytes that had been sent when the timer started
 
     def __init__(self, protocol: "HttpProtocol") -> None:
@@ -77,7 +81,7 @@ class _Outlet:
         was_left = self._transport.get_write_buffer_size()
         self._transport.write(data)
         self._written += len(data)
-        if not was_left:  # all earlier bytes had been sent
+        if not was_left:  # nothing was unsent before this write
             self._expect_sent()
 
     def close(self) -> None:
@@ -87,7 +91,7 @@ class _Outlet:
         return self._protocol.lingers or self._transport.is_closing()
 
     def stop_waiting(self) -> None:
-        """Stop the timer. Unsent bytes then have no deadline."""
+        """Stop the timer, so that unsent bytes no longer have a deadline."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -109,17 +113,17 @@ class _Outlet:
 
 
 class _Parser(h11.Connection):
-    """h11's parser, extended to refuse a body of many tiny chunks and to accept absolute targets."""
+    """h11's parser, changed to refuse bodies with too many tiny chunks and to accept absolute request targets."""
 
     refused_as_too_fine = False
-    _chunks, _body_bytes = 0, 0  # received of the current body
+    _chunks, _body_bytes = 0, 0  # received so far of the current body
 
     def next_event(self) -> Any:
-        """Return the next event. Raises RemoteProtocolError for an invalid request and for too many tiny chunks."""
+        """Return the next event. Raises RemoteProtocolError if the request is invalid or has too many tiny chunks."""
         event = super().next_event()
         if isinstance(event, h11.Request) and (absolute := ABSOLUTE.fullmatch(event.target)):
             host, path, query = absolute.groups(b"")
-            # An absolute target overrides the Host header.
+            # The host in an absolute target overrides the Host header.
             headers = [(name, value) for name, value in event.headers if name != b"host"]
             return h11.Request(
                 method=event.method, headers=[(b"host", host), *headers], target=(path or b"/") + query,
@@ -139,19 +143,19 @@ class _Parser(h11.Connection):
 
 
 class HttpProtocol(H11Protocol, ReadsInTurns):
-    """uvicorn's HTTP connection with the limits above. Runs in the event loop's thread."""
+    """uvicorn's HTTP connection, with the limits of this module. Use only in the event loop's thread."""
 
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
     max_connections: ClassVar[int]
-    idle: ClassVar[dict["HttpProtocol", None]]  # connections that wait for their next request, the longest idle first
+    idle: ClassVar[dict["HttpProtocol", None]]  # connections between two requests, the longest idle first
     conn: _Parser
-    _address: str | None = None  # key in open_by_address; None if the connection is not counted
+    _address: str | None = None  # key in open_by_address, or None while the connection is not counted
     _head_timer: TimerHandle | None = None
-    _linger_timer: TimerHandle | None = None  # set while the connection waits for its client to close
+    _linger_timer: TimerHandle | None = None  # set while waiting for the client to close
     _outlet: _Outlet
     _to_discard = LINGER_BYTES
-    _ends = False  # True after the server has begun to shut down
+    _ends = False  # True once the server shuts down
     _next = b""  # data received while a response was being sent
     _has_chunks = False  # True if the current request's body is chunked
 
@@ -160,7 +164,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.conn, self.timeout_keep_alive = _Parser(h11.SERVER, MAX_HEAD_BYTES), KEPT_S
 
     def connection_made(self, transport: BaseTransport) -> None:
-        transport = cast(Transport, transport)  # uvloop's transport, used under Ray, has another base class
+        transport = cast(Transport, transport)  # uvloop's transports have another base class
         super().connection_made(transport)
         self._outlet = _Outlet(self)
         address = counted_address(self.client[0]) if self.client else ""
@@ -177,7 +181,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._expect_head()
 
     def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
-        """Close the matching connection that has been idle longest. Return False if none matches."""
+        """Close the longest-idle connection that fits. Return False if none fits."""
         for each in self.idle:
             if fits(each):
                 each._unset_keepalive_if_required()
@@ -194,15 +198,16 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport
-        del self._outlet  # the outlet refers to this protocol: break the cycle to free both at once
+        del self._outlet  # breaks a reference cycle, so that both objects are freed at once
 
     def data_received(self, data: bytes) -> None:
-        """Process received data, unless the connection is closing or has an unanswered request.
+        """Process received data, unless the connection is closing or a response is pending.
 
-        Only reading shows that the client has disconnected, so data is read but dropped before the response begins. The
-        connection then closes after the response, so that the client sends a dropped request again. Data that arrives
-        later is kept until the response ends. A client may send its next request before this server knows that the
-        response is complete, for example after the head of a response to HEAD.
+        While a response is pending, reading continues, because only a read reveals that the client has disconnected.
+        Data that arrives before the response begins is dropped. The connection then closes after the response, so the
+        client repeats the dropped request on a new connection. Data that arrives after the response has begun is kept
+        until the response ends, because the client may already have the whole response. A response to HEAD, for
+        example, ends with its head.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -213,24 +218,24 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             if self._is_answering():
                 self._wait_for_answer(data)
                 return
-            size = self.turn_bytes()  # uvloop passes more bytes at once
+            size = self.turn_bytes()  # uvloop may deliver more at once
             self._take(data[:size])
             data = data[size:]
 
     def turn_bytes(self) -> int:
-        """Return the maximum number of bytes to read in the next turn.
+        """Return the maximum number of bytes to read in the next turn of the event loop.
 
-        h11 limits an incomplete head, but accepts a head of any size that arrives in one piece. So read at most one
-        byte more than this limit: h11 then refuses a longer head. A body of declared length is not parsed.
+        h11 limits the size of an incomplete head, but accepts a head of any size that arrives in one piece. Reading at
+        most one byte past that limit makes h11 refuse every longer head. A body with a Content-Length needs no parsing.
         """
         if self.conn.their_state is h11.IDLE:
             return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
         return TURN_BYTES if self._has_chunks else BULK_BYTES
 
     def on_response_complete(self) -> None:
-        """Start a deadline of HEAD_S if the response is complete, but the request's body is not.
+        """If the request's body is still incomplete after the response, set a deadline of HEAD_S seconds for the rest.
 
-        uvicorn's idle timeout is longer, and stops at the next byte.
+        uvicorn's idle timeout would be longer, and the next byte would cancel it.
         """
         super().on_response_complete()
         is_read = not self.transport.get_write_buffer_size()
@@ -243,16 +248,16 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.data_received(data)
 
     def _unset_keepalive_if_required(self) -> None:
-        """Stop the idle timeout: a next request has begun, or the connection ends."""
+        """Stop the idle timeout, because a request has begun or the connection is ending."""
         self.idle.pop(self, None)
         super()._unset_keepalive_if_required()
 
     def close(self) -> None:
-        """Close the connection. If the client is still sending, wait until the client has the response.
+        """Close the connection, but not before a client that is still sending has received the response.
 
-        TCP resets a connection that is closed with unread data, and may then lose the response: nginx would report a
-        bad gateway instead. So close only the sending side, and discard incoming data, within limits, until the client
-        closes too (RFC 9112, section 9.6).
+        If a connection is closed with unread data, TCP resets it and may lose the response; nginx would then report a
+        bad gateway. So close only the sending side at first. Then discard what arrives until the client closes too, or
+        a limit is reached (RFC 9112, section 9.6).
         """
         if self.transport.is_closing() or self.lingers:
             return
@@ -263,11 +268,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     @property
     def lingers(self) -> bool:
-        """True if the response is sent but the client has not closed yet."""
+        """True if the response has been written but the client has not closed the connection yet."""
         return self._linger_timer is not None
 
     def shutdown(self) -> None:
-        """Shut down with the server. A lingering connection closes at once, because its response is already sent."""
+        """Shut down with the server. A lingering connection closes at once, because its response is already written."""
         self._ends = True
         if self.lingers:
             self.transport.close()
@@ -275,7 +280,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             super().shutdown()
 
     def _turn_away(self, why: bytes) -> None:
-        """Respond 503 before reading anything, because a connection that is not counted must not stay open."""
+        """Respond with 503 without reading the request."""
         head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(why)
         self.transport.write(head + why)
         if self.open_by_address[TURNED_AWAY] >= MAX_TURNED_AWAY:
@@ -289,7 +294,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self.open_by_address[address] += 1
 
     def _linger(self, patience_s: float) -> None:
-        """Close the sending side. Close the connection when the client closes, or after `patience_s` seconds."""
+        """Close the sending side now, and the connection when the client closes or `patience_s` seconds have passed."""
         try:
             self.transport.write_eof()
         except OSError:  # the client has already closed
@@ -313,30 +318,31 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self.cycle.transport = cast(Transport, self._outlet)
             names = {name for name, _ in self.headers}
             self._has_chunks = b"transfer-encoding" in names
-            if self._has_chunks and b"content-length" in names:  # RFC 9112, section 6.1: this may be request smuggling
+            if self._has_chunks and b"content-length" in names:  # possible request smuggling (RFC 9112, section 6.1)
                 self.cycle.keep_alive = False
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False
             self.flow.resume_reading()
         if self._answered_early():
-            return  # do not reset the timer: a client that sends one byte at a time must not hold the connection
+            return  # keep the timer running, so that a client cannot hold the connection by sending single bytes
         if was_early or self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         if self.conn.their_state is h11.IDLE and self._head_timer is None and not self.transport.is_closing():
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Switch the connection to the WebSocket protocol. If the library rejects the handshake, refuse the request."""
-        if self.transport.get_write_buffer_size():  # the WebSocket protocol would not know about unsent bytes
+        """Switch to the WebSocket protocol, or refuse the request if the library rejects the handshake."""
+        if self.transport.get_write_buffer_size():  # the WebSocket protocol would not count these bytes
             self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return
-        self._outlet.stop_waiting()  # further bytes belong to the WebSocket
+        self._outlet.stop_waiting()  # later bytes belong to the WebSocket
         super().handle_websocket_upgrade(event)
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
             del self._outlet  # the outlet would keep this protocol in memory
-            # Clients wait for the handshake's response. Do not read until then: uvicorn cannot refuse an earlier frame.
+            # Stop reading until the handshake is answered. uvicorn cannot refuse frames that arrive earlier, and
+            # clients send none.
             self.transport.pause_reading()
             self._stop_waiting()
             self._expect_head()
@@ -350,19 +356,19 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         self._refuse(kind(f"the WebSocket handshake cannot be read: {reason!a}"))
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Refuse a request that is not valid HTTP, if a response is still possible. uvicorn has logged the error."""
+        """Refuse a request that is not valid HTTP, unless a response has begun. uvicorn has logged the error."""
         if self.cycle is not None:
-            self.cycle.disconnected = True  # the current request will never be complete
+            self.cycle.disconnected = True  # the rest of the current request will never arrive
             self.cycle.message_event.set()
         not_http = "the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB"
         self._refuse(MalformedRequest(TOO_FINE if self.conn.refused_as_too_fine else not_http))
 
     def _is_answering(self) -> bool:
-        """Return whether the request is complete, but its response is not."""
+        """Return True if the request is complete but its response is not."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def _answered_early(self) -> bool:
-        """Return whether the response is complete, but its request is not."""
+        """Return True if the response is complete but the request is not."""
         return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
 
     def _expect_head(self) -> None:
@@ -371,11 +377,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self.transport.get_protocol() is not self:
-            self.transport.abort()  # the WebSocket handshake was not answered
+            self.transport.abort()  # the WebSocket handshake was not answered in time
         elif self.conn.trailing_data[0]:
             self._refuse(SlowHead(HEAD_S))
         else:
-            self.close()  # the client sent nothing, or already has its response
+            self.close()  # the client has sent nothing, or already has its response
 
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:
@@ -391,7 +397,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._address = None
 
     def _refuse(self, error: ServiceError) -> None:
-        """Respond with a problem document if no response has begun, then close."""
+        """Respond with a problem document, unless a response has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = render(error)
             headers = [*answer.raw_headers, (b"connection", b"close")]
@@ -402,6 +408,6 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
 
 def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtocol]:
-    """Return the protocol class of one server."""
+    """Return a protocol class for one server."""
     bounds = {"max_connections": max_connections, "max_per_address": max_per_address}
     return type("BoundedHttpProtocol", (HttpProtocol,), {"open_by_address": Counter(), "idle": {}, **bounds})

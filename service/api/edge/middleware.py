@@ -1,4 +1,4 @@
-"""Middleware around every request: ids, spans, durations, responses to unexpected errors, and limits on memory."""
+"""Middleware around every request: ids, tracing, timing, responses to unexpected errors, and memory limits."""
 
 import asyncio
 import logging
@@ -23,21 +23,21 @@ from tminus.service.tracing import REQUEST_ID, TRACER, fail, why
 
 log = logging.getLogger(__name__)
 
-LEAST_RATE = 8192  # minimum bytes per second of a body
+LEAST_RATE = 8192  # minimum speed of receiving a body, in bytes per second
 WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 WEBHOOK = "webhook"
-TARGET_CHARACTERS = 200  # maximum length of a path with query in the log
-READ_CHARACTERS = 2000  # maximum length to decode: a target of 16 KiB would take 2 ms
-# Size of the pieces of a long response. uvicorn holds at most two pieces before it waits.
+TARGET_CHARACTERS = 200  # maximum length of a path and query in the log
+READ_CHARACTERS = 2000  # longer targets are cut before decoding, because 16 KiB would take 2 ms
+# Long responses are sent in pieces of this size. uvicorn buffers at most two pieces.
 PIECE_BYTES = 64 * 1024
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"})
-SWITCHED = 101  # status of an accepted WebSocket
-GONE = "client_gone"  # the client disconnected before the response
+SWITCHED = 101  # HTTP status of an accepted WebSocket
+GONE = "client_gone"  # error in a trace if the client disconnected before the response
 
 
 def new_request_id(scope: Scope) -> str:
-    """Set REQUEST_ID to the client's X-Request-ID or to a new id, and return it.
+    """Set REQUEST_ID to the client's X-Request-ID, or to a new id if there is none, and return it.
 
     An X-Request-ID that is malformed or contains an API key is ignored.
     """
@@ -48,7 +48,7 @@ def new_request_id(scope: Scope) -> str:
 
 
 def sender_of(scope: Scope) -> str:
-    """Return the client's address for the log, with the name of its key if there is one."""
+    """Return the client's address for the log, followed by the name of the client's API key, if any."""
     address, key = _address(scope) or "-", _key(scope)
     return address if key is None else f"{address} ({key})"
 
@@ -63,9 +63,9 @@ def _key(scope: Scope) -> str | None:
 
 
 def target_of(scope: Scope, *, with_query: bool = True) -> str:
-    """Return the path and query for logs and traces: printable ASCII, cut to TARGET_CHARACTERS.
+    """Return a request's path and query for logs and traces: printable ASCII, cut to TARGET_CHARACTERS.
 
-    API keys and webhook URLs are masked. They do not belong in a query, but clients may put them there.
+    API keys and webhook URLs are masked. They should not be in a query, but clients may put them there.
     """
     target: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     if with_query and scope.get("query_string"):
@@ -75,7 +75,7 @@ def target_of(scope: Scope, *, with_query: bool = True) -> str:
 
 
 def _without_webhook(target: str) -> str:
-    """Cut the query at a webhook parameter: a later & may belong to the webhook's URL, if the URL is not encoded."""
+    """Cut the query at the first `webhook` parameter: what follows may be part of an unencoded webhook URL."""
     path, _, query = target.partition("?")
     shown: list[str] = []
     for each in query.split("&"):
@@ -86,18 +86,17 @@ def _without_webhook(target: str) -> str:
 
 
 def route_of(scope: Scope) -> str:
-    """Return the pattern of the route's path, with the prefix /models/{model} if the request has it."""
+    """Return the path pattern of the request's route, with the prefix /models/{model} if the path has one."""
     route = str(getattr(scope.get("route"), "path", "unmatched"))
     below = "model" in scope.get("path_params", {}) and "{model}" not in route
     return f"/models/{{model}}{route}" if below else route
 
 
 def pieces_of(message: Message) -> Iterator[Message]:
-    """Split a long message into messages with at most PIECE_BYTES of body each.
+    """Split a long response message into messages with at most PIECE_BYTES of body each.
 
-    uvicorn copies a whole message for each client, so many slow readers of one cached response would take many times
-    its memory. The last message is empty, because uvicorn accepts it only when at most 64 KiB of the earlier messages
-    are unsent.
+    uvicorn buffers a copy of each message. Without the split, every slow reader of one cached response would cost a
+    whole copy. The last message is empty: uvicorn accepts it only once at most 64 KiB are still unsent.
     """
     body = message["body"]
     for at in range(0, len(body), PIECE_BYTES):
@@ -106,11 +105,11 @@ def pieces_of(message: Message) -> Iterator[Message]:
 
 
 class RequestContext:
-    """Gives each request an id, times the request by route and status, and sends a long response in pieces.
+    """Gives each request an id, times requests by route and status, and sends long responses in pieces.
 
-    The id is the client's X-Request-ID, if well-formed. While the server drains, each response closes its connection,
-    because the server may end before the client's next request. A request that is unanswered when the server ends is
-    refused.
+    The id is the client's X-Request-ID, if that is well-formed. While the server drains, each response also closes its
+    connection, because the server may have ended by the client's next request. A request that has no response by the
+    end of the server's shutdown timeout is refused.
     """
 
     def __init__(
@@ -139,34 +138,34 @@ class RequestContext:
                 headers["X-Request-ID"] = request_id
                 if error_form(scope["method"], scope["path"]) is None:
                     headers["API-Version"] = API_VERSION
-                # Keep browsers from showing a client's text or pixels as a page.
+                # Without this header, a browser might show a client's text or pixels as a page.
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self._draining():
                     headers["Connection"] = "close"
             elif not message.get("more_body", False):
-                ended = time.perf_counter()  # exclude the time that the client takes to read
+                ended = time.perf_counter()  # leave out the time that the client takes to read
             if len(message.get("body", b"")) <= PIECE_BYTES:
                 await send(message)
                 return
             for piece in pieces_of(message):
                 await send(piece)
-                await asyncio.sleep(0)  # let other connections run, and notice if this one is lost
+                await asyncio.sleep(0)  # let other connections run, and notice if this one has ended
 
         try:
             await self._app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # uvicorn cancels requests when its shutdown timeout ends
+        except asyncio.CancelledError:  # raised when uvicorn's shutdown timeout ends
             if status is not None:
                 raise
             await render(Draining(), scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s: unhandled error", request_id)
-            if status is not None:  # part of the response is sent, so the connection can only be closed
+            if status is not None:  # the response has begun, so the connection can only be closed
                 raise
             answer = render(ServiceError(), scope)
             await answer(scope, receive, send_with_id)
         finally:
             route = route_of(scope)
-            status = 499 if status is None else status  # nothing was sent: the client disconnected
+            status = 499 if status is None else status  # 499: the client disconnected before the response
             seconds = (time.perf_counter() if ended is None else ended) - started
             self._observe(route, status, seconds)
             client, key, target = _address(scope), _key(scope), target_of(scope)
@@ -180,23 +179,24 @@ class RequestContext:
 
 
 def body_of(scope: Scope) -> Hold:
-    """Return the memory hold of a request's body. Release the hold after a job is made from the body."""
+    """Return the hold that counts the bytes of a request's body. Release it once a job has been made from the body."""
     held: Hold = scope["state"]["body"]
     return held
 
 
 class MemoryLimit:
-    """Limits the memory for clients' data: received bodies, and responses that are being sent.
+    """Limits the memory for received bodies and for responses that are being sent.
 
-    All bodies together may take MAX_HELD_BYTES, and one caller's bodies a share of this limit. A body counts until a
-    job is made from it, because the job keeps no part of the body (see `body_of`). Other bodies count until their
-    response begins.
+    Bodies: all of them together may take MAX_HELD_BYTES, and those of one caller only a share of that. A body counts
+    until a job has been made from it, because the job keeps no part of the body (see `body_of`). A body that makes no
+    job counts until its response begins.
 
-    All responses share one budget. A response's body, an event or a WebSocket message counts while it is being sent. A
-    cached body that several clients get counts once, but each WebSocket message is a copy. A response with a
-    Content-Length is refused before it begins. For any other response, sending a message raises TooManyBytes.
+    Responses: all of them share one budget. The body of a response, an event and a WebSocket message each count while
+    they are being sent. A cached body counts once, even if several clients are reading it. Each WebSocket message is a
+    copy and counts separately. Over the limit, a response with a Content-Length is refused before it begins; for any
+    other response, sending a message raises TooManyBytes.
 
-    A body or message of at most SMALL_BYTES is always accepted, so uploads cannot block small requests.
+    A body or message of at most SMALL_BYTES is always accepted, so large uploads cannot block small requests.
     """
 
     def __init__(
@@ -207,10 +207,10 @@ class MemoryLimit:
         answers: ByteBudget,
         refused: Callable[[str], None],
     ) -> None:
-        """max_bytes_by_path: limits of some paths, also below /models/NAME. refused: called with each error's code."""
+        """max_bytes_by_path: limits for paths, with or without /models/NAME. refused: called with an error's code."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         largest_bytes = max(max_bytes, *max_bytes_by_path.values(), 0)
-        # A caller's share has room for the largest body and copies of its parts: 2 <= SHARE * 3.
+        # 3 * largest_bytes, so that one caller's share fits the largest body and copies of its parts: 2 <= SHARE * 3.
         self._bodies, self._answers = ByteBudget(max(MAX_HELD_BYTES, 3 * largest_bytes)), answers
         self._refused = refused
 
@@ -225,11 +225,11 @@ class MemoryLimit:
         return self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
 
     def _counted(self, scope: Scope, receive: Receive, send: Send, body: Hold, answer: Hold) -> Send:
-        """Return a `send` that counts a response while it is sent, or sends a refusal instead.
+        """Return a `send` that counts the response while it is being sent, or sends a refusal instead.
 
-        The request's body is released when the response begins.
+        It also releases the request's body when the response begins.
         """
-        waiting: list[Message] = []  # first messages of a response that may still be refused
+        waiting: list[Message] = []  # start of a response that may still be refused
         is_refused = False
 
         async def counted(message: Message) -> None:
@@ -266,10 +266,10 @@ class MemoryLimit:
 
 
 class _Body:
-    """Receives the body of one request and enforces its limits.
+    """Receives the body of one request within its limits.
 
-    A body over its size limit raises BodyTooLarge: at once if its Content-Length is too large, otherwise when too much
-    has arrived. A body slower than LEAST_RATE over WINDOW_S seconds raises SlowBody. A complete body has no deadline.
+    Raises BodyTooLarge at once if the Content-Length is too large, or otherwise when too much has arrived. Raises
+    SlowBody if fewer than LEAST_RATE bytes per second arrive for WINDOW_S seconds.
     """
 
     def __init__(self, scope: Scope, receive: Receive, max_bytes: int, held: Hold) -> None:
@@ -277,11 +277,11 @@ class _Body:
         self._loop = asyncio.get_running_loop()
         self._received = 0
         self._is_complete = False
-        self._until_s = self._loop.time() + WINDOW_S  # end of the current window, by the event loop's clock
-        self._missing = LEAST_RATE * WINDOW_S  # bytes that must still arrive in the current window
+        self._until_s = self._loop.time() + WINDOW_S  # end of the current window, on the event loop's clock
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that must arrive before the window ends
 
     async def receive(self) -> Message:
-        """Return the next message. Raises BodyTooLarge, SlowBody and TooManyBytes."""
+        """Return the next message. Raises BodyTooLarge, SlowBody or TooManyBytes."""
         if self._is_complete:
             return await self._receive()
         if not self._received:
@@ -309,10 +309,10 @@ class _Body:
 
 
 class RequestSpans:
-    """Records a span for each request and WebSocket, except for the frequent probes.
+    """Records a trace span for every request and WebSocket, except for the frequent probes.
 
-    The middleware of OpenTelemetry and FastAPI keeps the query, which may contain a secret, and knows neither our route
-    names nor our request ids.
+    The middlewares of OpenTelemetry and FastAPI would record the query, which may contain a secret, and would not know
+    our route names and request ids.
     """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
@@ -338,16 +338,16 @@ class RequestSpans:
                 "HTTP",
                 self._client_trace.extract(Headers(scope=scope)),
                 SpanKind.SERVER,
-                record_exception=False,  # an exception's text may quote the request
+                record_exception=False,  # the text of an exception may quote the request
                 set_status_on_exception=False,
             ) as span:
                 try:
                     await self._app(scope, receive, send_and_look)
-                except Exception as error:  # part of the response was sent
+                except Exception as error:  # raised after the response had begun
                     fail(span, why(error)[0], by_server=True)
                     raise
                 finally:
-                    method, route = scope.get("method", "GET"), route_of(scope)  # a WebSocket handshake is a GET
+                    method, route = scope.get("method", "GET"), route_of(scope)  # WebSocket handshakes are GET requests
                     known = method if method in METHODS else "_OTHER"
                     span.update_name(f"{known if known == method else 'HTTP'} {route}")
                     attributes = {

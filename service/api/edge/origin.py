@@ -1,8 +1,8 @@
-"""Checks a request's Host, and the site of the web page that made a browser send the request.
+"""Checks a request's Host, and the site of the web page from which a browser sent the request.
 
 A page of another site can make a browser send requests to this server. With DNS rebinding, such a page can even read
-the responses. Headers that only the browser sets identify such a page: Origin, Sec-Fetch-Site, and a Host that is not
-this server's. Programs other than browsers send neither Origin nor Sec-Fetch-Site.
+the responses. Three headers, which only the browser can set, reveal such a page: Origin, Sec-Fetch-Site, and a Host
+that is not a name of this server. Programs other than browsers send neither Origin nor Sec-Fetch-Site.
 """
 
 import re
@@ -16,28 +16,28 @@ from starlette.types import Scope
 from tminus.service.api.answers.headers import HEADERS
 from tminus.service.errors import ForeignHost, ForeignOrigin, short
 
-# Probes may use any host name of this machine.
+# Health checks may call the server by any host name.
 HEALTH = ("/healthz", "/readyz", "/health", "/v2/health/live", "/v2/health/ready")
 PROBES = (*HEALTH, "/metrics")
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
-OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # prefix of the paths of one model
-# Response headers that pages of other origins may read. Only deprecated calls send the last three.
+OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # path prefix of one model's API
+# Response headers that pages of other origins may read. The last three are sent only by deprecated calls.
 EXPOSED_HEADERS = (*HEADERS, "Deprecation", "Sunset", "Link")
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedSites:
-    """Host names of this server, and origins of other pages that may use the server.
+    """The host names of this server, and the other origins whose pages may use this server.
 
-    Both are in lower case, and "*" allows any. localhost and IP addresses are always allowed as hosts.
+    Both are in lower case, and "*" allows all. localhost and IP addresses are always allowed as hosts.
     """
 
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
 
     def check(self, scope: Scope) -> None:
-        """Raise ForeignHost or ForeignOrigin if the request's host or page is not allowed."""
+        """Raise ForeignHost or ForeignOrigin if the request's host or the page that sent it is not allowed."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         if scope["path"] not in PROBES:
@@ -46,8 +46,8 @@ class AllowedSites:
             return
         origin = headers.get("origin")
         if origin is None and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-            return  # sent by no page, or by a page of this server
-        if origin is None:  # browsers send no Origin for an image or a link
+            return  # not sent by a page, or sent by this server's own page
+        if origin is None:  # browsers send no Origin for images and links
             origin = headers.get("referer", "")
         if not self._is_allowed(origin.lower(), host):
             bound = "the server's own, or one in --allowed-origins"
@@ -67,20 +67,20 @@ class AllowedSites:
         except ValueError:
             return False
         if name is None:
-            return not host  # an HTTP/1.0 request may have no Host
+            return not host  # HTTP/1.0 requests may have no Host
         return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
-        """Return whether an origin is allowed. Ignore the scheme of our own pages, because a TLS proxy hides it."""
+        """Return True if pages of an origin are allowed. The scheme of our own pages may be hidden by a TLS proxy."""
         scheme, _, rest = origin.partition("://")
         origin_host = rest.partition("/")[0]
         return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")
 
 
 def _costs(scope: Scope) -> bool:
-    """Return whether a request starts work, changes something, or returns a caller's jobs."""
+    """Return True if a request starts work, changes something or returns a caller's jobs."""
     path = OF_A_MODEL.sub("", scope["path"])
-    # The router also matches /sample followed by a line break.
+    # isprintable: the router also accepts "/sample" followed by a line break.
     if scope["type"] == "websocket" or scope["method"] not in READING or not path.isprintable():
         return True
     return scope["method"] != "OPTIONS" and (path in ("/sample", "/batch") or path.startswith("/jobs"))

@@ -1,7 +1,8 @@
 """Inference in KServe's protocol: converts input tensors to parameters of POST /sample, and images to output tensors.
 
-The protocol is inference_rest.md of kserve/open-inference-protocol. Binary data after the JSON is Triton's extension
-binary_tensor_data: little-endian, row by row; each element of BYTES follows its length.
+The protocol is described by inference_rest.md in kserve/open-inference-protocol. Binary data after the JSON is a Triton
+extension, binary_tensor_data: little-endian values in row-major order. In a BYTES tensor, each element is preceded by
+its length.
 """
 
 import json
@@ -45,20 +46,20 @@ from tminus.service.images.encoder import JSON
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images, SampleSpec
 
-HEADER_LENGTH = "Inference-Header-Content-Length"  # length of the JSON in bytes, if binary data follows
+HEADER_LENGTH = "Inference-Header-Content-Length"  # length of the JSON in bytes, if binary data follows the JSON
 BINARY = "application/octet-stream"
-ANY = -1  # any length of a dimension
-NO_CLASS = -1  # value in class_label
+ANY = -1  # a dimension of any length
+NO_CLASS = -1  # the value of class_label that means no class
 IMAGES, SEED, CLASS_LABEL = "images", "seed", "class_label"
 MAX_FP32 = float(np.finfo(np.float32).max)
-ABSENT: Any = None  # default of members that may be absent but not null
-# The text of each value with a comma, padded to 4 bytes, so numpy can write a million values at once. JSON allows
-# blanks.
+ABSENT: Any = None  # default of a member that may be absent but not null
+# The text of each pixel value and a comma, padded to 4 bytes so that numpy can write a million values at once. JSON
+# allows the extra spaces.
 AS_JSON = np.array([f"{value:3d}," for value in range(256)], "S4")
 
 
 def _shortest(value: float) -> float:
-    """Return the number with the fewest digits that equals `value` in float32: 7.3, not 7.300000190734863."""
+    """Return the shortest decimal number that rounds to `value` in float32: 7.3 instead of 7.300000190734863."""
     return float(str(np.float32(value)))
 
 
@@ -86,7 +87,7 @@ def _without_null(schema: dict[str, Any]) -> None:
 
 
 class Members(BaseModel):
-    """A JSON object of the protocol. Other members are not allowed."""
+    """A JSON object of the protocol. Unknown members are refused."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, use_attribute_docstrings=True, json_schema_extra=_without_null
@@ -108,9 +109,9 @@ class TensorMetadata(BaseModel):
     shape: list[int] = Field(description="The lengths. -1 is any length.")
 
 
-# Parameters that are not numbers or are rarely used are request parameters instead.
+# The parameters that are tensors. Rarely used parameters, and those that are not numbers, are sent in `parameters`.
 INPUTS = (
-    TensorMetadata(name=CLASS_LABEL, datatype="INT64", shape=[ANY]),  # or BYTES
+    TensorMetadata(name=CLASS_LABEL, datatype="INT64", shape=[ANY]),  # BYTES is also accepted
     TensorMetadata(name=SEED, datatype="UINT64", shape=[1]),
     TensorMetadata(name="steps", datatype="INT32", shape=[1]),
     TensorMetadata(name="guidance", datatype="FP32", shape=[1]),
@@ -132,7 +133,7 @@ def outputs_of(model: ModelInfo) -> list[TensorMetadata]:
 
 @dataclass(slots=True)
 class Context:
-    """Holds the allowed inputs, and the binary data that no input has consumed yet."""
+    """What the validators need: the allowed inputs, and the binary data that no input has consumed yet."""
 
     inputs: Mapping[str, TensorMetadata]
     max_n: int
@@ -140,14 +141,14 @@ class Context:
 
 
 class TensorParameters(Members):
-    """Triton's parameters of a tensor."""
+    """Triton's parameters for a tensor."""
 
     binary_data_size: Annotated[int, Field(ge=0)] = ABSENT
     """How many of the bytes behind the JSON are the values."""
 
 
 class Tensor(Members):
-    """An input tensor. The values are in `data` or in the binary data. The validation context is a Context."""
+    """An input tensor. Its values are in `data` or in the binary data. Validation requires a Context."""
 
     name: Literal["class_label", "seed", "steps", "guidance", "guidance_interval"]
     datatype: Literal["INT64", "BYTES", "UINT64", "INT32", "FP32"]
@@ -191,7 +192,7 @@ class Tensor(Members):
 
 
 def _from_bytes(data: bytes, datatype: str) -> list[Any] | None:
-    """Decode the values. Returns None if the bytes end inside a value."""
+    """Decode a tensor's values. Return None if the bytes end in the middle of a value."""
     if datatype != "BYTES":
         dtype = np.dtype(NUMBERS[datatype])
         return None if len(data) % dtype.itemsize else list(np.frombuffer(data, dtype).tolist())
@@ -206,21 +207,21 @@ def _from_bytes(data: bytes, datatype: str) -> list[Any] | None:
 
 
 class OutputParameters(Members):
-    """Triton's parameters of an output."""
+    """Triton's parameters for an output."""
 
     binary_data: bool = ABSENT
     """Whether the values are bytes behind the JSON. Default: `binary_data_output` of the request."""
 
 
 class Output(Members):
-    """An output that the answer must have."""
+    """An output that the response must contain."""
 
     name: Literal["images", "seed"]
     parameters: OutputParameters = OutputParameters()
 
 
 class InferRequest(Members):
-    """Inputs to sample from. With `Inference-Header-Content-Length`, bytes of tensors follow the JSON."""
+    """The inputs to sample from. With `Inference-Header-Content-Length`, the tensors' bytes follow the JSON."""
 
     model_name: str = ABSENT
     """The name in the path."""
@@ -236,7 +237,7 @@ class InferRequest(Members):
 
 
 class OutputTensor(TensorMetadata):
-    """An output tensor. The values are in `data`, or bytes after the JSON."""
+    """An output tensor. Its values are in `data`, or follow the JSON as bytes."""
 
     parameters: TensorParameters | None = None
     data: list[int] | None = Field(default=None, description="The values, row by row.")
@@ -253,12 +254,12 @@ class InferResponse(BaseModel):
 
 
 def version_of(model: ModelInfo) -> str:
-    """Return the version of a model in this protocol: the first 16 digits of the hash of its weights."""
+    """Return the version of a model in this protocol: the first 16 hex digits of its weights' hash."""
     return model.weights_hash[:16]
 
 
 class InferCall(SampleRequest):
-    """The parameters of POST /sample and of Triton."""
+    """The parameters of POST /sample, and those that Triton adds."""
 
     timeout: Annotated[int, Field(strict=True, gt=0, le=int(MAX_DEADLINE_S * 1e6))] | None = None
     """`deadline_s` in microseconds."""
@@ -273,23 +274,24 @@ class InferCall(SampleRequest):
         return value
 
     def in_its_words(self, error: ServiceError) -> ServiceError:
-        """Rename `deadline_s` to `timeout` in an error, if the request used `timeout`."""
+        """If the request used `timeout`, make an error about `deadline_s` name `timeout` instead."""
         if self.timeout is not None and error.field == "deadline_s":
             error.field, error.value, error.bound = "timeout", self.timeout, f"{error.bound}, in microseconds"
             error.detail = f"timeout must be {error.bound}, got {self.timeout}"
         return error
 
 
-# This protocol has no edits, and its images are UINT8.
+# Edits and bit_depth are left out: this protocol cannot express edits, and its images are always UINT8.
 PARAMETERS = InferCall.model_fields.keys() - EDIT_PARAMETERS - {"bit_depth"} - {each.name for each in INPUTS}
 
 
 def read_request(
     body: bytes, header: str | None, model: ModelInfo, limits: Limits
 ) -> tuple[InferRequest, dict[str, Any]]:
-    """Read a request body. Returns the request and the parameters of an InferCall. header: value of HEADER_LENGTH.
+    """Parse a request body. Returns the request, and the parameters for an InferCall.
 
-    Raises InvalidField, UnknownField, ConflictingField, MalformedBody, BodyTooLarge.
+    header: the value of the HEADER_LENGTH header. Raises InvalidField, UnknownField, ConflictingField, MalformedBody or
+    BodyTooLarge.
     """
     length = len(body)
     if header is not None:
@@ -301,7 +303,7 @@ def read_request(
     if context.rest:
         detail = f"{len(context.rest)} bytes behind the JSON belong to no tensor"
         raise InvalidField(detail, field=HEADER_LENGTH, value=len(context.rest), bound="the length of the JSON")
-    # The protocol has the model's name in the path only, but KServe's own client also sends the name in each body.
+    # The protocol puts the model's name only in the path, but KServe's own client also sends it in every body.
     for name, there in (("model_name", model.name), ("model_version", version_of(model))):
         if getattr(request, name) not in (ABSENT, there):
             bound = f"absent or that of the model in the path, {there}"
@@ -324,7 +326,7 @@ def read_request(
 
 
 def outputs_wanted(request: InferRequest, call: InferCall) -> dict[str, bool]:
-    """Return the outputs of the answer, each with True for binary data. Raises ConflictingField."""
+    """Return the outputs to send. The value is True for binary data. Raises ConflictingField."""
     wanted: dict[str, bool] = {}
     for output in request.outputs or [Output(name="images"), Output(name="seed")]:
         if output.name in wanted:
@@ -342,7 +344,7 @@ def _class_label(value: int | str, model: ModelInfo) -> int | str | None:
 
 
 def _validated(document: dict[str, Any], context: Context) -> InferRequest:
-    """Check names, types and tensors. Raises UnknownField, InvalidField, ConflictingField."""
+    """Check names, types and tensors. Raises UnknownField, InvalidField or ConflictingField."""
     try:
         return InferRequest.model_validate(document, context=context)
     except ValidationError as wrong:
@@ -351,7 +353,7 @@ def _validated(document: dict[str, Any], context: Context) -> InferRequest:
             error, is_missing = each.get("ctx", {}).get("error"), each["type"] == "missing"
             if not isinstance(error, InvalidField):
                 bound = "given" if is_missing else re.sub(r"^.*? should (be|have) ", "", each["msg"])
-                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # one error for each type
+                if each["loc"][0] == "parameters" and len(each["loc"]) > 1:  # one error per allowed type
                     bound = "text, a number or a boolean"
                 error = InvalidField.of(_field(each["loc"], document), bound, None if is_missing else each["input"])
             errors.add(error)
@@ -359,7 +361,7 @@ def _validated(document: dict[str, Any], context: Context) -> InferRequest:
 
 
 def _field(loc: tuple[int | str, ...], document: dict[str, Any]) -> str:
-    """Return the name of a member for an error, such as `steps.shape`, or the list's name if the item has no name."""
+    """Return the name of a faulty member, such as `steps.shape`, or the list's name if a list item has no name."""
     match loc:
         case ("parameters", name, *_) | ("outputs", _, "parameters", name):
             return str(name)
@@ -372,7 +374,10 @@ def _field(loc: tuple[int | str, ...], document: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The answer for a job: the images' pixels and the seed. Requests share the body, without the first bytes."""
+    """The response to an inference: the images' pixels and the seed.
+
+    Requests that differ only in their id share one body, so the body does not include the id.
+    """
 
     spec: SampleSpec
     model: ModelInfo
@@ -384,17 +389,17 @@ class Tensors:
 
     @property
     def etag_form(self) -> str:
-        """Return a text that is unique to the form of the body: the model and the outputs."""
+        """Return a text that identifies the body's format: the model and the outputs."""
         return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 
     @property
     def binary_bytes(self) -> int:
-        """Return the size of the tensors after the JSON."""
+        """Return the total size in bytes of the tensors after the JSON."""
         images = self.spec.n * self.model.height_px * self.model.width_px * self.model.channels
         return sum({IMAGES: images, SEED: 8}[name] for name, binary in self.outputs.items() if binary)
 
     def body(self, images: Images) -> bytes:
-        """Return the body for pixels [n, H, W, C], without the opening brace and the id at the beginning."""
+        """Return the body for pixels [n, H, W, C], except for what comes first: the opening brace and the id."""
         outputs, behind = [], []
         for name, binary in self.outputs.items():
             datatype, values = ("UINT8", images) if name == IMAGES else ("UINT64", np.array([self.spec.seed], "<u8"))

@@ -1,4 +1,4 @@
-"""The routes of KServe's protocol: metadata, health and inference."""
+"""KServe's routes: metadata, health and inference."""
 
 import json
 from collections.abc import AsyncIterator
@@ -56,7 +56,7 @@ from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.worker.worker import Worker
 
-# The extension model_repository is missing: loading and unloading are POST /models/NAME/load and /unload.
+# model_repository is not offered: models are loaded and unloaded with POST /models/NAME/load and /unload instead.
 EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 PLATFORM = "tminus_unet"
 MODEL, VERSION = "/v2/models/{model}", "/versions/{version}"
@@ -71,7 +71,7 @@ class ServerMetadata(BaseModel):
 
 
 class LiveAnswer(BaseModel):
-    """Liveness: the process answers and its worker runs."""
+    """Liveness: the process answers and its worker is running."""
 
     live: bool
 
@@ -84,7 +84,7 @@ class ReadyAnswer(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """The readiness of a model."""
+    """The name and the readiness of a model."""
 
     name: str
     ready: bool
@@ -101,7 +101,7 @@ class ModelMetadata(BaseModel):
 
 
 class ModelInIndex(BaseModel):
-    """A model of this server, loaded or not."""
+    """A model of this server, whether loaded or not."""
 
     name: str
     version: str | None = Field(default=None, description="The version that is loaded.")
@@ -110,7 +110,7 @@ class ModelInIndex(BaseModel):
 
 
 class IndexCall(RequestSchema):
-    """The models to list."""
+    """Which models to list."""
 
     ready: Annotated[StrictBool, in_words("false")] = False
     """Only models that are ready."""
@@ -135,7 +135,7 @@ class InputConfig(TensorConfig):
 
 
 class ModelConfig(BaseModel):
-    """The fields of Triton's message ModelConfig that apply to a model without a framework's model file."""
+    """The fields of Triton's ModelConfig message that make sense without a model file of some framework."""
 
     name: str
     platform: str
@@ -146,7 +146,7 @@ class ModelConfig(BaseModel):
 
 
 def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
-    """Return the routes. version: the server's version."""
+    """Return a router with KServe's routes. version: the server's version."""
     router = APIRouter(tags=["kserve"])
 
     @router.get("/v2", **described("kserve_get_server"), dependencies=BARE, responses=failures(422))
@@ -236,7 +236,7 @@ def kserve_routes(models: Models, loader: Loader, worker: Worker, jobs: Jobs, ve
 
 
 async def infer(services: Services, request: Request) -> Response:
-    """Return images as tensors, with the same pixels as from POST /sample."""
+    """Respond with images as tensors. The pixels are the same as from POST /sample."""
     _of_version(services, request)
     check_encoding(request)
     body, header = await read_body(request), request.headers.get(HEADER_LENGTH)
@@ -252,8 +252,8 @@ async def infer(services: Services, request: Request) -> Response:
         response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))
     except ServiceError as error:
         raise call.in_its_words(error) from None
-    del response.headers["Vary"]  # the request body, not Accept, selects the form of the answer
-    if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # weak: the ids of answers differ
+    del response.headers["Vary"]  # the request body, not Accept, determines the format
+    if asked.id is not None and (etag := response.headers.get("ETag")) is not None:  # weak, because the id differs
         response.headers["ETag"] = f"W/{etag}"
     if response.status_code != 200:
         return response
@@ -262,7 +262,7 @@ async def infer(services: Services, request: Request) -> Response:
     response.headers["Content-Length"] = str(length)
     if made.binary_bytes:
         response.headers[HEADER_LENGTH] = str(length - made.binary_bytes)
-    # The cache may hold the rest of the body. Send that without a copy, so its bytes count once.
+    # The rest of the body may be in the cache. Sending it without a copy makes its bytes count only once.
     return StreamingResponse(_parts(beginning, response.body), headers=response.headers)
 
 
@@ -272,7 +272,7 @@ async def _parts(*parts: bytes | memoryview) -> AsyncIterator[bytes | memoryview
 
 
 def _of_version(services: Services, request: Request) -> Services:
-    """Raise ModelNotFound if the path names a version that is not loaded."""
+    """Raise ModelNotFound if the path names a version other than the model's own."""
     wanted, there = request.path_params.get("version"), version_of(services.model)
     if wanted not in (None, there):
         detail = f"model {services.model.name} is loaded in version {there}, and in no other"
@@ -281,7 +281,7 @@ def _of_version(services: Services, request: Request) -> Services:
 
 
 def components() -> dict[str, Described]:
-    """Return the schema components that the routes refer to."""
+    """Return the schema components that these routes refer to."""
     shown: list[Any] = [(InferRequest, "validation"), (InferResponse, "serialization")]
     _, made = models_json_schema(shown, ref_template="#/components/schemas/{model}")
     found: dict[str, Described] = made["$defs"]

@@ -1,6 +1,6 @@
-"""The answers of /v1 in OpenAI's form, as pydantic models, and their OpenAPI descriptions.
+"""Pydantic models of the responses below /v1, in OpenAI's format, and their OpenAPI descriptions.
 
-Members that OpenAI does not have are marked as additions of tminus.
+Descriptions mark the members that tminus adds to OpenAI's.
 """
 
 from typing import Any, Literal
@@ -33,7 +33,7 @@ FILES = {
 
 
 class ErrorMembers(BaseModel):
-    """The members of an error."""
+    """What went wrong."""
 
     message: str = Field(description="What is wrong, for people.")
     type: str = Field(description="The kind of error, by its status.")
@@ -42,7 +42,7 @@ class ErrorMembers(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """An error, in OpenAI's form."""
+    """An error in OpenAI's format."""
 
     error: ErrorMembers
 
@@ -64,14 +64,14 @@ class ModelEntries(BaseModel):
 
 
 class TokenDetails(BaseModel):
-    """Zeros: this server has no tokens."""
+    """Always zero: this server does not count tokens."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Zeros, because typed clients require these members. This server has no tokens."""
+    """Always zero: this server does not count tokens, but typed clients require these members."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -103,14 +103,14 @@ class Recipe(BaseModel):
 
 
 class ImageEntry(Recipe):
-    """One image, as `b64_json` or `url`."""
+    """One image, either as `b64_json` or as `url`."""
 
     b64_json: str | None = Field(None, json_schema_extra={"format": "byte"})
     url: str | None = Field(None, description="Where the image is, for as long as the job is kept; it may want a key.")
 
 
 class ImagesAnswer(BaseModel):
-    """The images."""
+    """All images of a request."""
 
     created: int = Field(description="Unix time in seconds.")
     background: Literal["opaque", "transparent"]
@@ -122,7 +122,7 @@ class ImagesAnswer(BaseModel):
 
 
 class PartialImage(BaseModel):
-    """An event with a preview: the current estimate of x_0 of one image."""
+    """An event with a preview of one image: the current estimate of x_0."""
 
     type: str
     b64_json: str
@@ -188,7 +188,7 @@ def components(contract: Contract) -> dict[str, Described]:
     shown = [(model, "serialization") for model in (ErrorAnswer, ImagesAnswer, PartialImage, CompletedImage)]
     _, answers = models_json_schema(shown, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     members = _fields(contract, ImagesCall, as_text=False)
-    # A null member counts as absent.
+    # A member may also be null, which means the same as leaving it out.
     members = {name: field if name == "prompt" else _or_null(field) for name, field in members.items()}
     fields = _fields(contract, EditsCall, as_text=True)
     files = {name: FILE | {"description": described} for name, described in FILES.items()}

@@ -1,4 +1,4 @@
-"""The routes below /v1: image generation, image edits and the list of models, in OpenAI's form."""
+"""The routes below /v1, in OpenAI's format: generate images, edit images and list the models."""
 
 import asyncio
 import base64
@@ -65,13 +65,13 @@ from tminus.service.worker.running_job import NewJob
 
 log = logging.getLogger(__name__)
 
-LIST = "[]"  # suffix that OpenAI's libraries add to the name of a list in a form
+LIST = "[]"  # in forms, OpenAI's libraries append this to the names of lists
 NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A job to submit, and the form of its answer."""
+    """A job to submit, and what its response needs."""
 
     name: str  # prefix of event names: image_generation or image_edit
     members: ImagesCall
@@ -81,7 +81,7 @@ class Wanted:
         return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
-        """Encode the images. PNGs are byte-identical to those of POST /sample. Raises NotFinite."""
+        """Encode the images. PNGs have the same bytes as those of POST /sample. Raises NotFinite."""
         spec, kind, quality = self.new.spec, self.members.output_format, self.members.lossy_quality
         opaque = model.alpha and not self.members.keeps_alpha(model)
 
@@ -94,7 +94,7 @@ class Wanted:
 
 
 def openai_routes(models: Models) -> APIRouter:
-    """Return the routes. The request's body names the model, so there are no routes below /models/NAME."""
+    """Return a router with the routes. There are none below /models/NAME, because the request body names the model."""
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=BARE)
     responses: dict[int | str, Any] = {200: IMAGES, **failures(404, 410, *BODY_ERRORS, *WORK_ERRORS, 507)}
 
@@ -137,12 +137,12 @@ def openai_routes(models: Models) -> APIRouter:
 
 
 def _named(models: Models, name: str) -> Services:
-    """Return the model that a request names. Raises ModelNotFound."""
+    """Return the model that a request asks for. Raises ModelNotFound."""
     return models.default if name == ONLY_MODEL and len([*models]) == 1 else models.named(name)
 
 
 async def _read_edit(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read the form. Names of list items, and the name of a single image, may end with `[]`."""
+    """Read the form of an edit. The name `image` and the names of lists may end with `[]`."""
     if not is_form(request):
         raise UnsupportedMediaType.of(request.headers.get("content-type", ""), (FORM,))
     names = [*PICTURES, PICTURES[0] + LIST]
@@ -168,18 +168,18 @@ async def _answer(models: Models, request: Request, *, edits: bool) -> Response:
 async def _prepare(
     models: Models, request: Request, stack: ExitStack, *, edits: bool
 ) -> tuple[Services, ImagesCall, Wanted | JobView]:
-    """Read and check a request. If the client wants URLs, submit the durable job and return its view.
+    """Read and check a request. If the client wants URLs, submit a durable job; otherwise, only prepare the job.
 
-    Marks the model as used in `stack`. Drops the uploads from memory, because the job may take long.
+    Enters `models.using` on `stack`, so the model stays loaded. Frees the uploads, because the job can be slow.
     """
     check_encoding(request)
-    key_in_headers(request)  # OpenAI's libraries send an Idempotency-Key with each retry, even if there is no job
+    key_in_headers(request)  # only to check it: OpenAI's libraries send this header with every retry
     limits = models.default.limits
     values = await (_read_edit(request, limits) if edits else read_json(request, limits.max_body_bytes))
-    # A null member counts as absent.
+    # A null member counts as missing.
     values, given_as = by_our_names({k: v for k, v in values.items() if v is not None}, DIFFUSERS_NAMES)
     named, services = values.get("model"), models.default
-    with suppress(ModelNotFound):  # raised again below, after all other checks
+    with suppress(ModelNotFound):  # raised again below, once everything else has been checked
         services = _named(models, named) if isinstance(named, str) else services
     with named_as_given(given_as):
         bounds = bounds_of_images(services.bounds, services.limits)
@@ -193,7 +193,7 @@ async def _prepare(
         if edits and parameters.image is None:
             raise InvalidImage.of("image", "a file in the form", "a form without it")
         if edits and parameters.mask is None and parameters.strength is None:
-            parameters.mask = parameters.image  # as in OpenAI's API: the transparent part is generated
+            parameters.mask = parameters.image  # as in OpenAI's API, regenerate the image's transparent part
         del values
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
@@ -226,11 +226,11 @@ async def _with_images(services: Services, request: Request, wanted: Wanted) -> 
 
 
 async def _with_urls(services: Services, request: Request, members: ImagesCall, view: JobView) -> Response:
-    """Wait for a durable job and return the URLs of its images. The job continues if the client disconnects."""
+    """Wait for a durable job and respond with the URLs of its images. The job goes on if the client disconnects."""
     ended = await while_connected(request, services.jobs.ended(view.record.id, caller_of(request).sees))
     record, model = ended.record, services.model
     if record.problem is not None:
-        # No Retry-After header: stored failures have no retry time.
+        # There is no Retry-After header, because stored problems do not include a retry time.
         return respond(record.problem, {}, request.scope)
     if record.outcome != "done":
         raise NoImages("this job was cancelled, and has no images", None)
@@ -252,14 +252,14 @@ def _document(members: ImagesCall, model: ModelInfo, data: list[ImageEntry], wit
 
 
 def steps_shown(passes: int, count: int) -> tuple[int, ...]:
-    """Return the passes that have a preview: `count` evenly spaced passes, without duplicates or the last pass."""
+    """Return the passes that get a preview: up to `count` evenly spaced passes, never the last one."""
     return tuple(sorted({round(passes * k / (count + 1)) for k in range(1, count + 1)} - {0, passes}))
 
 
 async def stream(services: Services, request: Request, wanted: Wanted, stack: ExitStack) -> EventStream:
-    """Submit the job and return its event stream. A client that disconnects frees the job's rows.
+    """Submit a job and return its event stream. If the client disconnects, the job is cancelled.
 
-    stack: closed when the stream ends. Raises TooManyStreams and the errors of `submit`.
+    stack: closed when the stream ends. Raises TooManyStreams, or the errors of `submit`.
     """
     loop, model, spec = asyncio.get_running_loop(), services.model, wanted.new.spec
     at = steps_shown(spec.num_passes, wanted.members.partial_images)
@@ -267,11 +267,11 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
     stack.enter_context(services.streams.busy())
     held_bytes = len(at) * spec.n * model.height_px * model.width_px * model.channels
     stack.enter_context(services.recordings.taken(held_bytes, "partial_images"))
-    # Keep every frame until it is sent: the client asked for each of these few frames.
+    # Every frame is kept until it is sent, because the client asked for exactly these few frames.
     arrived: asyncio.Queue[Frame | None] = asyncio.Queue()
 
-    def put(frame: Frame) -> None:  # called in the worker's thread
-        with suppress(RuntimeError):  # the event loop is closed, so there is no reader
+    def put(frame: Frame) -> None:  # runs in the worker's thread
+        with suppress(RuntimeError):  # the event loop is closed, and with it the stream
             loop.call_soon_threadsafe(arrived.put_nowait, frame)
 
     new = replace(wanted.new, watch=Watch(Pace(steps=at), ("x_0",), put) if at else None)
@@ -285,7 +285,7 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
 async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
 ) -> AsyncGenerator[bytes]:
-    """Yield the previews of a job, then the images or an error. All previews arrive before the job's end."""
+    """Yield the previews of a job, followed by the images or an error."""
     members, model, encoder, shown = wanted.members, services.model, services.encoder, 0
     try:
         while (frame := await arrived.get()) is not None:
@@ -294,7 +294,7 @@ async def _events(
                 pictures = await encoder.encode_frame(
                     frame, members.output_format, "images", members.lossy_quality, opaque=opaque
                 )
-            except Exception:  # a lost frame does not end the job
+            except Exception:  # losing a frame must not end the job
                 log.exception("a frame of job %s could not be encoded", wanted.new.id)
                 continue
             services.metrics.count("tminus_frames_sent_total")

@@ -1,4 +1,4 @@
-"""The request members of /v1/images, as pydantic models, and their conversion to parameters of POST /sample."""
+"""The parameters of requests to /v1/images, as pydantic models, and their conversion to parameters of POST /sample."""
 
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,17 +29,18 @@ from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # OpenAI's limit; --max-n may be lower
 MAX_PARTIAL_IMAGES = 3
-# More steps follow the sampler's exact solution more closely, but need not look better. `medium` is the default of
-# every request (`settings_of`). `low` takes half the steps or a tuned table with few steps, and `high` twice the steps.
+# `medium` means the default settings of any request (see `settings_of`). `high` takes twice as many steps. `low` takes
+# half as many steps, or uses a tuned sampler table with few steps. More steps follow the sampler's exact solution more
+# closely, but the images need not look better.
 Quality = Literal["low", "medium", "high"]
 SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 TUNED = "tuned"
 OF_GUIDANCE = {"guidance", "guidance_interval", "guidance_rescale"}
-ONLY_MODEL = "default"  # also names the only loaded model, because vLLM-Omni's benchmark sends this name
+ONLY_MODEL = "default"  # vLLM-Omni's benchmark sends this name; accepted if one model is loaded
 
 
 class Members(RequestSchema):
-    """OpenAI's members of an image request."""
+    """The members of an image request that OpenAI defines."""
 
     prompt: Annotated[str, Field(json_schema_extra={BOUND: "given, as text: the name of a class, or empty"})]
     """A class by name or number, in any case; empty for no class. Nothing else is understood."""
@@ -77,34 +78,34 @@ class Members(RequestSchema):
 
     @property
     def budget(self) -> Quality:
-        """Return the quality, with `auto` resolved."""
+        """The quality, with `auto` resolved."""
         return "medium" if self.quality == "auto" else self.quality
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
-        """Return the answer's members that describe the format of the images."""
+        """Return the response members that describe the images' format."""
         background = "transparent" if self.keeps_alpha(model) else "opaque"
         form = {"output_format": self.output_format, "background": background}
         return {"size": size_of(model), "quality": self.budget, **form}
 
     def keeps_alpha(self, model: ModelInfo) -> bool:
-        """Return True if the answer's images have alpha."""
+        """Return True if the images in the response have an alpha channel."""
         return model.alpha and self.background != "opaque" and self.output_format != "jpeg"
 
     @property
     def lossy_quality(self) -> int | None:
-        """Return the quality of JPEG or WebP images, 0..100; None for PNG."""
+        """The quality of JPEG or WebP images in 0..100, or None for PNG."""
         if self.output_format == "png":
             return None
         return 100 if self.output_compression is None else self.output_compression
 
     @property
     def as_url(self) -> bool:
-        """Return True if the client wants the URL of each image instead of the image."""
+        """True if the client wants URLs instead of the images themselves."""
         return self.response_format == "url"
 
 
 class ImagesCall(Sampling, Members):
-    """A request of OpenAI's clients for images. `extra_body` may add parameters of POST /sample."""
+    """A request to generate images. `extra_body` of OpenAI's clients may add parameters of POST /sample."""
 
     other_names: ClassVar[Collection[str]] = DIFFUSERS_NAMES
 
@@ -112,7 +113,7 @@ class ImagesCall(Sampling, Members):
     """The number of images."""
 
     def sampling(self, model: ModelInfo, limits: Limits) -> JobCall:
-        """Check the members against the model, and convert them to a job. Raises InvalidField with all faults."""
+        """Check the members against the model and convert them to a job. Raises InvalidField with all errors."""
         size, errors = size_of(model), ValidationErrors()
         self.check_bounds(bounds_of_images({}, limits), errors)
         lossless, streamed = self.output_format == "png", self.stream
@@ -153,29 +154,29 @@ class ImagesCall(Sampling, Members):
 
 
 class EditsCall(Edit, ImagesCall):
-    """A request of OpenAI's clients to edit an image."""
+    """A request to edit an image."""
 
     input_fidelity: str | None = None
     """Accepted, without effect."""
 
 
 def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:
-    """Return the bounds of a call, with OpenAI's limit of n."""
+    """Return the bounds with `n` limited to what OpenAI allows."""
     return {**bounds, "n": Bound({"minimum": 1, "maximum": min(MAX_N, limits.max_n)})}
 
 
 def size_of(model: ModelInfo) -> str:
-    """Return the size of a model's images in OpenAI's notation."""
+    """Return the size of a model's images as OpenAI writes it, such as 32x32."""
     return f"{model.width_px}x{model.height_px}"
 
 
 def settings_of_quality(
     quality: Quality, given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool
 ) -> dict[str, Any]:
-    """Return the sampler, steps and guidance for a quality other than `medium`.
+    """Return the sampler, steps and guidance that a quality other than `medium` means.
 
-    Returns an empty dict for `medium`, for a request that sets the steps, and for an invalid request. given, can_guide:
-    see `settings_of`.
+    Returns an empty dict for `medium`, for a request that sets the steps or a table, and for an invalid request.
+    given, can_guide: see `settings_of`.
     """
     if quality == "medium" or given.keys() & {"steps", "table"} or given.get("sampler") not in (None, *model.samplers):
         return {}

@@ -1,7 +1,7 @@
-"""Convert the classes in a request, given by number or by name in any case, to the model's class numbers.
+"""Converts the classes in a request, given by number or by case-insensitive name, to the model's class numbers.
 
-A JSON number and the same digits in text, a query or a prompt mean the same class. Clients of text-to-image models send
-a prompt. Here, a prompt is the name or number of a class, or empty.
+A JSON number means the same class as its digits in text, in a query or in a prompt. Prompts exist for clients of
+text-to-image models; a prompt is a class's name or number, or empty.
 """
 
 import re
@@ -21,9 +21,9 @@ BETWEEN_WORDS = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 def class_numbers(
     given: int | str | list[int | str | None] | None, n: int, model: ModelInfo
 ) -> tuple[int | None, ...] | None:
-    """Return the class number of each of n images, None for no class. Raises InvalidField.
+    """Return the class number of each of n images; None stands for no class. Raises InvalidField.
 
-    given: one class for all images, or a list of n classes. Returns None for a model without classes.
+    given: one class for all images, or a list of n classes. If the model has no classes, the whole result is None.
     """
     if not model.conditional:
         if given is not None:
@@ -41,12 +41,12 @@ def class_numbers(
 
 
 def class_bound(names: tuple[str, ...]) -> str:
-    """Describe the valid values of class_label in words."""
+    """Describe in words which values of class_label are valid."""
     return f"a class, or a list of n of them: {known_classes(names)}"
 
 
 def known_classes(names: tuple[str, ...]) -> str:
-    """List a model's classes in words: the range of numbers, and the names unless there are many."""
+    """Describe a model's classes in words: the range of numbers, and the names, unless there are too many."""
     if not names:
         return "none, as this model has no classes"
     shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
@@ -54,10 +54,10 @@ def known_classes(names: tuple[str, ...]) -> str:
 
 
 def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
-    """Return the number of a class, found by its name in any case or by its number; None if there is no such class.
+    """Return the number of a class, given its case-insensitive name or its number, or None if there is no such class.
 
-    Raises InvalidField for `field` if the label is the name of one class and the number of another. The prefix NAME or
-    NUMBER selects one of the two.
+    Raises InvalidField for `field` if the label is the name of one class and the number of another. The prefix `name:`
+    or `number:` on the label says which is meant.
     """
     text = str(label)
     if text.casefold().startswith(NAME):
@@ -72,15 +72,15 @@ def find_class(label: int | str, names: tuple[str, ...], field: str = "class_lab
 
 
 def class_label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
-    """Return a label for a class: the number, with the prefix NUMBER if the number is another class's name.
+    """Return an unambiguous label for a class: its number, with the prefix `number:` if another class has that name.
 
-    None means no class.
+    None stands for no class.
     """
     return number if number is None or _named(str(number), names) in (None, number) else f"{NUMBER}{number}"
 
 
 def _named(text: str, names: tuple[str, ...]) -> int | None:
-    """Return the class with this name. Digits also match a unique name with the same value: 1 matches the name 01."""
+    """Return the class with this name. Digits also match a single numeric name of equal value: 1 matches 01."""
     by_name, by_value = _numbers_by_name(names)
     if (exact := by_name.get(text.casefold())) is not None:
         return exact
@@ -103,9 +103,12 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
     return number
 
 
-@lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
+@lru_cache(maxsize=4)  # a request may have a thousand labels, each looked up among a thousand names
 def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Return class numbers by name, and by value for names that are numbers. Values of several names are omitted."""
+    """Return two mappings to class numbers: from names, and from the values of names that are numbers.
+
+    A value shared by several names is left out.
+    """
     values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
     times = Counter(values.values())
     by_value = {value: number for number, value in values.items() if times[value] == 1}
@@ -113,11 +116,11 @@ def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping
 
 
 def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int | None:
-    """Return the class that a prompt names; None for an empty prompt. Raises InvalidField, which lists the classes.
+    """Return the class that a prompt names, or None for an empty prompt. Raises InvalidField, which lists the classes.
 
-    A prompt is a class's name or number. Case does not matter, and hyphens, spaces and underscores are equal, because
-    people write `t-shirt` and `T shirt`. A name that is merely similar never matches. field: the name of the prompt's
-    field.
+    A prompt is a class's name or number. Case is ignored, and hyphens, spaces and underscores are equivalent, because
+    people write both `t-shirt` and `T shirt`. A merely similar name never matches. field: the name of the prompt's
+    field, for errors.
     """
     name, names = prompt.strip(), model.class_names
     if not name and (not model.conditional or model.null_class is not None):
@@ -137,8 +140,8 @@ def _spelled(name: str) -> str:
     return BETWEEN_WORDS.sub(" ", name.strip().casefold())
 
 
-@lru_cache(maxsize=4)  # a model may have a thousand classes
+@lru_cache(maxsize=4)  # there may be a thousand classes
 def _numbers_by_spelling(names: tuple[str, ...]) -> Mapping[str, int]:
-    """Return class numbers by normalized name. Ambiguous names are omitted."""
+    """Return class numbers keyed by normalized name. Ambiguous names are left out."""
     times = Counter(map(_spelled, names))
     return {_spelled(name): number for number, name in enumerate(names) if times[_spelled(name)] == 1}

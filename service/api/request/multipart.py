@@ -1,11 +1,12 @@
-"""Parse a form with images: its files and text fields.
+"""Parses multipart forms: image files and text fields.
 
-The body has a size limit, and `bytes.find` splits it at its boundaries, so no body can make Python loop over bytes.
-Existing parsers do not fit. starlette uses python-multipart's parser, which takes 0.3 s for each MB of data that is
-nearly a boundary, because it loops over such data byte by byte. starlette also writes files over 1 MiB to /tmp (small
-in a container), accepts a truncated form, does not name a field that is too long, and decodes fields with any codec
-that the client names, even codecs that raise. The package `multipart` has the module name of an alias that
-python-multipart installs.
+The body's size is limited, and `bytes.find` splits it, so no body can make Python loop over single bytes.
+
+Other parsers do not fit. python-multipart, which starlette uses, loops byte by byte over data that resembles a
+boundary, and so takes 0.3 s per MB of such data. starlette also writes files over 1 MiB to /tmp, which is small in a
+container. It accepts truncated forms, does not say which field is too long, and decodes fields with any codec that the
+client names, including codecs that raise. The package `multipart` cannot be used either, because python-multipart
+installs an alias with the same module name.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -23,27 +24,27 @@ from tminus.service.errors import (
 )
 
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
-MAX_PARTS = 128  # a class for each of 64 images, and all other parameters
+MAX_PARTS = 128  # enough for 64 images with a class each, and all other parameters
 MAX_FIELD_BYTES = 1024
-MAX_HEAD_BYTES = 4096  # headers of a part
+MAX_HEAD_BYTES = 4096  # limit on the headers of a part
 MAX_BOUNDARY_BYTES = 70  # RFC 2046, section 5.1.1
-FORM_BYTES = 64 * 1024  # bytes for a form's boundaries, part headers and fields, besides its images
-Part = tuple[str, bool, bytes]  # name, True if the part is a file (has a file name), data
-PIECE_BYTES = 2**18  # bytes of one search, which holds the GIL for at most 2 ms
+FORM_BYTES = 64 * 1024  # allowed for boundaries, part headers and text fields together
+Part = tuple[str, bool, bytes]  # (name, True for a file, data); a file is a part with a file name
+PIECE_BYTES = 2**18  # bytes searched at once, which holds the GIL for at most 2 ms
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A form: its files by name, and its text fields in order."""
+    """A parsed form: files keyed by name, and text fields in their original order."""
 
     files: Mapping[str, bytes]
     fields: tuple[tuple[str, str], ...]
 
 
 def parse_form(body: bytes, content_type: str, max_bytes: int, files: Collection[str]) -> Form:
-    """Parse a form. files: names of fields that may be images. max_bytes: limit of each image.
+    """Parse a form. files: the names of the fields that may be images. max_bytes: size limit of each image.
 
-    Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage.
+    Raises BodyTooLarge, MalformedForm, UnknownField, ConflictingField or InvalidImage.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not 1 <= len(boundary) <= MAX_BOUNDARY_BYTES:
@@ -61,7 +62,7 @@ def _parts(body: bytes, delimiter: bytes) -> Iterator[Part]:
 
     A delimiter is a line that begins with the boundary (RFC 2046, section 5.1.1).
     """
-    is_first = body.startswith(delimiter[2:])  # the first delimiter may have no line break before it
+    is_first = body.startswith(delimiter[2:])  # a line break before the first delimiter is optional
     at = (0 if is_first else _find(body, delimiter, 0) + 2) + len(delimiter) - 2
     for _ in range(MAX_PARTS + 1):
         if body.startswith(b"--", at):
@@ -80,7 +81,7 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
 
 
 def _part(body: bytes, start: int, end: int) -> Part:
-    """Parse a part: the rest of the delimiter's line, headers, an empty line, data. Raises MalformedForm."""
+    """Parse a part: the rest of the delimiter line, headers, an empty line and data. Raises MalformedForm."""
     head, empty_line, _ = body[start : min(end, start + MAX_HEAD_BYTES)].partition(b"\r\n\r\n")
     rest, *headers = head.split(b"\r\n")
     if not empty_line or rest.strip(b" \t"):
@@ -98,7 +99,7 @@ def _part(body: bytes, start: int, end: int) -> Part:
 
 
 def _to_form(parts: list[Part], known: Collection[str]) -> Form:
-    """Sort the parts into files and fields. Raises UnknownField, InvalidImage, ConflictingField."""
+    """Sort the parts into files and fields. Raises UnknownField, InvalidImage or ConflictingField."""
     files: dict[str, list[bytes]] = {}
     fields: list[tuple[str, str]] = []
     for name, is_file, data in parts:

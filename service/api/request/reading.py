@@ -1,6 +1,6 @@
-"""Read a request: headers, and parameters from the query and from a JSON body or a form.
+"""Reads requests: headers, and parameters from the query and from a JSON body or a form.
 
-The schemas check names, types and bounds.
+The schemas then check names, types and bounds.
 """
 
 import asyncio
@@ -39,24 +39,24 @@ Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=RequestSchema)
 P = ParamSpec("P")
-KEY = re.compile(r"[\x20-\x7e]{1,255}")  # valid Idempotency-Key
-MAX_MARKS = 4096  # the most MARKS in a body; a request has about forty, plus any in class names
-# Characters that start lists, objects and members. Python's garbage collector visits these objects repeatedly while the
-# parser creates more.
+KEY = re.compile(r"[\x20-\x7e]{1,255}")  # a valid Idempotency-Key
+MAX_MARKS = 4096  # maximum number of MARKS in a body; requests have about forty, plus any in class names
+# Characters that start a list, an object or a member. Parsing is slow if there are many, because Python's garbage
+# collector keeps visiting the objects that the parser has created.
 MARKS = b"[{:"
-SMALL_BYTES = 64 * 1024  # parsed in the event loop within 2 ms; larger bodies are parsed in a thread
+SMALL_BYTES = 64 * 1024  # larger bodies are parsed in a thread; this size takes at most 2 ms in the event loop
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "keep", "show", "webhook_events_filter"})
-# JSON parsers are fast on these bytes. Other bytes, such as brackets and quotes, are costly.
+# JSON parsers are fast on these bytes. Other bytes, such as brackets and quotes, are expensive to parse.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
-    """Return the offered type with the highest quality in Accept; the first of equals.
+    """Return the offered media type with the highest quality in Accept, or the first of several equals.
 
-    An offered type has the quality of the most specific range that matches. An empty header accepts anything. Raises
-    NotAcceptable if no type matches. hint: text after the list of types in that error.
+    The quality of an offered type is that of the most specific range that matches it. An empty header accepts
+    everything. Raises NotAcceptable if no type matches. hint: text to add after the types in that error.
     """
-    accept = ", ".join(request.headers.getlist("accept"))  # several headers form one list
+    accept = ", ".join(request.headers.getlist("accept"))  # repeated headers form one list
     if not accept.strip():
         return offered[0]
     ranges = qualities(accept)
@@ -69,7 +69,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
                 return max(matching)
         return 0.0
 
-    best = max(offered, key=quality)  # max returns the first of equals
+    best = max(offered, key=quality)  # max returns the first of several equals
     if quality(best) <= 0:
         bound = f"one of {', '.join(offered)}{hint}"
         raise NotAcceptable(
@@ -79,7 +79,7 @@ def negotiate(request: Request, offered: Sequence[str], hint: str = "") -> str:
 
 
 def qualities(header: str) -> list[tuple[str, float]]:
-    """Return the names in a header such as Accept or Accept-Encoding, in lower case, with their qualities in 0..1."""
+    """Return the names in a header such as Accept or Accept-Encoding, in lower case, each with its quality in 0..1."""
     return [_quality(part) for part in header.split(",") if part.strip()]
 
 
@@ -97,9 +97,9 @@ def _quality(part: str) -> tuple[str, float]:
 
 
 def cache_directives(request: Request) -> frozenset[str]:
-    """Return the cache directives of a request, such as no-cache, in lower case (RFC 9111, section 5.2.1).
+    """Return a request's cache directives, such as no-cache, in lower case (RFC 9111, section 5.2.1).
 
-    Pragma counts only without Cache-Control (section 5.4).
+    Pragma counts only if there is no Cache-Control (section 5.4).
     """
     headers = request.headers
     directives = parse_http_list(", ".join(headers.getlist("cache-control") or headers.getlist("pragma")))
@@ -107,9 +107,10 @@ def cache_directives(request: Request) -> frozenset[str]:
 
 
 def has_answer(request: Request, etag: str) -> bool:
-    """Return True if the client already has this answer (RFC 9110, section 13.1.2; weak comparison).
+    """Return True if If-None-Match says that the client already has this response (RFC 9110, section 13.1.2).
 
-    `*` matches any answer to GET or HEAD, but no answer to POST, because that answer is not a resource.
+    Weak and strong ETags compare as equal. `*` matches any response to GET or HEAD, but none to POST, because a
+    response to POST is not a resource.
     """
     names = [name.strip().removeprefix("W/") for name in ",".join(request.headers.getlist("if-none-match")).split(",")]
     return etag in names or ("*" in names and request.method in ("GET", "HEAD"))
@@ -123,10 +124,10 @@ def check_encoding(request: Request) -> None:
 
 
 def key_in_headers(request: Request) -> str | None:
-    """Return the Idempotency-Key without the quotes of a structured-field string; None without the header.
+    """Return the Idempotency-Key, or None without the header. The quotes of a structured-field string are removed.
 
-    Raises InvalidField, and MalformedRequest for two headers: only list headers may be repeated (RFC 9110, section
-    5.3).
+    Raises InvalidField for an invalid key. Raises MalformedRequest for two headers: only headers that are lists may be
+    repeated (RFC 9110, section 5.3).
     """
     if not (headers := request.headers.getlist("idempotency-key")):
         return None
@@ -141,19 +142,19 @@ def key_in_headers(request: Request) -> str | None:
 
 
 def media_type_of(request: Request) -> str:
-    """Return the media type of the body in lower case; empty without a Content-Type."""
+    """Return the media type of the body in lower case, or "" without a Content-Type."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def is_form(request: Request) -> bool:
-    """Return True if the body's Content-Type is that of a form."""
+    """Return True if the body is a multipart form."""
     return media_type_of(request) == FORM
 
 
 async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in query and body. Returns the valid parameters, and the errors of the others.
+    """Read the parameters in the query and the body. Return the valid parameters, and the errors of the rest.
 
-    Raises UnsupportedEncoding, UnsupportedMediaType, and the errors of `read_form` and `read_json`.
+    Raises UnsupportedEncoding, UnsupportedMediaType, or the errors of `read_form` and `read_json`.
     """
     check_encoding(request)
     query, errors = from_query(request)
@@ -161,7 +162,7 @@ async def read_parameters(request: Request, limits: Limits) -> tuple[dict[str, A
         if name in query:
             bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
             errors.add(InvalidField.of(name, bound, query.pop(name)))
-    if "webhook" in query:  # the URL may contain secrets, and logs and browser histories keep queries
+    if "webhook" in query:  # its URL may contain secrets, and logs and browser histories keep queries
         errors.add(InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query.pop("webhook")))))
     if is_form(request):
         form = await read_form(request, limits.max_image_bytes, PICTURES)
@@ -178,13 +179,13 @@ async def parse_call(
     errors: ValidationErrors | None = None,
     context: object = None,
 ) -> Kind:
-    """Check the parameters of a call, in a thread if there is much base64. Raises as RequestSchema.parse does."""
+    """Check the parameters of a call as RequestSchema.parse does. Much base64 is decoded in a thread."""
     size_bytes = sum(len(values[name]) for name in PICTURES if isinstance(values.get(name), str))
     return await off_loop(size_bytes, kind.parse, values, bounds, errors, context)
 
 
 def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationErrors]:
-    """Read the parameters in the query. Returns the valid parameters, and the errors of the others."""
+    """Read the parameters in the query. Return the valid parameters, and the errors of the rest."""
     errors = ValidationErrors()
     return from_items(request.query_params.multi_items(), "the query", errors), errors
 
@@ -192,7 +193,7 @@ def from_query(request: HTTPConnection) -> tuple[dict[str, Any], ValidationError
 def in_query(kind: type[Kind]) -> Any:
     """Return a dependency that reads a call's parameters from the query."""
 
-    async def parse(request: Request) -> Kind:  # async, because FastAPI runs plain functions in a thread
+    async def parse(request: Request) -> Kind:  # async: FastAPI would run a plain function in a thread
         values, errors = from_query(request)
         return kind.parse(values, errors=errors)
 
@@ -200,7 +201,7 @@ def in_query(kind: type[Kind]) -> Any:
 
 
 async def no_parameters(request: HTTPConnection) -> None:
-    """Raise UnknownField if there are parameters in the query, for a call that has none."""
+    """Raise UnknownField if the query of a call without parameters is not empty."""
     errors = ValidationErrors()
     for name, value in request.query_params.multi_items():
         detail = f"there is no parameter {short(name)!r}; known: none"
@@ -208,18 +209,18 @@ async def no_parameters(request: HTTPConnection) -> None:
     errors.check()
 
 
-BARE = [Depends(no_parameters)]  # dependencies of a call without parameters
+BARE = [Depends(no_parameters)]  # for calls without parameters
 
 
 async def off_loop(size_bytes: int, parse: Callable[P, Parsed], *args: P.args, **kwargs: P.kwargs) -> Parsed:
-    """Run a parser on a client's bytes. Above SMALL_BYTES it runs in a thread, to keep the event loop free."""
+    """Run a parser, in a thread if it parses more than SMALL_BYTES, so that the event loop stays free."""
     if size_bytes <= SMALL_BYTES:
         return parse(*args, **kwargs)
     return await asyncio.to_thread(parse, *args, **kwargs)
 
 
 async def chunks_of(request: Request) -> AsyncIterator[bytes]:
-    """Yield the chunks of a body. Raises JobCancelled if the client disconnects first."""
+    """Yield the chunks of a body. Raises JobCancelled if the client disconnects."""
     try:
         async for chunk in request.stream():
             yield chunk
@@ -228,7 +229,7 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
-    """Read a form. files: names of fields that may be images. Raises JobCancelled and the errors of `parse_form`."""
+    """Read a form. files: names of the fields that may be images. Raises JobCancelled or the errors of `parse_form`."""
     body, held = await read_body(request), body_of(request.scope)
     with held.budget.hold(SMALL_BYTES, held.owner) as copies:
         copies.add(len(body))  # parsing copies the parts
@@ -238,22 +239,23 @@ async def read_form(request: Request, max_bytes: int, files: Collection[str]) ->
 async def read_body(request: Request) -> bytes:
     """Read a body. Raises JobCancelled if the client disconnects.
 
-    `request.body()` is not used, because it keeps the bytes until the request ends.
+    Unlike `request.body()`, this does not keep the bytes until the request ends.
     """
     return b"".join([chunk async for chunk in chunks_of(request)])
 
 
 async def read_json(request: Request, max_bytes: int, taken: Collection[str] | None = (JSON,)) -> dict[str, Any]:
-    """Read a JSON body. max_bytes: limit of the body without its pictures. A larger body is not read to the end.
+    """Read a JSON body. max_bytes: limit on the body without its pictures. Reading stops once the limit is exceeded.
 
-    taken: the media types that the call accepts, for the error. A body without a type is JSON, and other types than
-    JSON are refused. None: treat a body of any type as JSON, because clients of other vendors' APIs may send no type.
+    taken: the media types that the call accepts, for the error message. Only JSON is read here: a body without a type
+    counts as JSON, and any other type is refused. None: read a body of any type as JSON, for APIs whose clients do not
+    declare JSON.
 
-    Raises UnsupportedMediaType and the errors of `from_body`.
+    Raises UnsupportedMediaType or the errors of `from_body`.
     """
     body, costly_bytes, declared = bytearray(), 0, media_type_of(request)
     async for chunk in chunks_of(request):
-        if chunk and taken is not None and declared not in ("", JSON):  # a request without a body may have any type
+        if chunk and taken is not None and declared not in ("", JSON):  # an empty body may have any type
             raise UnsupportedMediaType.of(request.headers["content-type"], taken)
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
@@ -263,9 +265,9 @@ async def read_json(request: Request, max_bytes: int, taken: Collection[str] | N
 
 
 def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationErrors) -> dict[str, Any]:
-    """Convert the items of a query or a form to parameters. Names may repeat only for list fields.
+    """Convert the items of a query or a form to parameters. Only list fields may be repeated.
 
-    Another repeated field is omitted, and a ConflictingField is added to errors.
+    If another field is repeated, it is left out and a ConflictingField is added to `errors`.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -281,10 +283,10 @@ def from_items(items: Iterable[tuple[str, str]], where: str, errors: ValidationE
 
 
 def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
-    """Parse a JSON object. An empty body has no parameters.
+    """Parse a JSON object. An empty body means no parameters.
 
-    max_bytes: limit of the body without its pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a
-    repeated name.
+    max_bytes: limit on the body without its pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField if a name
+    occurs twice.
     """
     costly = body.translate(None, BASE64)
     if len(costly) > max_bytes:
@@ -306,7 +308,7 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def merge(query: dict[str, Any], body: dict[str, Any], errors: ValidationErrors) -> dict[str, Any]:
-    """Merge query and body. A field with two different values is omitted, and a ConflictingField is added to errors."""
+    """Merge query and body. If they disagree about a field, it is left out and a ConflictingField is added."""
     merged = query | body
     for name in query:
         if name in body and not _same(query[name], body[name]):
@@ -333,7 +335,7 @@ def _same_scalar(query_value: str, body_value: Any) -> bool:
         return False
     try:
         return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are equal
-    except InvalidOperation:  # for example an exponent of twenty digits
+    except InvalidOperation:  # the exponent may have twenty digits, for example
         return False
 
 
@@ -353,7 +355,7 @@ def _no_constant(name: str) -> None:
 async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
     """Wait for `wanted`. If the client disconnects first, cancel `wanted` and raise JobCancelled.
 
-    Meanwhile, the rest of the body is received and discarded. Its errors, such as SlowBody, are raised too.
+    While waiting, receive and discard the rest of the body. This may also raise errors, such as SlowBody.
     """
     wait = asyncio.ensure_future(wanted)
     gone = asyncio.ensure_future(_disconnected(request))

@@ -1,6 +1,6 @@
 """The parameters of each kind of call, as pydantic models that check names, types and bounds.
 
-specs.py does the checks that depend on the model, and converts these models to plain values.
+specs.py makes the checks that depend on the model, and converts these pydantic models to plain values.
 """
 
 import binascii
@@ -58,27 +58,28 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
-PICTURES = ("image", "mask")  # fields with up to megabytes of base64, or files of a form
-DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # keyed by the name in diffusers
-BOUND = "x-bound"  # key in a field's JSON schema: the bound in words, if the type does not state it
-DEFAULT = "x-default"  # key in a field's JSON schema: the default in words
+PICTURES = ("image", "mask")  # may have megabytes of base64, or be files in a form
+DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # diffusers' name: our name
+BOUND = "x-bound"  # JSON schema key: the bound in words, if the type does not state it
+DEFAULT = "x-default"  # JSON schema key: the default in words
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 SETTINGS = ("sampler", "steps", "guidance")
-# Parameters that determine the default settings.
+# The parameters that determine the defaults of the SETTINGS.
 DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
 BIT_DEPTHS = (8, 16, 32)
-MAX_ITEMS = 16  # the most list items that are checked, unless the field's bound allows more
-OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # parameters with bounds that depend only on the model
+MAX_ITEMS = 16  # longer lists are refused unchecked, unless the field allows them
+OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # the parameters that `check_bounds` checks
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
-# Each value has one accepted spelling, in text and in JSON. Python's int and float and pydantic's bool accept many
-# more.
+# Each value can be written in one way only, as text or in JSON. Python's int and float and pydantic's bool would accept
+# many more spellings.
 
 
 def _whole(value: object) -> int:
-    """Return an integer, or convert a float with an integer value. Raises ValueError.
+    """Return an integer, or a float with an integer value as an int. Raises ValueError for anything else.
 
-    JSON Schema, and so OpenAPI, counts 5.0 as an integer. Above 2^53, a float may differ from the number that was sent.
+    JSON Schema, and therefore OpenAPI, counts 5.0 as an integer. A float above 2^53 is refused, because it may differ
+    from the number that was sent.
     """
     if type(value) is int:
         return value
@@ -108,7 +109,7 @@ def _boolean(value: object) -> bool:
 
 
 def _image_bytes(value: object, info: ValidationInfo) -> bytes:
-    """Decode base64 or a data: URL with base64 (RFC 2397). Bytes, from a form's file, are returned unchanged."""
+    """Decode base64, or a data: URL that contains base64 (RFC 2397). Bytes, from a file in a form, stay as they are."""
     if isinstance(value, bytes):
         return value
     field = info.field_name or ""
@@ -121,12 +122,12 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
             raise InvalidImage.of(field, ENCODED_IMAGE, f"a data: URL without base64: {head}")
     try:
         return binascii.a2b_base64("".join(encoded.split()), strict_mode=True)
-    except ValueError as error:  # binascii.Error, or the error for a character that is not ASCII
+    except ValueError as error:  # binascii.Error, or the text is not ASCII
         raise InvalidImage.of(field, ENCODED_IMAGE, f"{value[:40]!r} ({error})") from None
 
 
 def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value  # a query with one item gives text
+    return [value] if isinstance(value, str) else value  # a query with a single item gives a str
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -136,19 +137,19 @@ def _each_once(values: list[Any]) -> list[Any]:
 
 
 def in_words(default: str, bound: str = "") -> Any:
-    """Describe a field's default in words, and its bound if the type does not state it.
+    """State a field's default in words, and its bound if the type does not state it.
 
-    A `default` in the OpenAPI document would make generated clients send the value.
+    With a real `default` in the OpenAPI document, generated clients would send that value.
     """
     words = {DEFAULT: default, BOUND: bound}
     return Field(json_schema_extra={name: text for name, text in words.items() if text})
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]  # refuses text, for fields where text has another meaning
+Whole = Annotated[int, BeforeValidator(_whole)]  # refuses text; for fields where text means something else
 AsInteger = BeforeValidator(_integer)
 Int = Annotated[int, AsInteger]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
-# Bounds come before the validator; otherwise, OpenAPI would not show them.
+# The bounds must come before the validator; otherwise OpenAPI does not show them.
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), AsInteger]
 Index = Annotated[int, Field(ge=0, le=MAX_INDEX), AsInteger]
 Step = Annotated[int, Field(ge=0), AsInteger]
@@ -176,23 +177,23 @@ EachOnce = Annotated[
 Shows = Show | Annotated[EachOnce[Show], Field(max_length=len(SHOWS))]
 
 
-# --- bounds: each is stated once, as JSON Schema, for checks, the OpenAPI document and error messages ---
+# --- bounds: each is written once, as JSON Schema, for checks, for the OpenAPI document and for error messages ---
 
 
 class Bound(NamedTuple):
-    """A bound that is narrower than the field's own bound: a schema for each JSON Schema type of the values."""
+    """A narrower bound than the field declares: one schema for each JSON type that the field's values may have."""
 
-    integer: Schema | None = None  # also bounds the items of lists
+    integer: Schema | None = None  # also applies to the items of lists
     string: Schema | None = None
     array: Schema | None = None
-    words: str = ""  # the bound in words, if the schemas do not state it
+    words: str = ""  # the whole bound in words, if the schemas do not state it
 
     def of_kind(self, kind: str) -> Schema:
-        """Return the schema for values of a JSON Schema type; empty if there is no bound."""
+        """Return the schema for values of a JSON type, or {} if the bound does not limit them."""
         return getattr(self, kind, None) or {}
 
     def allows(self, value: int | str) -> bool:
-        """Return True if a value of the right type is within the bound."""
+        """Return True if a value of a valid type is within the bound."""
         schema = self.of_kind("string" if isinstance(value, str) else "integer")
         if "enum" in schema:
             return value in schema["enum"]
@@ -203,16 +204,16 @@ Bounds = Mapping[str, Bound]
 
 
 def bit_depths(channels: int) -> tuple[int, ...]:
-    """Return the bit depths of a model's images. Only grey PNGs have 16 bits."""
+    """Return the bit depths that a model's images may have. Only grey PNGs can have 16 bits."""
     return BIT_DEPTHS if channels == 1 else (8, 32)
 
 
 def bounds_of(model: ModelInfo, limits: Limits) -> Bounds:
-    """Return the bounds that depend on the model and the settings, keyed by parameter."""
+    """Return the bounds that depend on the model and the server's settings, keyed by parameter."""
     return _bounds(model.num_timesteps, model.samplers, model.class_names, model.channels, limits.max_n)
 
 
-@lru_cache(maxsize=64)  # the same for each request of a model
+@lru_cache(maxsize=64)  # same for all requests to a model
 def _bounds(
     num_timesteps: int, samplers: tuple[str, ...], class_names: tuple[str, ...], channels: int, max_n: int
 ) -> Bounds:
@@ -247,13 +248,13 @@ def _bounds(
 
 
 def max_items(schema: Schema, bound: Bound) -> int:
-    """Return the largest number of list items that are checked. schema: the field's JSON Schema."""
+    """Return the length of the longest list that is checked. schema: the field's JSON Schema."""
     kinds = (bound.of_kind("array"), *schema.get("anyOf", [schema]))
     return max(MAX_ITEMS, *(int(each.get("maxItems", 0)) for each in kinds))
 
 
 def words_of(schema: Schema, bound: Bound) -> str:
-    """Describe a parameter's valid values in words. schema: the field's JSON Schema."""
+    """Describe in words which values of a parameter are valid. schema: the field's JSON Schema."""
     kind = next(each for each in schema.get("anyOf", [schema]) if each["type"] != "null")
     if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
         return str(words)
@@ -281,20 +282,20 @@ def _as_text(value: float | None) -> str:
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UnknownField for unknown parameters, at most MOST_FAULTS of them."""
+    """Raise UnknownField for unknown parameters. The error lists at most MOST_FAULTS of them."""
     errors, names = ValidationErrors(), {*known}
     for name in [name for name in given if name not in names][:MOST_FAULTS]:
-        # A webhook's URL may contain secrets, and errors are logged.
+        # Errors are logged, and a webhook's URL may contain secrets.
         value = origin_of(str(given[name])) if name == "webhook" else given[name]
         errors.add(UnknownField.of(name, known, value))
     errors.check()
 
 
 def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Rename parameters to the names of POST /sample. Returns them, and the request's names keyed by our names.
+    """Rename another API's parameters to our names. Also return the names that the request used, keyed by our names.
 
-    names: our names, keyed by the other API's names. Raises ConflictingField if a parameter has two names in the
-    request.
+    names: our names, keyed by the other API's names. Raises ConflictingField if the request has a parameter under both
+    names.
     """
     given_as: dict[str, str] = {}
     for name, value in given.items():
@@ -305,7 +306,7 @@ def by_our_names(given: Mapping[str, Any], names: Mapping[str, str]) -> tuple[di
 
 @contextmanager
 def named_as_given(given_as: Mapping[str, str]) -> Iterator[None]:
-    """Rename parameters in errors of the block to the request's names. given_as: second result of `by_our_names`."""
+    """Make errors from the `with` block use the request's names. given_as: the second result of `by_our_names`."""
     try:
         yield
     except (InvalidField, InvalidImage) as error:
@@ -327,7 +328,7 @@ class RequestSchema(BaseModel):
     """The parameters of one kind of call."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    other_names: ClassVar[Collection[str]] = ()  # accepted names that are not fields
+    other_names: ClassVar[Collection[str]] = ()  # names that are accepted but are not fields
 
     @classmethod
     def parse(
@@ -337,10 +338,10 @@ class RequestSchema(BaseModel):
         errors: ValidationErrors | None = None,
         context: object = None,
     ) -> Self:
-        """Check names and types, and the bounds that the fields declare.
+        """Check names, types and bounds, and return the parsed parameters.
 
-        bounds: the bounds that depend on the model. errors: errors found earlier. context: passed to the class's
-        validators. Raises UnknownField, InvalidField or InvalidImage, which carries all errors.
+        bounds: bounds that depend on the model. errors: errors found earlier. context: passed to the class's
+        validators. Raises UnknownField, InvalidField or InvalidImage; the error carries all others.
         """
         errors, bounds, parsed = errors or ValidationErrors(), bounds or {}, None
         with errors.collect():
@@ -348,7 +349,7 @@ class RequestSchema(BaseModel):
         given = {name: value for name, value in values.items() if name in cls.model_fields}
         for name, value in list(given.items()):
             most = max_items(_schema_of(cls)[name], bounds.get(name, Bound()))
-            if isinstance(value, list) and len(value) > most:  # pydantic would check each item
+            if isinstance(value, list) and len(value) > most:  # otherwise, pydantic would check every item
                 words = cls.words(name, bounds)
                 detail = f"{name} must be {words}, got a list of {len(value)}"
                 errors.add(InvalidField(detail, field=name, value=given.pop(name), bound=words))
@@ -358,7 +359,7 @@ class RequestSchema(BaseModel):
             for each in wrong.errors(include_url=False, include_input=False):
                 name, error = str(each["loc"][0]), each.get("ctx", {}).get("error")
                 given.pop(name, None)
-                if name in errors:  # a required list that was removed above
+                if name in errors:  # a required list that was removed above for its length
                     continue
                 if not isinstance(error, ServiceError):
                     error = InvalidField.of(name, cls.words(name, bounds), values.get(name))
@@ -371,7 +372,7 @@ class RequestSchema(BaseModel):
         return parsed
 
     def check_bounds(self, bounds: Bounds, errors: ValidationErrors) -> None:
-        """Add an error for each parameter outside the model's bounds."""
+        """Add an error for each parameter that the model's bounds do not allow."""
         for name in OF_MODEL:
             value = getattr(self, name, None)
             if value is not None and name in bounds and not bounds[name].allows(value):
@@ -379,7 +380,7 @@ class RequestSchema(BaseModel):
 
     @classmethod
     def words(cls, name: str, bounds: Bounds) -> str:
-        """Describe a parameter's valid values in words."""
+        """Describe in words which values of a parameter are valid."""
         return words_of(_schema_of(cls)[name], bounds.get(name, Bound()))
 
 
@@ -389,7 +390,7 @@ def _schema_of(kind: type[RequestSchema]) -> Mapping[str, Schema]:
 
 
 class Sampling(RequestSchema):
-    """Parameters of sampling. GET /model lists the bounds that depend on the model."""
+    """The parameters of sampling. GET /model lists the bounds that depend on the model."""
 
     n: Annotated[Int, in_words("1")] = 1
     """The number of images. The server's `--max-n` sets the maximum."""
@@ -451,12 +452,12 @@ class Sampling(RequestSchema):
             errors.add(InvalidField.of("index", self.words("index", bounds), self.index))
 
     def decisive(self) -> dict[str, Any]:
-        """Return the given parameters that determine the settings."""
+        """Return the parameters in the request that determine its settings."""
         return {name: value for name in DECISIVE if (value := getattr(self, name)) is not None}
 
 
 class Edit(RequestSchema):
-    """Parameters of an edit, which starts from an image instead of noise."""
+    """The parameters of an edit, which starts from an image instead of noise."""
 
     strength: Annotated[PositiveShare | None, in_words("none")] = None
     """With `image`: the share of the denoising steps that run again."""
@@ -468,7 +469,7 @@ class Edit(RequestSchema):
 
 
 class SampleRequest(Edit, Sampling):
-    """Parameters of sampling and of edits, shared by all calls that make images."""
+    """The parameters that all calls that make images share: those of sampling and of edits."""
 
     class_label: Annotated[
         Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None, in_words("no class")
@@ -485,7 +486,7 @@ class SampleRequest(Edit, Sampling):
 
 
 class NoiseCall(RequestSchema):
-    """The parameters of POST /noise, in the query or in the form."""
+    """The parameters of POST /noise, from the query or the form."""
 
     t: Int
     """The timestep, from 0 (least noise) to T - 1. Required."""
@@ -494,7 +495,7 @@ class NoiseCall(RequestSchema):
 
 
 class FloatsRequest(RequestSchema):
-    """The parameters of an answer in floats. The validators' context is the answer's media type."""
+    """The parameter of responses that contain floats. The validation context is the response's media type."""
 
     clip_output: Annotated[Bool, in_words("true")] = True
     """With `Accept: application/x-npy`: whether values beyond the model's range are clipped to it. Not to be confused
@@ -510,7 +511,7 @@ class FloatsRequest(RequestSchema):
 
 
 class PreviewRequest(RequestSchema):
-    """Parameters of a running job's frames: their rate, content and format."""
+    """The parameters of a running job's frames: how often, what they show, and in which format."""
 
     every: Annotated[Every | None, in_words("none")] = None
     """Send a frame after every so many steps, counted in passes."""
@@ -553,14 +554,14 @@ class PreviewRequest(RequestSchema):
 
 
 class StreamCall(PreviewRequest, SampleRequest):
-    """Parameters of a job in a WebSocket message."""
+    """The parameters of a job in a WebSocket message."""
 
     keep_open: Annotated[Bool, in_words("false")] = False
     """After the job, wait for another one instead of closing."""
 
 
 class SampleCall(FloatsRequest, SampleRequest):
-    """Parameters of POST /sample and GET /sample. The validators' context is the media type of the answer."""
+    """The parameters of POST and GET /sample. The validation context is the response's media type."""
 
     every: Annotated[Every | None, in_words("no frames")] = None
     """With `Accept: image/webp` or `application/json`: a frame after every so many steps of each image, counted in
@@ -600,9 +601,9 @@ class SampleCall(FloatsRequest, SampleRequest):
 
 
 class JobCall(SampleRequest):
-    """Parameters of POST /jobs: a sample, and a webhook with the names of Cog.
+    """The parameters of POST /jobs: a sample, and a webhook whose parameters are named as in Cog.
 
-    The validators' context is the AllowedReceivers, or None if the server sends no webhooks.
+    The validation context is an AllowedReceivers, or None if the server sends no webhooks.
     """
 
     webhook: Annotated[Url | None, in_words("none")] = None
@@ -621,7 +622,7 @@ class JobCall(SampleRequest):
         if value is None:
             return value
         if not isinstance(value, str):
-            raise refused("text", "")  # the value may contain a URL, and errors are logged
+            raise refused("text", "")  # leave out the value: it may contain a URL, and errors are logged
         if not isinstance(info.context, AllowedReceivers):
             raise refused(OFF, value)
         Receiver.parse(value, info.context)

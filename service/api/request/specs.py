@@ -1,4 +1,4 @@
-"""Create a spec from a request's parameters, with the checks that depend on the model or on several parameters."""
+"""Creates specs from request parameters, with the checks that depend on the model or on several parameters."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from tminus.service.errors import BodyTooLarge, InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 
-SEED_BITS = 53  # JavaScript's numbers hold a drawn seed exactly
+SEED_BITS = 53  # number of bits in a seed drawn by the server; JavaScript's numbers hold it exactly
 Labels = tuple[int | None, ...] | None
 
 
@@ -41,7 +41,7 @@ def spec_of(
     interval = parameters.guidance_interval
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] < model.num_timesteps):
         errors.add(InvalidField.of("guidance_interval", parameters.words("guidance_interval", bounds), interval))
-    if "sampler" in errors:  # all further checks depend on the sampler
+    if "sampler" in errors:  # the other checks depend on the sampler
         errors.check()
     can_guide = model.null_class is not None and labels is not None and None not in labels
     settings = settings_of(parameters.decisive(), model, can_guide=can_guide)
@@ -85,7 +85,7 @@ def _check_seed_mix(seed: int, parameters: SampleRequest) -> None:
     if (parameters.to_seed is None) != (parameters.mix is None):
         missing, given = ("to_seed", "mix") if parameters.to_seed is None else ("mix", "to_seed")
         raise InvalidField.of(missing, f"given together with {given}", None)
-    if parameters.to_seed == seed:  # interpolating a noise with itself would not give noise of unit variance
+    if parameters.to_seed == seed:  # a mix of a noise with itself would not have unit variance
         raise InvalidField.of("to_seed", "different from seed", parameters.to_seed)
 
 
@@ -106,7 +106,7 @@ def _check_edit(max_image_bytes: int, model: ModelInfo, parameters: SampleReques
 
 
 def check_uploads(model: ModelInfo) -> None:
-    """Raise InvalidField if the model has more channels than a picture holds."""
+    """Raise InvalidField if the model has more channels than a picture can hold."""
     if not model.fits_pictures:
         bound = f"absent: a picture holds {model.shown_channels} of this model's {model.channels} channels"
         raise InvalidField(f"image must be {bound}", field="image", value="a picture", bound=bound)
@@ -125,14 +125,14 @@ def _check_guidance(parameters: SampleRequest, guidance: float, model: ModelInfo
 
 
 def refuse_float_depth(spec: SampleSpec, model: ModelInfo, where: str) -> None:
-    """Raise InvalidField if the spec asks for floats. where: the end of the error's text."""
+    """Raise InvalidField if the spec asks for floats. where: how the error's text ends."""
     if spec.depth == 32:
         depths = " or ".join(str(depth) for depth in bit_depths(model.channels) if depth != 32)
         raise InvalidField.of("bit_depth", f"{depths} {where}", spec.depth)
 
 
 def with_inputs(spec: SampleSpec, parameters: SampleRequest, inputs: Inputs | None) -> SampleSpec:
-    """Add the hashes of the inputs to the spec. Raises InvalidField if the request expects other hashes."""
+    """Add the hashes of the decoded inputs to the spec. Raises InvalidField if the request states different hashes."""
     if inputs is None:
         return spec
     for name, wanted, got in (
@@ -144,21 +144,21 @@ def with_inputs(spec: SampleSpec, parameters: SampleRequest, inputs: Inputs | No
     return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
 
 
-# --- settings that a request leaves out: LEFT_OUT in answers/operations.py has these rules as a table ---
+# --- defaults of settings; LEFT_OUT in answers/operations.py lists these rules in a table ---
 
 
 def settings_of(given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool) -> Recommended:
-    """Return the sampler, steps and guidance of a request, with defaults filled in. Does not check them.
+    """Return the sampler, steps and guidance of a request, with defaults for those that are missing. Checks nothing.
 
-    given: the parameters in the request, by name. can_guide: True if each image has a class and the model has a null
-    class.
+    given: the parameters in the request, by name. can_guide: True if the model has a null class and every image of the
+    request has a class.
     """
     return replace(_left_out(given, model, can_guide), **{name: given[name] for name in SETTINGS if name in given})
 
 
 def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Recommended:
     own = model.recommended
-    if "table" in given and model.tables:  # any table will do for a wrong hash, which is refused later
+    if "table" in given and model.tables:  # a wrong hash is refused later, so any table will do until then
         named = [table for table in model.tables if table.hash == given["table"]]
         return _settings_of_table((named or model.tables)[0])
     sampler = given.get("sampler", model.default_sampler if "steps" in given else own.sampler)
@@ -173,12 +173,12 @@ def _left_out(given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Re
         return _settings_of_table(nearest(tables, own.steps, own.guidance))
     usual = usual_settings(model.num_timesteps)
     if given.keys() & {"sampler", "nearest"} or usual.sampler not in model.samplers:
-        return own  # refused later, unless the request takes the nearest table
+        return own  # refused later, unless `nearest` is set
     return replace(usual, guidance=own.guidance)
 
 
 def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInfo, can_guide: bool) -> Recommended:
-    """Return the settings with the guidance of a fitting table, and with its steps if the request has no steps."""
+    """Return the settings with the guidance of a matching table, and with its steps if the request sets no steps."""
     tables = [table for table in model.tables if table.sampler == settings.sampler]
     if "steps" in given and not given.get("nearest"):
         tables = [table for table in tables if table.steps == settings.steps]
@@ -192,8 +192,8 @@ def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInf
 
 
 def tables_for(given: Mapping[str, Any], model: ModelInfo, sampler: str, guidance: float) -> list[Table]:
-    """Return a sampler's tables with this guidance; none if the request sets timestep_spacing."""
-    if "timestep_spacing" in given:  # a table has its own timesteps
+    """Return a sampler's tables with this guidance, or none if the request sets timestep_spacing."""
+    if "timestep_spacing" in given:  # a table has its own spacing
         return []
     return [table for table in model.tables if (table.sampler, table.guidance) == (sampler, guidance)]
 
@@ -203,7 +203,7 @@ def _settings_of_table(table: Table) -> Recommended:
 
 
 def named_by(given: Mapping[str, Any]) -> str:
-    """Return the settings that the request names, as a label for the metric: table, both, sampler, steps or none."""
+    """Return which settings the request sets, as a metric label: table, both, sampler, steps or none."""
     if "table" in given:
         return "table"
     if given.keys() >= {"sampler", "steps"}:
@@ -215,7 +215,7 @@ def named_by(given: Mapping[str, Any]) -> str:
 
 
 def _table_of(parameters: SampleRequest, model: ModelInfo, settings: Recommended) -> Table | None:
-    """Return the checkpoint's table for this request; None for a sampler without tables. Raises InvalidField."""
+    """Return the checkpoint's table for this request, or None if the sampler uses no tables. Raises InvalidField."""
     sampler = settings.sampler
     if sampler not in TABLE_SAMPLERS:
         for name in ("nearest", "table"):
@@ -233,10 +233,10 @@ def _table_of(parameters: SampleRequest, model: ModelInfo, settings: Recommended
 def choose_table(
     model: ModelInfo, settings: Recommended, *, take_nearest: bool = False, table_hash: str | None = None
 ) -> Table:
-    """Return the table for these settings. Raises InvalidField, which lists the tables.
+    """Return the sampler table for these settings. Raises InvalidField, which lists the tables.
 
-    take_nearest: accept the nearest table. A guided request never gets an unguided table, nor an unguided request a
-    guided one.
+    take_nearest: also accept the nearest table. Even then, a guided request gets only guided tables, and an unguided
+    request only unguided ones.
     """
     sampler, steps, guidance = settings.sampler, settings.steps, settings.guidance
     tables = [table for table in model.tables if table.sampler == sampler]
@@ -259,7 +259,7 @@ def choose_table(
 
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:
-    """Return parameters that reproduce this spec, without the pixels: the inverse of `spec_of`."""
+    """Return parameters that make the same spec again, without the pixels. The inverse of `spec_of`."""
     parameters = spec.to_json()
     parameters["class_label"] = parameters.pop("class_labels")
     if spec.sampler != "ddim":
