@@ -1,11 +1,7 @@
-<<<<<<< HEAD
-"""Creates the jobs of all kinds of requests from their parameters. Parameters are checked before a job is accepted."""
-=======
 """Creates jobs from request parameters, for all kinds of requests.
 
 All parameters are checked before a job is accepted.
 """
->>>>>>> wt-w2-5
 
 import json
 import time

@@ -205,14 +205,10 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self.handshake_complete = True
 
     async def run_asgi(self) -> None:
-<<<<<<< HEAD
-        """Run the app, then abort the connection after LINGER_S. A closed transport may wait for its reader forever."""
-=======
         """Run the app. LINGER_S seconds after the app ends, abort the connection.
 
         Without the abort, a closed transport may wait for its reader forever.
         """
->>>>>>> wt-w2-5
         await super().run_asgi()
         self.loop.call_later(LINGER_S, self.transport.abort)
 
