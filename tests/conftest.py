@@ -15,6 +15,9 @@ import httpx._transports.default as transport
 import hypothesis
 import psutil
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: threads that wait leave the cores to other workers
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 
 from tests import tools

@@ -233,6 +233,7 @@ def test_a_stream_takes_the_next_pass_while_another_is_held(tiny: Checkpoint, mo
 # --- compiled ---
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="there is no C++ compiler")
 def test_compiled_on_a_cpu_gives_what_the_network_gives_and_is_exact(
     make_checkpoint: MakeCheckpoint,

@@ -45,13 +45,16 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
-GRAPHS: dict[object, tuple[Graph, Compiled]] = {}  # converting and compiling take longer than all the rest
+# Converting and compiling take longer than all the rest.
+GRAPHS: dict[object, tuple[Graph, Compiled]] = {}
+CONVERTED: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _graphs_are_let_go() -> Iterator[None]:
     yield
     GRAPHS.clear()
+    CONVERTED.clear()
 
 
 def converted(checkpoint: Checkpoint) -> tuple[Graph, Compiled]:
@@ -358,9 +361,11 @@ class Kept:
     def __init__(self, folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.checkpoint, self.converted = folder, checkpoint, 0
 
-        def counted(*args: Any) -> Any:
+        def counted(module: nn.Module, *args: Any) -> Any:
             self.converted += 1
-            return convert(*args)
+            if checkpoint.weights_hash not in CONVERTED:  # by a copy, as a graph reads the weights of its network
+                CONVERTED[checkpoint.weights_hash] = convert(copy.deepcopy(module), *args)
+            return CONVERTED[checkpoint.weights_hash].clone()
 
         monkeypatch.setattr(openvino_executor, "convert", counted)
 
