@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def num_registers(self) -> int:
-        """The number of registers, R: tensors that each image needs besides x and x0_previous."""
+        """The number R of registers. An image needs R tensors besides x and x0_previous."""
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
     def numbers(self) -> PlanNumbers:

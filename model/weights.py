@@ -117,7 +117,7 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {}
     for key, value in state.items():
-        if key == OLD_FOURIER:  # a file may contain both names
+        if key == OLD_FOURIER:  # a file may contain the old name and the new one
             key = "time_proj.weight"
         if match := _OLD_ATTENTION.fullmatch(key):
             key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"

@@ -415,8 +415,8 @@ class TooManyImages(ServiceError):
 class NotAcceptable(ServiceError):
     """The `Accept` header allows none of the media types that this call can return.
 
-    [The API](reference/api.md) lists them. A durable job has an answer of type `application/x-npy` only if the job was
-    created with `bit_depth=32`.
+    [The API](reference/api.md) lists them. The images of a durable job are available as `application/x-npy` only if the
+    job was created with `bit_depth=32`.
     """
 
     status, code, title = 406, "not_acceptable", "No acceptable media type"

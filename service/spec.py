@@ -129,7 +129,9 @@ def trial_spec(
     """Return a spec that the model supports, for warm-up, measurement and tests."""
     sampler = sampler or model.default_sampler
     table = None
-    if sampler in TABLE_SAMPLERS:  # use a table's steps, and its guidance if no table has this guidance
+    if (
+        sampler in TABLE_SAMPLERS
+    ):  # a table sets the steps, and the guidance unless a table exists for the requested one
         own = [each for each in model.tables if each.sampler == sampler]
         table = nearest([each for each in own if (each.guidance == 1) == (guidance == 1)] or own, steps, guidance)
         steps, guidance = table.steps, table.guidance

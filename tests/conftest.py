@@ -16,7 +16,7 @@ import hypothesis
 import psutil
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: threads that wait leave the cores to other workers
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch reads it as it is imported: waiting threads leave the cores to others
     os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 

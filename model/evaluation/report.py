@@ -168,7 +168,7 @@ class Report:
         return rows
 
     def figures(self) -> Table:
-        """Return the figures of the first point's samples, beside those of real images."""
+        """Return a table of the first point's metrics, with the same metrics of real images."""
         rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
         metrics = (ACCURACY, FRECHET, PIXEL_FRECHET, VARIANCE_RATIO, PRECISION, RECALL)
         found = [(metric.text, figure) for metric in metrics if (figure := metric.of(self.first)) is not None]

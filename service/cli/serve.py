@@ -44,7 +44,7 @@ def serve(config: Path | None, **flags: Any) -> None:
       tminus serve --checkpoint runs/digits    # one of your own
 
     The page is at http://localhost:8000; --host and --port change the address. The settings page of the docs describes
-    the options in full. You can also set each option by a variable, or in the file that --config names.
+    the options in full. You can also set each option with an environment variable, or in the file that --config names.
     """
     settings, _ = read_settings(Settings, config, flags)
     # While the model loads, there is no work to finish. Without this handler, a process with id 1 (in a container)
@@ -171,7 +171,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
     client: Any = _get_global_client()
     log.info(
         "listening on %s, with %d to %d replicas",
-        client.root_url or "no HTTP port of Serve's",  # not our host and port if Ray Serve was already running
+        client.root_url or "no HTTP port of Serve's",  # a running Ray Serve keeps its host and port
         settings.min_replicas, settings.most_replicas,
     )  # fmt: skip
     while not stopped.wait(POLL_INTERVAL_S):

@@ -248,7 +248,7 @@ class Builder:
         if choice.executor == "compile":
             return CompiledExecutor(net, device, self._shape, precision=precision, sizes=sizes)
         streams = 1 if device.type == "cuda" else choice.streams or self._threads
-        if streams > 1:  # each stream has its own thread, so the caller needs only one
+        if streams > 1:  # streams have threads of their own, so torch gets one thread in the caller
             torch.set_num_threads(1)
         return EagerExecutor(
             net,

@@ -129,7 +129,7 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """A GPU's streams for work that runs beside the ticks."""
+    """A GPU's streams for work that overlaps with ticks."""
 
     copying: torch.cuda.Stream
     decoding: torch.cuda.Stream

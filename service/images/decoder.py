@@ -51,7 +51,7 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """Parse the header of a PNG, JPEG or WebP. Return None for anything else. Raises ValueError if it is broken."""
+    """Parse the header of a PNG, JPEG or WebP. Return None for other formats. Raises ValueError for a broken header."""
     if data.startswith(PNG_SIGNATURE):
         name, size, scans = "PNG", _png_size(data), 1
     elif data.startswith(b"\xff\xd8\xff"):

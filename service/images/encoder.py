@@ -251,7 +251,7 @@ def one_image(spec: SampleSpec, k: int) -> SampleSpec:
 
 
 def encode_png(pixels: Pixels, text: dict[str, object] | None = None) -> bytes:
-    """Encode [H, W, C] as PNG, with `text` as JSON in a text chunk. C is 1, 3 or 4, but only 1 with 16 bits."""
+    """Encode [H, W, C] as PNG, with `text` as JSON in a text chunk. C is 1, 3 or 4; only 1 for 16 bits."""
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))

@@ -359,7 +359,7 @@ class Jobs:
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
         """Add a viewer to a job and return the job. Return None if this process no longer holds the job.
 
-        The mailbox closes once the job will take no more steps in this process.
+        The mailbox closes after the last step of the job in this process.
         """
         job = self._held(job_id)
         if job is not None:

@@ -158,7 +158,7 @@ class Admission:
         return load.ticks_s + load.autoencoder_s
 
     def places_per_s(self, model: int) -> float:
-        """Return how many places per second a model can run. Infinite if the model's speed was not measured."""
+        """Return a model's throughput in places per second; infinity if its speed was not measured."""
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf

@@ -176,7 +176,7 @@ class Simulation:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._times.has_one_owner:  # otherwise other jobs' ticks alternate with this batch's ticks
+        if busy == 1 and self._times.has_one_owner:  # no other job's ticks come between
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks

@@ -137,10 +137,10 @@ class BatchPolicy:
         return {owner: count / total * tick_s for owner, count in places.items()}
 
     def reserve(self, places: int, needed: int, turn: int) -> int:
-        """Return how many of an owner's places its oldest job gets before any other job.
+        """Return the number of places that an owner's oldest job gets before the owner's other jobs.
 
-        places: the owner's places in this tick. needed: the places that one row of the job takes. turn: the number of
-        the tick. If the job's share is less than one row, the job gets a row only in some ticks.
+        places: the owner's places in this tick. needed: the places that one row of the job takes. turn: the tick
+        number. If the job's share is less than one row, the job gets a row only in some ticks.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch

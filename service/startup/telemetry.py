@@ -70,5 +70,5 @@ class Reported(SpanExporter):
 
 
 def send_spans(version: str) -> Traces:
-    """Start sending spans as the OTEL_ variables say. Raises ValueError for an invalid variable."""
+    """Start sending spans, as configured by the OTEL_ variables. Raises ValueError for an invalid variable."""
     return Traces(Reported(OTLPSpanExporter()), version)

@@ -1,4 +1,4 @@
-"""The queue of models to load, and the set of unloaded models. startup/loader.py does the loading."""
+"""The queue of models to load, and the set of models that are not in memory. startup/loader.py does the loading."""
 
 import asyncio
 import math

@@ -1,6 +1,6 @@
 """Pydantic models of the JSON documents that clients receive.
 
-Internal values have classes of their own, so their names can change without changing the API.
+Internal values have separate classes, so internal names can change without changing the API.
 """
 
 from collections.abc import Sequence

@@ -214,7 +214,7 @@ class Contract:
     limits: Limits
 
     def query(self, kind: type[RequestSchema]) -> list[Described]:
-        """Return the query parameters of a kind of call. Images and webhook URLs must be in the body."""
+        """Return the query parameters of one type of call. Images and webhook URLs must be in the body."""
         return [
             {"name": name, "in": "query", "schema": field, **{key: field.pop(key) for key in TOLD if key in field}}
             for name, field in self.fields(kind, as_text=True).items()

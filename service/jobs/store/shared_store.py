@@ -25,7 +25,7 @@ from tminus.service.jobs.webhooks.delivery_store import Conditions, kept_bytes, 
 from tminus.service.scheduling.room import ClusterLoad, Intake
 from tminus.service.spec import Inputs
 
-CLAIM_JOBS = 32  # maximum number of jobs that each query of a claim returns
+CLAIM_JOBS = 32  # maximum number of jobs in the result of one claim query
 MOST_DOUBLINGS = 8  # limits the wait of a job that keeps losing its replica
 AWAY = timedelta(minutes=5)  # time that a lost replica has to restart, for jobs that no other replica can run
 DATABASE_S = sa.func.extract("epoch", sa.func.clock_timestamp())

@@ -72,7 +72,7 @@ def prepare(file: Path) -> None:
     except OSError as error:
         raise cannot_be_used(file, error) from None
     wal = beside(file, "wal")
-    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the next connection creates an empty WAL
+    wal_bytes = wal.stat().st_size if wal.exists() else 0  # a missing WAL counts as empty
     try:
         with _reading(file, BUSY_S) as connection:
             new = is_new(file, connection)  # also True if all content is in a WAL that SQLite ignores

@@ -1,7 +1,7 @@
 """One delivery attempt: a POST request to a checked address, limited in time and size.
 
 Each address is checked when the connection is made. Redirects are not followed, proxies from the environment are not
-used, and connections are not reused. Only the status of a response is read, so that clients cannot read data of
+used, and connections are not reused. Only the status of a response is read, so that clients cannot read data from
 internal services through this server.
 
 Bodies are signed as in Standard Webhooks (standardwebhooks.com, version 1, symmetric): HMAC-SHA256 with a timestamp.
