@@ -101,12 +101,6 @@ class Engine:
 
     @torch.inference_mode()
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
-        """Assign slots to a job's rows, set their first x, and return the row ids.
-
-        With a snapshot, the first x is the snapshot's x. Without one, it is x_t of the image if the spec has a
-        strength, and x_T otherwise. Raises ValueError if the model's schedule does not allow the spec, or if the
-        snapshot or the inputs do not fit the spec.
-        """
         # Take slots last, so that a refused job takes none.
         plan = self._compiler.plan(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
@@ -244,7 +238,6 @@ class Engine:
         return finish
 
     def wait(self) -> None:
-        """Wait until at most one tick is still running on the GPU. Does nothing on a CPU."""
         if self._ticks is not None:
             self._ticks.wait()
 
@@ -261,17 +254,10 @@ class Engine:
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read rows as images. The returned function returns [n, H, W, C], or raises NotFinite if a row is not finite.
-
-        bit_depth: 8 or 16 for integers; 32 for the rows' float32 values, which may lie outside [-1, 1]. The rows may be
-        removed before the function is called. The function waits for the copy from a GPU; for a latent model, it also
-        runs the decoder.
-        """
         x = self._x[index_of(rows, self._device)]
         return self._pictures.read(x, [self._inputs.get(row) for row in rows], bit_depth)
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`: for a latent model, it encodes the image."""
         return self._pictures.encoder(inputs)
 
     def coding_seconds(self) -> tuple[float, float]:
@@ -280,17 +266,12 @@ class Engine:
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows as uint8 images [n, H, W, C]. x_0 is the network's latest prediction.
-
-        The images of a latent model are rough: each latent becomes a square of one approximate colour.
-        """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
         read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
         return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read the state of one job's rows, in float32. steps: the next step of each row."""
         at = index_of(rows, self._device)
         x, count = self._x[at], int(self._num_registers[rows[0]])
         registers = x.new_zeros(len(rows), 0, *self._shape)
@@ -304,10 +285,6 @@ class Engine:
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read the values that a trajectory records: x, x0 and, for a learned variance, the network's v.
-
-        Call this once before the rows' first pass too, because v is stored only after the first call.
-        """
         if self._v is None and self._noise.variance_type == "learned_range":
             self._v = torch.zeros_like(self._x)
         at, parts = index_of(rows, self._device), [self._x, self._x0, *([] if self._v is None else [self._v])]
@@ -315,14 +292,9 @@ class Engine:
         return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that adds noise to images, to make x_t from x_0. Images are uint8 [n, H, W, C].
-
-        The noise is the x_T of a job with this seed.
-        """
         return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Return x_t of the rows, float32 [n, C, H, W]. Waits for the device."""
         x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
         return x
 

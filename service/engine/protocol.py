@@ -51,8 +51,8 @@ class RowEngine(Protocol):
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Assign slots to a job's rows, set their first x, and return the row ids.
 
-        The first x is x_T, x_t of the image, or the x of the snapshot. Raises ValueError if the model cannot run the
-        spec, or if the inputs or the snapshot do not fit the spec.
+        The first x is the snapshot's x, x_t of the image if the spec has a strength, or x_T. Raises ValueError if the
+        model cannot run the spec, or if the inputs or the snapshot do not fit the spec.
         """
 
     def begin(self, batch: Batch) -> Callable[[], None]:
@@ -66,19 +66,26 @@ class RowEngine(Protocol):
         """Run one tick from beginning to end."""
 
     def wait(self) -> None:
-        """Wait until at most one tick is still running on the device."""
+        """Wait until at most one tick is still running on a GPU. Does nothing on a CPU."""
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
         """Return those of the given rows whose latents are not finite."""
 
     def images(self, rows: Sequence[int], bit_depth: int = 8) -> Callable[[], Pixels]:
-        """Read finished rows as images. The returned function raises NotFinite if a row is not finite."""
+        """Read rows as images [n, H, W, C]. The returned function raises NotFinite if a row is not finite.
+
+        bit_depth: 8 or 16 for integers; 32 for the rows' float32 values, which may lie outside [-1, 1]. The rows may be
+        removed before the function is called. For a latent model, the function runs the decoder.
+        """
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
-        """Return a function that prepares inputs for `add`. It can be slow, so call it in another thread."""
+        """Return a function that prepares inputs for `add`: for a latent model, it encodes the image."""
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read running rows as uint8 images."""
+        """Read running rows as uint8 images [n, H, W, C]. x_0 is the network's latest prediction.
+
+        The images of a latent model are rough: each latent becomes a square of one approximate colour.
+        """
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
         """Read the state from which one job's rows can continue. steps: the next step of each row."""
@@ -87,16 +94,19 @@ class RowEngine(Protocol):
         """Return the coefficients for each pass of a spec. Raises ValueError if the model cannot run the spec."""
 
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:
-        """Read rows for a trajectory.
+        """Read the values that a trajectory records: x, x0 and, for a learned variance, the network's v.
 
-        Call this once before the rows' first pass too, so that the engine stores all values.
+        Call this once before the rows' first pass too, because v is stored only after the first call.
         """
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Return a function that adds noise to images by the forward process, to make x_t."""
+        """Return a function that makes x_t from images x_0, uint8 [n, H, W, C], by the forward process.
+
+        The noise is the x_T of a job with this seed.
+        """
 
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Return the rows' latents. Waits for the device."""
+        """Return x_t of the rows, float32 [n, C, H, W]. Waits for the device."""
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free the slots of one job's rows."""
