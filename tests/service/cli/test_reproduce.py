@@ -45,9 +45,14 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint, and beside it what is measured of it, once for all tests."""
-    return saved(make_checkpoint(), tmp_path_factory.mktemp("reproduce") / "tiny").parent
+def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny checkpoint, and beside it the executor that is measured once for all files and commands."""
+    folder = saved(make_checkpoint(), tmp_path_factory.mktemp("reproduce") / "tiny").parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(autotune, "TRIAL_S", 0.001)
+        patch.setattr(loading, "CORES", 1)  # bits may depend on the number of threads
+        yield folder
 
 
 def saved(made: Checkpoint, folder: Path) -> Path:
@@ -56,11 +61,8 @@ def saved(made: Checkpoint, folder: Path) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(folder: Path) -> Iterator[Run]:
     """Runs a command on the tiny checkpoint. executor: None leaves it to the command."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    monkeypatch.setattr(autotune, "TRIAL_S", 0.001)
-    monkeypatch.setattr(loading, "CORES", 1)  # bits may depend on the number of threads
     threads = torch.get_num_threads()
 
     def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str | None = "eager") -> Result:
