@@ -48,8 +48,8 @@ def make_tables(
         sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # used only by earlier versions
         *of_jobs,
         sqlite_autoincrement=True,
-        # Leases change every few seconds. With free space in its page, a row is updated in place, without changes to
-        # indexes.
+        # Leases change every few seconds. With free space in its page, the new version of a row stays in that page, and
+        # the indexes do not change.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
