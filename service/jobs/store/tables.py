@@ -25,7 +25,7 @@ class Tables:
 def make_tables(
     schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
 ) -> Tables:
-    """Create the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indexes."""
+    """Define the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indexes."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
@@ -101,7 +101,7 @@ def make_tables(
 
 
 def make_sqlite_tables() -> Tables:
-    """Create the tables of a file. All jobs in a file have the same weights."""
+    """Define the tables of a file. All jobs in a file have the same weights."""
     of_jobs = (
         sa.UniqueConstraint("key"),
         sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
@@ -116,7 +116,7 @@ def make_sqlite_tables() -> Tables:
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
-    """Create the table of live replicas, and the tables of a store."""
+    """Define the table of live replicas, and the tables of a store."""
     new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
     pending = sa.text("state = 'pending'")
     of_jobs = (
