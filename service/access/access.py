@@ -14,7 +14,7 @@ from tminus.service.errors import AdminOff, Forbidden, QuotaExceeded, TooManyLog
 
 ANYBODY = ""  # name of callers without a key
 WINDOW_S = 60
-PIXELS_PER_ROW_STEP = 2**20  # decoding this many pixels of an upload costs one row-step
+PIXELS_PER_ROW_STEP = 2**20  # decoding this many pixels of an upload costs one row-step; each scan of an image counts
 # After this many wrong keys from one address, /login refuses the address for WINDOW_S seconds. Wrong keys in headers
 # are not limited, because one program with a wrong key would lock out all clients at its address.
 MOST_WRONG_LOGINS = 10
@@ -83,7 +83,10 @@ class Caller:
             raise
 
     def pay_for_decoding(self, pixels: int) -> None:
-        """Charge row-steps for decoding an upload, even if the decoding fails. Raises QuotaExceeded."""
+        """Charge row-steps for decoding an upload, even if the decoding fails. Raises QuotaExceeded.
+
+        pixels: the pixels of all images, times the scans of each.
+        """
         with self.charged(math.ceil(pixels / PIXELS_PER_ROW_STEP), 0):
             pass
 

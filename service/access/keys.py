@@ -76,7 +76,8 @@ def to_line(key: Key) -> str:
 def parse_keys(text: str) -> tuple[Key, ...]:
     """Parse keys, one per line. Ignore empty lines and text after #.
 
-    Raises ValueError with the line number. The message never contains text that may be a secret.
+    Raises ValueError, with the line number if a single line is malformed. The message never contains text that may be
+    a secret.
     """
     if len(text.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(f"keys may take at most {MOST_BYTES} bytes")

@@ -34,7 +34,7 @@ BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
 POLL_INTERVAL_S = 0.5  # seconds between checks for a hang
 OF_MAPPED_FILE = "Bus error"  # faulthandler's name for SIGBUS
-WRITE_S = 0.2  # longest wait for a write, so that a frozen or unmounted disk does not stop the steps
+WRITE_S = 0.2  # longest wait of `work_on` for a write, so that a frozen or unreachable disk hardly delays the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class CrashFile:
     """Owns the crash file of this process, and enables faulthandler to write fatal signals to the file.
 
     An OOM kill shows as an increase in the kernel's count of OOM kills. A separate thread writes the current jobs, so
-    that a hanging disk does not stop the other threads.
+    that a hanging disk delays the other threads by at most WRITE_S seconds.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:

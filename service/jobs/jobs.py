@@ -437,7 +437,8 @@ class NewJobs:
     async def open_jobs(self, owner: str, most: int | None) -> int:
         """Count an owner's unfinished jobs. Return 0 if `most` is None.
 
-        Other replicas' jobs are counted only if this server has fewer than `most`. Unreachable stores are skipped.
+        Jobs that this server does not hold are counted only if it has fewer than `most`. Stores that cannot be reached
+        are skipped.
         """
         if most is None:
             return 0
@@ -532,7 +533,7 @@ class NewJobs:
         return JobView(record, model.number, model.name, "waiting", True, 0, outlook.position, outlook.eta_s)
 
     async def _let_in(self, lifecycle: Lifecycle, record: JobRecord, new: NewJob, key: Key | None) -> Outlook | None:
-        """Store a new job, then submit it or leave it to other replicas. Return None if its key has a job."""
+        """Submit a new job or leave it to other replicas, and store it. Return None if its key has a job."""
         ticket, leases = None, lifecycle.leases
         if lifecycle.runner.is_unloaded:  # the job waits in the store until the model is loaded
             self._worker.state.check_open()

@@ -63,7 +63,7 @@ class Leases:
         # Last known load of all replicas; None while the database is unreachable.
         self.load: ClusterLoad | None = None
         self._asked_s = -math.inf  # time of the last attempt to read the load
-        self._retry_queue = RetryQueue()  # clients given another replica's Retry-After since the load was read
+        self._retry_queue = RetryQueue()  # clients given another replica's Retry-After since `_asked_s`
         # Length of the shortest job that the last claim left in the store. Only shorter jobs may overtake it.
         self._least_waiting = math.inf  # in places (forward passes of one row)
 

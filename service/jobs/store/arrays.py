@@ -14,7 +14,7 @@ from tminus.service.spec import Inputs, Pixels, Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_FORMAT = 2  # increase it when the saved state changes; format 1 had no registers and no format number
+SNAPSHOT_FORMAT = 2  # increase it when a job's passes or the saved state change; format 1 had no registers, no number
 # Errors that unpacking damaged bytes may raise.
 UNREADABLE = (
     ArithmeticError,

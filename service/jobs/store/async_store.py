@@ -124,7 +124,7 @@ class AsyncStore:
         except StorageFailed as error:
             # In a shared store, keep a job that has an idempotency key: the client's retry will find it.
             if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
-                self._pool.submit(self._store.delete, job.id)  # runs right after the add, in the same thread
+                self._pool.submit(self._store.delete, job.id)  # runs after the add, in the same thread
             raise
         finally:
             self._adding.discard(job.id)
@@ -204,7 +204,7 @@ AT_ONCE = 4  # maximum number of concurrent uploads
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The object store for large results, and the size from which results go there."""
+    """The object store for large results, and the size above which results go there."""
 
     objects: "S3Objects"
     above_bytes: int = 256 * 1024  # results with at most this many bytes of pixels stay in the database
@@ -390,7 +390,7 @@ class Stores:
                 await asyncio.to_thread(self._stores.pop(weights_hash).close)
 
     async def count_crash(self, job_ids: Collection[str]) -> None:
-        """Count a crash of this process against jobs, whichever store has them. Logs errors instead of raising them."""
+        """Count a crash of this process against jobs, whichever store has them. Errors are not raised."""
         if job_ids:
             calls = [store.call(JobStore.crashed, job_ids) for store in self._stores.values()]
             await asyncio.gather(*calls, return_exceptions=True)

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Call:
     """How AsyncStore calls a method of a store. Used as a decorator; methods without it get the defaults."""
 
-    thread: Thread = "store"  # thread in a shared store; if the client leaves, only "store" calls still run
+    thread: Thread = "store"  # in a shared store; a waiting call is dropped if its client leaves, except in "store"
     writes: bool = False  # the call's success or failure shows whether jobs can be stored
     owes: bool = False  # a webhook event may be due after the call
     quick: bool = False  # short timeout, because a request can be answered without the result

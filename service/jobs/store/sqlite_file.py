@@ -111,7 +111,7 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
             try:
                 yield connection
             finally:
-                if not had_wal:  # this connection created the WAL, so no server has opened the file since
+                if not had_wal:  # this connection made the WAL; while it reads, no server can make its own
                     with suppress(OSError, sqlite3.Error):  # sqlite3.Error: a server has the file open
                         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
                         if mode == "wal" and not wal.stat().st_size:

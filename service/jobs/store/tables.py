@@ -25,7 +25,7 @@ class Tables:
 def make_tables(
     schema: str | None, of_jobs: "Sequence[sa.schema.SchemaItem]", of_deliveries: "Sequence[sa.schema.SchemaItem]"
 ) -> Tables:
-    """Create the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indexes."""
+    """Define the tables of a store. of_jobs, of_deliveries: additional columns, constraints and indexes."""
     metadata = sa.MetaData(schema=schema)
     jobs = sa.Table(
         "jobs",
@@ -48,8 +48,8 @@ def make_tables(
         sa.Column("background", sa.Boolean, nullable=False, server_default=sa.false()),  # used only by earlier versions
         *of_jobs,
         sqlite_autoincrement=True,
-        # Leases change every few seconds. With free space in its page, a row is updated in place, without changes to
-        # indexes.
+        # Leases change every few seconds. With free space in its page, the new version of a row stays in that page, and
+        # the indexes do not change.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
     snapshots = sa.Table(
@@ -101,7 +101,7 @@ def make_tables(
 
 
 def make_sqlite_tables() -> Tables:
-    """Create the tables of a file. All jobs in a file have the same weights."""
+    """Define the tables of a file. All jobs in a file have the same weights."""
     of_jobs = (
         sa.UniqueConstraint("key"),
         sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
@@ -116,7 +116,7 @@ def make_sqlite_tables() -> Tables:
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
-    """Create the table of live replicas, and the tables of a store."""
+    """Define the table of live replicas, and the tables of a store."""
     new, begun, is_open = (sa.text(f"outcome IS NULL{more}") for more in (" AND fence = 0", " AND fence > 0", ""))
     pending = sa.text("state = 'pending'")
     of_jobs = (
