@@ -132,7 +132,7 @@ class _Follower:
 
     @property
     def _is_ending(self) -> bool:
-        """Return True if this process will run no more steps of any job."""
+        """Return True if this process will run no more steps of durable jobs."""
         return self._services.worker.state.draining or self._services.worker.state.crashed
 
     def _watch(self) -> "_Viewer | None":

@@ -212,7 +212,7 @@ def animated(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) 
 def frames(spec: SampleSpec, asked: SampleCall, every: int, model: ModelInfo) -> Answer:
     """Describe a JSON response with PNG frames. Raises InvalidField.
 
-    The response also contains the finished images, unless `until` ends the job early.
+    The response also contains the finished images, unless the request sets `until`.
     """
     _check_depth(spec, "every")
     until, held_bytes = asked.until, _frame_bytes(spec, asked, every, model, from_noise=True)

@@ -148,7 +148,7 @@ def _key(
     given = {name: sha256(value).hexdigest() if isinstance(value, bytes) else value for name, value in given.items()}
     if webhook is not None:
         given["webhook"] = webhook.to_json()
-    if transparent:  # a transparent mask makes a different image
+    if transparent:  # regenerates other pixels for the same mask
         given["transparent"] = True
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return Key(name, what, owner)

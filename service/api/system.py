@@ -92,7 +92,7 @@ def alive(worker: Worker) -> StatusAnswer | Response:
 
 
 def fatal_error(worker: Worker) -> ServiceError | None:
-    """Return the error that only a restart can fix, if any. Safe to call from any thread."""
+    """Return the error that calls for a restart, such as a crash or a hung thread. Safe to call from any thread."""
     return EngineFailed(CRASHED) if worker.state.crashed else worker.state.stall
 
 

@@ -266,7 +266,7 @@ class LatentAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """A loaded model and how it runs."""
+    """A served model and how it runs."""
 
     name: str
     architecture: str

@@ -274,7 +274,7 @@ class Streams:
 
 
 class ForwardedAddresses(ProxyHeadersMiddleware):
-    """Accepts X-Forwarded-For and X-Forwarded-Proto from `trusted_hosts`, but only with a valid address.
+    """Accepts X-Forwarded-Proto from `trusted_hosts`, and X-Forwarded-For if it names a valid address.
 
     uvicorn's class accepts any text as an address. If the address is invalid, this class treats the proxy as the
     client, so limits and logs always have an address.

@@ -37,7 +37,7 @@ from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooM
 log = logging.getLogger(__name__)
 
 # Seconds to receive a request's head. The time starts when the connection opens, or with the first byte of a later
-# request. After its head, a WebSocket handshake must be answered within the same time.
+# request. After its head, a WebSocket handshake must be answered within another HEAD_S seconds.
 HEAD_S = 10.0
 MAX_HEAD_BYTES = 16_384  # h11's limit on an incomplete head and on a chunked body's trailers
 BULK_BYTES = 65_536  # bytes to read in one turn of the event loop if they need no parsing

@@ -187,9 +187,10 @@ def body_of(scope: Scope) -> Hold:
 class MemoryLimit:
     """Limits the memory for received bodies and for responses that are being sent.
 
-    Bodies: all of them together may take MAX_HELD_BYTES, and those of one caller only a share of that. A body counts
-    until a job has been made from it, because the job keeps no part of the body (see `body_of`). A body that makes no
-    job counts until its response begins.
+    Bodies: all of them together may take MAX_HELD_BYTES, or three times the largest allowed body if that is more. Those
+    of one caller may take only a share of what other callers leave free. A body counts until a job has been made from
+    it, because the job keeps no part of the body (see `body_of`). A body that makes no job counts until its response
+    begins.
 
     Responses: all of them share one budget. The body of a response, an event and a WebSocket message each count while
     they are being sent. A cached body counts once, even if several clients are reading it. Each WebSocket message is a

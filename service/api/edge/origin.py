@@ -71,7 +71,10 @@ class AllowedSites:
         return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
 
     def _is_allowed(self, origin: str, host: str) -> bool:
-        """Return True if pages of an origin are allowed. The scheme of our own pages may be hidden by a TLS proxy."""
+        """Return True if pages of an origin are allowed. For our own pages the scheme is ignored.
+
+        A TLS proxy may hide the scheme.
+        """
         scheme, _, rest = origin.partition("://")
         origin_host = rest.partition("/")[0]
         return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")

@@ -48,7 +48,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A loaded model."""
+    """A served model."""
 
     id: str = Field(description="The name of the model.")
     object: Literal["model"] = "model"
@@ -57,7 +57,7 @@ class ModelEntry(BaseModel):
 
 
 class ModelEntries(BaseModel):
-    """The loaded models, the default model first."""
+    """The served models, the default model first."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]

@@ -81,7 +81,10 @@ class Wanted:
         return recipe_of(self.new.spec, k, model.class_names, model.fingerprint, self.new.id)
 
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
-        """Encode the images. PNGs have the same bytes as those of POST /sample. Raises NotFinite."""
+        """Encode the images. Raises NotFinite.
+
+        PNGs have the same bytes as those of POST /sample, unless alpha is removed.
+        """
         spec, kind, quality = self.new.spec, self.members.output_format, self.members.lossy_quality
         opaque = model.alpha and not self.members.keeps_alpha(model)
 
@@ -285,7 +288,10 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
 async def _events(
     services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
 ) -> AsyncGenerator[bytes]:
-    """Yield the previews of a job, followed by the images or an error."""
+    """Yield the previews of a job, followed by the images or an error.
+
+    The worker's thread sends all frames before the job ends, so no preview is lost.
+    """
     members, model, encoder, shown = wanted.members, services.model, services.encoder, 0
     try:
         while (frame := await arrived.get()) is not None:

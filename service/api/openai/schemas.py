@@ -36,7 +36,7 @@ Quality = Literal["low", "medium", "high"]
 SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 TUNED = "tuned"
 OF_GUIDANCE = {"guidance", "guidance_interval", "guidance_rescale"}
-ONLY_MODEL = "default"  # vLLM-Omni's benchmark sends this name; accepted if one model is loaded
+ONLY_MODEL = "default"  # vLLM-Omni's benchmark sends this name; accepted if one model is served
 
 
 class Members(RequestSchema):

@@ -71,8 +71,8 @@ MAX_ITEMS = 16  # longer lists are refused unchecked, unless the field allows th
 OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # the parameters that `check_bounds` checks
 OFF = "absent: this server sends no webhooks, as it has no --webhook-secret-file"
 
-# Each value can be written in one way only, as text or in JSON. Python's int and float and pydantic's bool would accept
-# many more spellings.
+# Numbers and booleans are accepted in one syntax only, as text or in JSON. Python's int and float and pydantic's bool
+# would accept many more spellings.
 
 
 def _whole(value: object) -> int:
@@ -338,10 +338,12 @@ class RequestSchema(BaseModel):
         errors: ValidationErrors | None = None,
         context: object = None,
     ) -> Self:
-        """Check names, types and bounds, and return the parsed parameters.
+        """Check names, types and the bounds that the fields declare, and return the parsed parameters.
 
-        bounds: bounds that depend on the model. errors: errors found earlier. context: passed to the class's
-        validators. Raises UnknownField, InvalidField or InvalidImage; the error carries all others.
+        bounds: bounds that depend on the model, for list lengths and error messages. Values are checked against them
+        only if there are other errors; otherwise the caller must call `check_bounds`. errors: errors found earlier.
+        context: passed to the class's validators. Raises UnknownField, InvalidField or InvalidImage; the error carries
+        all others.
         """
         errors, bounds, parsed = errors or ValidationErrors(), bounds or {}, None
         with errors.collect():

@@ -193,7 +193,7 @@ def _as_a_table(settings: Recommended, given: Mapping[str, Any], model: ModelInf
 
 def tables_for(given: Mapping[str, Any], model: ModelInfo, sampler: str, guidance: float) -> list[Table]:
     """Return a sampler's tables with this guidance, or none if the request sets timestep_spacing."""
-    if "timestep_spacing" in given:  # a table has its own spacing
+    if "timestep_spacing" in given:  # a table has its own timesteps
         return []
     return [table for table in model.tables if (table.sampler, table.guidance) == (sampler, guidance)]
 
