@@ -105,7 +105,7 @@ class Limits:
     max_image_bytes: int = 8 * 2**20
     result_cache_bytes: int = 0
     keep_jobs_s: float = 86_400.0  # seconds that a durable job is kept after its end
-    keep_jobs_bytes: int = 2**30  # maximum size of all ended jobs together
+    keep_jobs_bytes: int = 2**30  # maximum size of the ended jobs of one model's weights
     max_streams: int = 2048
     max_streams_per_address: int = 64
 

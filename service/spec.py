@@ -19,7 +19,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """A validated, complete request. Spec, weights and fingerprint of the build determine the images."""
+    """A validated, complete request.
+
+    The spec, the weights and the fingerprint determine the images, if the model is exact.
+    """
 
     n: int
     steps: int
@@ -29,7 +32,7 @@ class SampleSpec:
     index: int  # index of the first image; the noise of image k comes from (seed, index + k)
     class_labels: tuple[int | None, ...] | None  # one per image (None for no class); None for an unconditional model
     guidance: float  # 1 turns guidance off
-    guidance_interval: tuple[int, int] | None  # first and last guided timestep, inclusive; None for all timesteps
+    guidance_interval: tuple[int, int] | None  # lowest and highest guided timestep, inclusive; None for all timesteps
     timestep_spacing: str
     clip: bool
     strength: float | None = None  # fraction of the steps that run, from an input image; None: all steps, from noise
@@ -129,9 +132,7 @@ def trial_spec(
     """Return a spec that the model supports, for warm-up, measurement and tests."""
     sampler = sampler or model.default_sampler
     table = None
-    if (
-        sampler in TABLE_SAMPLERS
-    ):  # a table sets the steps, and the guidance unless a table exists for the requested one
+    if sampler in TABLE_SAMPLERS:  # the nearest table sets the steps and the guidance
         own = [each for each in model.tables if each.sampler == sampler]
         table = nearest([each for each in own if (each.guidance == 1) == (guidance == 1)] or own, steps, guidance)
         steps, guidance = table.steps, table.guidance

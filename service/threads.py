@@ -31,7 +31,7 @@ class Pulse:
     ) -> None:
         """name: the thread's name in messages. usual_s: returns the longest usual duration of a call, in seconds."""
         self.name, self._usual_s, self._clock = name, usual_s, clock
-        self._began_s: dict[object, float] = {}  # start time of each running call
+        self._began_s: dict[object, float] = {}  # start time of each running call; each thread changes only its own
 
     def begin(self, what: object = None) -> None:
         """Record the start of a call. Threads that share the pulse need a different `what` for each call."""

@@ -19,7 +19,7 @@ Attributes = Mapping[str, str | bool | int | float]
 
 NO_ID = "-"  # the request id outside of requests
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default=NO_ID)
-"""The id of the request that is being answered, for the lines of a log. Threads that work for it do not have it."""
+"""The id of the request that is being answered, for log lines. Other threads have it only by `asyncio.to_thread`."""
 
 TRACER: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 

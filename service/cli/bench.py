@@ -106,7 +106,7 @@ def goodput(attained: Mapping[float, float]) -> dict[str, Any]:
     attained: the share of requests that are in time, keyed by rate.
 
     The value is interpolated between the highest rate that reaches 95 % and the next higher rate. `at_least` is set if
-    every rate measured reaches 95 %, and `at_most` if none does.
+    the highest rate measured reaches 95 %, and `at_most` if no rate does.
     """
     rates = sorted(attained)
     good = [rate for rate in rates if attained[rate] >= IN_TIME]
@@ -126,7 +126,7 @@ class Outcome:
     requests: int = 0
     latencies_s: list[float] = field(default_factory=list)  # latencies of the requests that were answered with images
     late_s: float = 0.0  # sum of the delays with which the client sent these requests
-    refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status
+    refused: Counter[str] = field(default_factory=Counter)  # keyed by error code and status, or by exception type
     unsent: int = 0  # number of requests not sent, because MOST_OUTSTANDING others were still waiting
     last_s: float = 0.0  # time from the start to the last response
     answer: Any = None  # the last response

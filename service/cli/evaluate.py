@@ -163,7 +163,7 @@ def evaluate(
 
 
 def choose_points(loaded: "Checkpoint", options: dict[str, Any]) -> "tuple[tuple[Point, ...], tuple[Point, ...]]":
-    """Return the points to measure, and the points to compare them with. Raises ValueError. Raises ValueError."""
+    """Return the points to measure, and the points to compare them with. Raises ValueError."""
     from tminus.model.evaluation.samples import make_points
 
     references: tuple[Point, ...] = ()

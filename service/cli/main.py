@@ -33,7 +33,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, and one line on stderr says why; 2 wrong command line; 130 stopped by Ctrl-C."
 )
-WIDEST_HELP = 200  # maximum characters of a command's description in the help; longer texts are cut off
+WIDEST_HELP = 200  # maximum characters of a command's description that click takes from its long help
 
 
 class Commands(click.Group):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tminus.service.images.trajectory import Arrays, TrajectoryFile
 
 MAX_FILE_BYTES = 256 * 2**20
-# Arrays that must be bit-identical. The value is the step of the array's first element.
+# Arrays that must be bit-identical. An element at position k (`x_t_at`, `x_0_at`) belongs to step k plus the value.
 BY_STEP = {"x_t": 0, "x_0": 1}
 # Relative and absolute tolerances of the arrays that are computed from x_t and x_0. These arrays need not be identical,
 # because NumPy versions round differently.

@@ -35,7 +35,7 @@ MOST_FRAMES = 100  # about this many frames if --every is not given
 FORMATS = (".webp", ".gif")
 MAX_FRAME_BYTES = 2**28  # limit on the size of all frames of a job, as files
 MAX_PIXELS = 2**26  # limit on the pixels of all frames of a job
-ANIMATION_PX = 512  # maximum width and height of an animation
+ANIMATION_PX = 512  # largest width and height to which an animation is enlarged by default
 
 
 @click.command(short_help="Sample images to PNG files, offline or from a server.")

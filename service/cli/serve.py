@@ -137,7 +137,7 @@ def _free_port(host: str, port: int) -> tuple[str, int]:
 
 
 def _exit_on_signals() -> None:
-    """Make SIGTERM and SIGINT end the process at once, while there are no replicas to drain."""
+    """Make SIGTERM and SIGINT raise SystemExit, until there are replicas to drain."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: sys.exit(0))
 
@@ -192,7 +192,7 @@ def _end(name: str, within_s: float) -> bool:
 
     until_s = time.monotonic() + within_s
     ray_serve.delete(name, _blocking=False)
-    while name in ray_serve.status().applications:  # Serve answers after it has begun the deletion
+    while name in ray_serve.status().applications:  # ask at least once: an answer shows that Serve has got the deletion
         if time.monotonic() >= until_s:
             return False
         time.sleep(ENDING_INTERVAL_S)

@@ -361,7 +361,7 @@ def load_training_data(
 def sheet_writer(
     folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
 ) -> Callable[["Denoiser", "Plan", int], None]:
-    """Return a function that draws a sheet of samples, always from the same noise.
+    """Return a function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
 
     autoencoder: decodes the samples of a latent model.
     """

@@ -48,7 +48,7 @@ class Patience:
         limit_s, now_s = self._patience_s, self._clock()
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
-            wait_s = error.retry_after_s  # the server already sends each client a different value
+            wait_s = error.retry_after_s  # an overloaded server already spreads these times over its clients
         elif isinstance(error, Unreachable) and not (self._once and error.reached):
             self._known |= error.reached
             wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  clients must not retry at the same moment

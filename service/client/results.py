@@ -45,10 +45,10 @@ class Sampled:
     """The images of a job.
 
     `data` is a sheet, a zip, JSON, floats, an animation or a trajectory; see `media_type`. The same parameters, with
-    this `seed`, give the same bytes on any server with the same `fingerprint`. `job_id` is None if the response comes
-    from the server's cache. `sampler`, `steps` and `guidance` are the values that the job used; None if the server is
-    too old to send them. `timings_s` has the durations in seconds of `queue`, `first_step`, `denoise`, `decode` (only
-    for latent models) and `encode`. It is empty for a response from the cache and for a durable job.
+    this `seed`, give the same bytes on any exact server with the same `fingerprint`. `job_id` is None if the response
+    comes from the server's cache. `sampler`, `steps` and `guidance` are the values that the job used; None if the
+    server is too old to send them. `timings_s` has the durations in seconds of `queue`, `first_step`, `denoise`,
+    `decode` (only for latent models) and `encode`. It is empty for a response from the cache and for a durable job.
     """
 
     data: bytes = field(repr=False)
@@ -110,7 +110,10 @@ class Sampled:
 
     @property
     def pngs(self) -> list[bytes]:
-        """The images as PNGs; for `image/png`, one sheet. Raises UnexpectedAnswer if `data` has no images."""
+        """The images of a PNG, zip or JSON response, as PNGs; `image/png` has one sheet.
+
+        Raises UnexpectedAnswer for a malformed zip or JSON document.
+        """
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:

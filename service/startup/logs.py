@@ -57,7 +57,7 @@ class _Handler(logging.StreamHandler[TextIO]):
     """Writes to stderr, masks the secrets of API keys, and limits the rate of similar lines.
 
     Lines are similar if they come from the same logger and differ only in their arguments. Lines above the limit are
-    dropped. At the end of the window or of the process, the number of dropped lines is logged.
+    dropped. The number of dropped lines is logged before the first line after the window, or at the end of the process.
     """
 
     def __init__(self, formatter: logging.Formatter) -> None:

@@ -1,6 +1,7 @@
 """The models of a server, and the parts that all models share. Serves, unloads and forgets models.
 
-All code runs in the event loop's thread, except for spare work. loader.py decides when models are loaded and unloaded.
+After `start`, methods are called in the event loop's thread. Spare work runs in the worker's thread, and any thread may
+read the gauges. loader.py decides when models are loaded and unloaded.
 """
 
 import asyncio

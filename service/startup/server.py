@@ -72,7 +72,7 @@ class Opening:
     detail = DETAIL  # what the server is doing now, for clients
 
     def report(self, model: str, what: str, left_s: float | None) -> None:
-        """Report the current measurement and the seconds left to clients and the log. Any thread may call this."""
+        """Show clients and the log the current measurement and the seconds left. Any thread may call this."""
         before = self.detail
         left = f"; about {max(1, round(left_s))} s to go" if left_s is not None else ""
         self.detail = f"{DETAIL}. Now: {what} ({model}){left}"

@@ -1,7 +1,7 @@
 """Sends spans to a collector in batches, by OTLP over HTTP.
 
 Only this module imports the OpenTelemetry SDK. The SDK reads the OTEL_ environment variables. Spans wait in a bounded
-queue until a thread sends them. When the queue is full, new spans are dropped.
+queue until a thread sends them. When the queue is full, the oldest spans are dropped.
 """
 
 import logging
