@@ -159,7 +159,7 @@ class JobRunner:
             if ticket is None:
                 rows = job.record.spec.n
                 if rows > self._model.limits.max_rows:
-                    log.warning("job %s waits for a start with more --max-rows than %d", job.record.id, rows)
+                    log.warning("job %s waits for a start with --max-rows %d or more", job.record.id, rows)
                     await self._leave(job)
                     return
                 async with self._resuming:
