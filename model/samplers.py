@@ -297,9 +297,10 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], with x_0 last.
+    """Run a plan from x_T [N, C, H, W] to x_0, and return x at the start of each pass, and x_0: [P + 1, N, C, H, W].
 
-    The plan must not add noise, so that each x determines x_0.
+    If the plan has `inputs`, each x but the last is as the network gets it, scaled. The plan must not add noise, so
+    that each x determines x_0.
     """
     points: list[Tensor] = []
 
