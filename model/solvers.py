@@ -143,7 +143,7 @@ def dpmpp_2m(levels: Levels) -> Tensor:
 
 
 def dpmpp_2m_sde(levels: Levels) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19), a DPM-Solver++(2M) that adds noise in each step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19), a DPM-Solver++(2M) that adds noise in each step but the last."""
     M = matrices(len(levels.alpha_bar))
     w = extrapolation(levels)
     decay = levels.alpha * levels.sigma_next / (levels.alpha_next * levels.sigma)  # e^-h
