@@ -213,7 +213,7 @@ class NoiseConfig(Checked):
     load_checkpoint derives the value from the network's config. It is not stored in scheduler_config.json.
     """
     default_sampler: str = "ddpm"
-    """The sampler for requests that do not name one. It follows from the scheduler class (scheduler_kinds.py)."""
+    """The sampler for requests with steps but no sampler. It follows from the scheduler class (scheduler_kinds.py)."""
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)

@@ -108,7 +108,8 @@ def compile_plan(
 ) -> Plan:
     """Compile a sampler for a model. The coefficients come from model/solvers.py.
 
-    Each step ends at the noise level where the next step starts. The last step adds no noise.
+    Each step ends at the noise level where the next step starts. The last step adds no noise. It ends at alpha_bar = 1,
+    or at alpha_bar_0 (see SamplerFacts.may_end_at_alpha_bar_0).
 
     clip: None uses the checkpoint's clip_sample.
     spacing: None uses the checkpoint's default for this sampler.
