@@ -23,7 +23,7 @@ class NetConfig(Checked):
     out_channels: Count = 3
     """Twice in_channels if the network predicts its variance."""
     num_class_embeds: OptionalCount = None
-    """The number of classes, of which the null class is the last. None if the network takes no classes."""
+    """The number of classes, including the null class if there is one. None if the network takes no classes."""
 
     @property
     def class_name(self) -> str:

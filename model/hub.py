@@ -163,7 +163,10 @@ def _client(hub_id: HubId) -> Any:
 
 
 def _why_unreachable(hub_id: HubId, error: Exception) -> str:
-    """Describe why the Hub is unreachable. Raises CheckpointError if the Hub refused the request."""
+    """Describe why the Hub is unreachable.
+
+    Raises CheckpointError if the Hub refused the request or if the cache cannot be written.
+    """
     errors = _client(hub_id).errors
     while isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the failed request

@@ -36,7 +36,7 @@ def _of_machine() -> int | None:
 def _of_cgroup() -> int | None:
     """Return the free memory of the container (cgroup v2), or None if there is no known limit.
 
-    The file cache counts as free, because the kernel can drop it.
+    The inactive file cache counts as free, because the kernel can drop it.
     """
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max" means no limit

@@ -213,7 +213,7 @@ class NoiseConfig(Checked):
     load_checkpoint derives the value from the network's config. It is not stored in scheduler_config.json.
     """
     default_sampler: str = "ddpm"
-    """The sampler for requests that do not name one. It follows from the scheduler class (scheduler_kinds.py)."""
+    """The sampler for requests with steps but no sampler. It follows from the scheduler class (scheduler_kinds.py)."""
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
@@ -357,8 +357,9 @@ class NoiseConfig(Checked):
     def default_spacing(self, sampler: str) -> str:
         """Return the timestep spacing for requests that use this sampler and do not choose a spacing.
 
-        The config's spacing applies only to samplers of the same kind as its own. A DDPM or DDIM config says nothing
-        about other solvers, so each of them uses the spacing that suits it best.
+        A sampler without a spacing of its own, such as ddpm, uses the config's. Other samplers use the config's only if
+        the config is for a sampler of the same kind. A DDPM or DDIM config says nothing about them, so each uses the
+        spacing that suits it best. With a formula for the noise levels, the spacing is linspace.
         """
         facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
         if self.is_continuous:

@@ -68,7 +68,7 @@ def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[i
     odd = torch.zeros((rows, 2, 1), dtype=torch.int64, device=index.device)
     odd[:, 0, 0] = draw
     radius_word, angle_word = _rounds(even, odd, seed_words[:, :, None])
-    # 24 random bits plus one half, scaled to (0, 1) in float32. The logarithm is finite, and |z| < 5.9.
+    # 24 random bits plus one half, scaled to (0, 1] in float32. The logarithm is finite, and |z| < 5.9.
     radius = (radius_word >> 8).to(torch.float32).add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
     angle = (angle_word >> 8).to(torch.float32).add_(0.5).mul_(2 * math.pi * 2.0**-24)
     normals = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=2)  # [B, 2, 2, blocks]

@@ -108,7 +108,8 @@ def compile_plan(
 ) -> Plan:
     """Compile a sampler for a model. The coefficients come from model/solvers.py.
 
-    Each step ends at the noise level where the next step starts. The last step adds no noise.
+    Each step ends at the noise level where the next step starts. The last step adds no noise. It ends at alpha_bar = 1,
+    or at alpha_bar_0 (see SamplerFacts.may_end_at_alpha_bar_0).
 
     clip: None uses the checkpoint's clip_sample.
     spacing: None uses the checkpoint's default for this sampler.
@@ -297,9 +298,10 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and return every x: [P + 1, N, C, H, W], with x_0 last.
+    """Run a plan from x_T [N, C, H, W] to x_0, and return x at the start of each pass, and x_0: [P + 1, N, C, H, W].
 
-    The plan must not add noise, so that each x determines x_0.
+    If the plan has `inputs`, each x but the last is as the network gets it, scaled. The plan must not add noise, so
+    that each x determines x_0.
     """
     points: list[Tensor] = []
 

@@ -98,7 +98,7 @@ class SchedulerKind:
     class_name: str
     sampler: str
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Field values that select this sampler within the class. A config must have all of them."""
+    """Field values that select this sampler within the class. A config must have all of them, stated or by default."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the class that differ from the values in `must` or from the defaults of DDPMScheduler."""
     other_names: Mapping[str, str] = field(default_factory=dict)

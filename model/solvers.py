@@ -5,8 +5,8 @@
 x0 is the network's prediction in the current pass, x0_previous the prediction in the previous pass, and z fresh noise.
 A solver that needs more state keeps it in registers h. Without registers, M has a single row: a, b, c, s.
 
-All tensors are float64 with one entry per pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and lambda =
-log(alpha / sigma). A prime marks values at the end of a step.
+All tensors are float64. Noise levels have one entry per step, and matrices one per pass. alpha = sqrt(alpha_bar), sigma
+= sqrt(1 - alpha_bar) and lambda = log(alpha / sigma). A prime marks values at the end of a step.
 """
 
 import math
@@ -85,8 +85,8 @@ def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
     fixed_small: the variance is that of the posterior, beta~.
     fixed_large: the variance is beta.
     learned_range: log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
-    reverse_diffusion: for VE models, x / alpha has the variance (sigma/alpha)^2 - (sigma'/alpha')^2 (Song et al. 2021,
-    SDE, eq. 46).
+    reverse_diffusion: for VE models, x' / alpha' has the variance (sigma/alpha)^2 - (sigma'/alpha')^2 (Song et al.
+    2021, SDE, eq. 46).
     """
     M = matrices(len(levels.alpha_bar))
     M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
@@ -143,7 +143,7 @@ def dpmpp_2m(levels: Levels) -> Tensor:
 
 
 def dpmpp_2m_sde(levels: Levels) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19), a DPM-Solver++(2M) that adds noise in each step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19), a DPM-Solver++(2M) that adds noise in each step but the last."""
     M = matrices(len(levels.alpha_bar))
     w = extrapolation(levels)
     decay = levels.alpha * levels.sigma_next / (levels.alpha_next * levels.sigma)  # e^-h

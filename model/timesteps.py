@@ -42,14 +42,14 @@ def make_timesteps(
     log_sigmas: log sqrt((1 - alpha_bar) / alpha_bar) for t = 0..T-1, ascending.
     fractional: True if the network accepts fractional timesteps. If the sampler can use them, the timesteps of linspace
     and karras are not rounded.
-    continuous: True if the noise levels are a formula of t, as in EDM and flow matching. No sampler's timesteps are
-    rounded then, and linspace is `steps` points from T - 1 to 0.
+    continuous: True if the noise levels are a formula of t, as in EDM and flow matching. The timesteps of linspace and
+    karras are then not rounded for any sampler, and linspace is `steps` points from T - 1 to 0.
 
     A multistep solver jumps from its last timestep to no noise. For these solvers leading and linspace choose steps + 1
     points and drop the cleanest.
 
-    There are two differences from diffusers: no timestep occurs twice, so a multistep solver with T steps visits every
-    timestep, and trailing never includes timestep -1.
+    There are three differences from diffusers: no timestep occurs twice, so a multistep solver with T steps visits
+    every timestep; trailing never includes timestep -1; and the offset never leads past T - 1.
 
     Raises ValueError for an unknown spacing, for karras without T log_sigmas, and unless 1 <= steps <= T. The upper
     limit is lower for samplers that take more passes than steps.

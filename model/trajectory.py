@@ -2,8 +2,8 @@
 
 A pass that adds noise draws each value of x' independently from N(mean, s^2). The mean is the update of samplers.py
 without its noise term: a x + b x0 + c x0_previous, and for a table with a coefficient d the corresponding term. s is
-the coefficient of the noise, or s exp(r v) if the variance is learned. Mean and s follow from the plan, x_t and the
-predicted x0. This module computes them with NumPy in float64, whatever the precision of the passes was.
+the coefficient of the noise, or s exp(r v) if the variance is learned. Mean and s follow from the plan, x_t, the
+predicted x0 and v. This module computes them with NumPy in float64, whatever the precision of the passes was.
 """
 
 import math

@@ -58,8 +58,8 @@ def check_installed() -> None:
 def plot_distances(report: Report) -> bytes | None:
     """Plot Fréchet distance against passes, with a line for each sampler and a panel for each guidance scale.
 
-    Error bars show the range over seeds. Horizontal lines show real images and references. Returns None if there are
-    fewer than two points.
+    Error bars show the range over seeds. Horizontal lines show real images and references. Returns None if fewer than
+    two points have a distance.
     """
     drawn = [point for point in report.points if point.spread(FRECHET) is not None]
     if len(drawn) < 2:
@@ -128,7 +128,10 @@ def _colour(number: int) -> str:
 
 
 def _log(axis: Any, passes: Sequence[int]) -> None:
-    """Make both axes logarithmic, with ticks at the points' passes and at distances like 1, 2 and 5."""
+    """Make both axes logarithmic, with ticks at the points' passes and at distances like 1, 2 and 5.
+
+    Where ticks would overlap, the passes that more points share keep theirs.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []

@@ -36,7 +36,7 @@ OF_PIXELS = (
     "training images' pixels. The variance ratio is the pixels' variance within a class, by that of the test split: 1 "
     "is right, and below it images of a class are too much alike."
 )
-OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that differ between points
+OF_ONE_POINT = ("sampler", "steps", "guidance", "seed")  # options that each point and seed sets for itself
 MAX_FRECHET_RATIO = 1.02
 MAX_ACCURACY_LOSS = 0.01  # small, because the samples of both reports start from the same noise
 

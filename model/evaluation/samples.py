@@ -177,8 +177,9 @@ def draw_samples(
 ) -> Tensor:
     """Sample images 0 to num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU.
 
-    `net` must be on `device`. It runs in options.precision, unless `forward` is given. Then `forward` is called
-    instead, without autocast, with tensors on `device`. Raises EvaluateError if samples are not finite.
+    `net` must be on `device`. It runs with autocast if options.precision is bfloat16; tf32 is a setting of torch, which
+    this function does not change. If `forward` is given, it is called instead, without autocast, with tensors on
+    `device`. Raises EvaluateError if samples are not finite.
     """
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape

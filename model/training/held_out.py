@@ -80,9 +80,10 @@ def mean_loss(
 ) -> float:
     """Return the mean L_simple of `count` evenly spaced examples, each at one timestep.
 
-    The timesteps are spread evenly over 0..T-1, with optional weights [T]. Calls with the same `count` use the same
-    timesteps and eps, so their losses differ only because of the network and the images. The network must be on the
-    schedule's device.
+    weights [T]: the weight of the loss at each timestep; None weights all timesteps equally.
+
+    The timesteps are spread evenly over 0..T-1. Calls with the same `count` use the same timesteps and eps, so their
+    losses differ only because of the network and the images. The network must be on the schedule's device.
     """
     device, net = schedule.betas.device, as_ours(net, noise, schedule)
     picked = evenly(len(examples.x_0), count)

@@ -67,7 +67,10 @@ class Teacher:
     def solve(
         self, seed: int, rows: int, class_dropout: float, points: Sequence[int], stop: Callable[[], bool]
     ) -> Trajectories | None:
-        """Generate trajectories from noise, with the classes in turn. Returns None if stop() becomes true."""
+        """Generate trajectories from noise, with the classes in turn. Keeps x at the given `points`, and x_0.
+
+        Returns None if stop() becomes true.
+        """
         generator = torch.Generator().manual_seed(seed)
         checkpoint = self.checkpoint
         x_T = torch.randn(rows, *checkpoint.row_shape, generator=generator).to(self._device)
