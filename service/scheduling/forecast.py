@@ -15,8 +15,8 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler
 from tminus.service.work import Batch, Outlook, Work
 
-# A stride lasts at most 1/FINE of the simulated time so far, or of the steps until a row ends. The relative error of a
-# predicted time is therefore at most 1/FINE. A stride may be longer if every tick up to a row's end has the same rows.
+# A stride lasts at most 1/FINE of the simulated time so far, or of the steps until a row ends. This also limits the
+# relative error of a predicted time. A stride may be longer if every tick up to a row's end has the same rows.
 # Measurements: docs/scheduling.md.
 FINE = 32
 EARLY = 4  # up to 1/EARLY of a batch's jobs may end before the stride does; their places then stay empty

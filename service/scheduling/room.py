@@ -179,7 +179,10 @@ def _between(before: Load, after: Load, part: float) -> Load:
 
 
 class RetryQueue:
-    """Gives each refused client a later retry time, as long as the queue of these times fits into SPREAD_S."""
+    """Spreads the retry times of refused clients.
+
+    Each time is later than the one before, as long as the queue of times fits into SPREAD_S.
+    """
 
     def __init__(self) -> None:
         self._end_s = -math.inf
