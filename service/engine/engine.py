@@ -159,7 +159,7 @@ class Engine:
     def begin(self, batch: Batch) -> Callable[[], None]:
         """Begin a tick. The returned function waits for the network and updates the rows.
 
-        A batch reaches the device in one transfer, and no code loops over rows.
+        A batch reaches the device in one transfer, and tensor operations handle all its rows at once.
         """
         # The number of threads is global to the process, and another model may have changed it.
         if torch.get_num_threads() != self._torch_threads:

@@ -51,7 +51,7 @@ SHORT_SHARE = 0.6  # used instead of FULL_SHARE for a tick in which a short job 
 CORES = torch.get_num_threads()  # read now, because executors change this number
 MAX_PLAN_LINES = 20_000_000  # 44 bytes per line, and 160 more after the first sampler with registers
 LITTLE_S = 5.0  # on one core; for a job that takes less time, measuring does not pay off
-TRIAL_PASSES = 12  # duration of all measurements together, in one-row passes
+TRIAL_PASSES = 12  # rough time from the first timed pass until the model serves, in one-row passes
 LONG_TRIAL_S = 5.0  # a shorter estimate is not reported, because compilation takes longer than the passes
 TEST_S = 5.0  # time for the self-test before a model serves; the remaining tests run while there is no job
 BUSY_TEST_S = 0.5  # used instead of TEST_S while other models serve
@@ -161,7 +161,10 @@ def memory_lacking(folder: Path) -> str | None:
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
-    """Read a checkpoint: the first, quick half of a load. Raises CheckpointError, or ValueError for a bad device."""
+    """Read a checkpoint: the first, quick half of a load.
+
+    Raises CheckpointError, or ValueError if the device is missing or has too little memory.
+    """
     return _in_thread(lambda: _read_checkpoint(options))
 
 

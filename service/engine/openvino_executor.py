@@ -246,7 +246,7 @@ class KeptGraph:
                     shutil.rmtree(folder)
 
     def _forget_oldest(self) -> None:
-        """Delete the least recently used graphs, except this one, until the others fit in MOST_KEPT_BYTES."""
+        """Delete the least recently used graphs, except this one, until the remaining graphs fit in MOST_KEPT_BYTES."""
         used = 0
         for sums in sorted(self._folder.glob("graph-*.sha256"), key=lambda file: file.stat().st_mtime, reverse=True):
             files = [sums, sums.with_suffix(".xml"), sums.with_suffix(".bin")]
@@ -345,8 +345,7 @@ class OpenVINOExecutor:
         """Start the network on a batch. A second batch may start before the first has ended.
 
         OpenVINO has a queue for each pass size, from which a free stream takes the next pass. Passes of different sizes
-        would compete for the cores. So a batch first starts passes of one size only. Passes of other sizes start as
-        earlier ones end.
+        would compete for the cores. So once each stream has a pass, passes of other sizes wait until earlier ones end.
         """
         graph = self._graph
         temb = graph.embed_time(t)

@@ -15,8 +15,9 @@ from tminus.service.scheduling.owners import OwnerTimes
 from tminus.service.scheduling.scheduler import BatchPolicy, ModelScheduler, Scheduler
 from tminus.service.work import Batch, Outlook, Work
 
-# A stride lasts at most 1/FINE of the simulated time so far, or of the steps until a row ends. The relative error of a
-# predicted time is therefore at most 1/FINE. Measurements: docs/scheduling.md.
+# A stride lasts at most 1/FINE of the simulated time so far, or of the steps until a row ends. This also limits the
+# relative error of a predicted time. A stride may be longer if every tick up to a row's end has the same rows.
+# Measurements: docs/scheduling.md.
 FINE = 32
 EARLY = 4  # up to 1/EARLY of a batch's jobs may end before the stride does; their places then stay empty
 
@@ -99,7 +100,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Stride:
-    """A group of simulated ticks, all with the same duration and rows."""
+    """A group of simulated ticks that count as equal."""
 
     model: int
     places: Mapping[str, int]  # number of places that were run, keyed by job id
@@ -176,7 +177,7 @@ class Simulation:
         alike.sort()
         passed = int(self.now_s / tick_s) if tick_s else 0
         ticks = min(passed // FINE // busy, alike[len(alike) // EARLY])
-        if busy == 1 and self._times.has_one_owner:  # no other job's ticks come between
+        if busy == 1 and self._times.has_one_owner:  # no other model or owner gets ticks in between
             turn = scheduler.turn_ticks(batch)
             ticks = max(ticks, alike[0] if whole and turn is None else alike[0] // FINE)
             ticks = min(ticks, turn) if turn else ticks

@@ -18,7 +18,7 @@ class OwnerTimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._service_time_s: dict[str, float] = {}  # includes owners that have no jobs now
+        self._service_time_s: dict[str, float] = {}  # includes owners without jobs, until no owner has a job
         self._jobs: dict[str, int] = {}
 
     def join(self, owner: str) -> None:

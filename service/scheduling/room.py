@@ -179,7 +179,10 @@ def _between(before: Load, after: Load, part: float) -> Load:
 
 
 class RetryQueue:
-    """Gives each refused client a retry time that is later than the previous client's."""
+    """Spreads the retry times of refused clients.
+
+    Each time is later than the one before, as long as the queue of times fits into SPREAD_S.
+    """
 
     def __init__(self) -> None:
         self._end_s = -math.inf
@@ -202,7 +205,7 @@ class RetryQueue:
 class ClusterLoad:
     """The work of all replicas of a model, as last reported by each replica."""
 
-    replicas: int = 0
+    replicas: int = 0  # live replicas
     places_per_s: float = 0.0  # sum over all replicas
     held_s: float = 0.0  # work already taken by a replica, in seconds; the average over all replicas
     jobs: int = 0  # number of jobs that no replica has taken yet

@@ -139,8 +139,8 @@ class BatchPolicy:
     def reserve(self, places: int, needed: int, turn: int) -> int:
         """Return the number of places that an owner's oldest job gets before the owner's other jobs.
 
-        places: the owner's places in this tick. needed: the places that one row of the job takes. turn: the tick
-        number. If the job's share is less than one row, the job gets a row only in some ticks.
+        places: the owner's places in this tick. needed: the places that one row of the job takes. turn: number of
+        the owner's ticks so far. If the job's share is less than one row, the job gets a row only in some ticks.
         """
         if places >= self.max_batch:
             return places * self.reserved // self.max_batch
@@ -220,7 +220,7 @@ class OwnerQueue:
 
     def __init__(self, policy: BatchPolicy) -> None:
         self._policy = policy
-        # In order of arrival. An OrderedDict finds its first entry at once; a dict would skip deleted entries.
+        # In order of arrival. An OrderedDict finds its first entry at once; a dict would first walk over deleted ones.
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._much_longer: float | None = None  # cached value of `much_longer`; None after a job was added or removed
         # Sort keys of the jobs, except jobs with all rows in flight. The job that goes first is at the end of the list,
@@ -269,8 +269,9 @@ class OwnerQueue:
     def much_longer(self) -> float:
         """A job is held back if its total work, in places, is at least this value.
 
-        Infinite if there are more jobs than places in a tick: throughput then matters most, and full ticks give the
-        highest throughput. A job's total work never changes, so this value changes only when a job is added or removed.
+        Infinite if a short batch is as large as a full one, or if there are more jobs than places in a tick. In the
+        second case, throughput matters most, and full ticks give the highest throughput. A job's total work never
+        changes, so this value changes only when a job is added or removed.
         """
         if self._much_longer is None:
             policy = self._policy
@@ -319,7 +320,7 @@ class OwnerQueue:
         """Record that a tick took this many seconds.
 
         shares: each job's share of this owner's places; 1.0 if the tick contained all unfinished rows of the job. None
-        if a different owner led the tick, because no job is held back in such a tick.
+        if other owners have jobs and this owner did not lead the tick, because then none of its jobs was held back.
         """
         self.ticks += 1
         if shares is not None and self.holds_back_oldest:
@@ -329,7 +330,10 @@ class OwnerQueue:
             self._owed_seconds = 0.0
 
     def turn_ticks(self, batch: Batch) -> int | None:
-        """Return how many ticks like this one the oldest job is owed; None if the job is not held back."""
+        """Return how many more ticks like this one the oldest job is owed: 0 if the tick has no row of that job.
+
+        None if the oldest job is not held back.
+        """
         if not self.holds_back_oldest:
             return None
         is_its = any(picked.job_id == self.oldest.id for picked in batch.jobs)
@@ -517,7 +521,7 @@ class Scheduler:
     def _share_out(self, pick: "_Pick") -> None:
         """Divide the places of a batch among several owners."""
         policy = self._policy
-        # Each owner gets at least one place, so a tick cannot hold more owners than places.
+        # Each owner needs at least one place, so a tick cannot hold more owners than places.
         owners = [owner for owner in self._owners_by_service_time() if self._owners[owner].places_now][: pick.size + 1]
         if not owners:
             return

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Task = Callable[[], Any]
 Result = TypeVar("Result")
 OLDEST_EVERY = 4  # every fourth task of an owner belongs to the owner's oldest job, so that job always makes progress
-JOIN_S = 10.0  # seconds that `close` waits for the running task
+JOIN_S = 10.0  # maximum seconds that `close` waits for the running task
 
 
 class Turnstile:

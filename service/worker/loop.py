@@ -252,7 +252,7 @@ class Loop:
     def tick(self) -> bool:
         """Begin as many ticks as may be in flight, then end the oldest one. Returns False if there was none.
 
-        While the results of one tick are handled, the network already computes the next tick.
+        If two ticks may be in flight, the network computes one while the results of the other are handled.
         """
         while self._begin_next():
             pass

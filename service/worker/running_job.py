@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job as requested by a client. It reaches the engine unchanged."""
+    """A job as requested by a client."""
 
     id: str  # never reused, so a late message about a deleted job cannot reach a new job
     spec: SampleSpec
@@ -235,7 +235,7 @@ class AcceptedJobs:
             job.fail(failure)
 
     def number_of(self, owner: str, *, durable: bool | None = None) -> int:
-        """Count the jobs of one API key. durable: count only durable jobs, or only the others (False)."""
+        """Count the jobs of one API key. durable: count only durable jobs (True) or only the others (False)."""
         with self.gate:
             return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
 

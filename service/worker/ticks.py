@@ -115,8 +115,8 @@ class Ticks:
         """End the oldest tick. The caller must then close `Tick.inside`."""
         tick = self._in_flight.popleft()
         model, batch, engine = tick.model, tick.batch, tick.model.engine
-        # If the engine runs ahead, `wait` returns while the GPU may still be running this tick. For a model's first
-        # tick, `seconds` is then only the time to launch it.
+        # If the engine runs ahead, `wait` returns while the GPU may still be running this tick. If the device was idle
+        # before this tick, `seconds` is then only the time to launch it.
         is_measurement = not engine.runs_ahead or model.number in self._running
         self._running.add(model.number)
         self.rows_active = len(batch.rows)

@@ -198,7 +198,7 @@ class Worker:
 
         other_pulses: pulses of other threads. While one of these threads hangs, no job is accepted.
         """
-        self._models = {model.number: model for model in models}  # hold `_gate` to use it
+        self._models = {model.number: model for model in models}  # hold `_gate` to use it, except during the warm-up
         self._admission, self._metrics, self._clock = admission, metrics, clock
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.jobs = AcceptedJobs(admission, clock)
@@ -356,8 +356,8 @@ class Worker:
     def drain(self) -> None:
         """Refuse new jobs, and end the thread once the accepted jobs are done.
 
-        Durable jobs end at once, with a last snapshot and the error Draining. This method takes no lock, so a signal
-        handler may call it.
+        Durable jobs end before the next tick, with a last snapshot and the error Draining. This method does not take
+        `_gate`, so a signal handler may call it.
         """
         self.state.is_draining.set()
         self._commands.put(lambda: None)  # wakes the thread if it is waiting for a command
