@@ -298,17 +298,12 @@ def solve(
     null_class: int | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Run a plan from x_T [N, C, H, W] to x_0, and return x at the start of each pass, and x_0: [P + 1, N, C, H, W].
+    """Run a plan from x_T [N, C, H, W] to x_0, and return x before each pass, and x_0: [P + 1, N, C, H, W].
 
-    If the plan has `inputs`, each x but the last is as the network gets it, scaled. The plan must not add noise, so
-    that each x determines x_0.
+    The plan must not add noise, so that each x determines x_0.
     """
-    points: list[Tensor] = []
-
-    def seen(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        points.append(x[: len(x_T)])  # with guidance, the batch has each image twice
-        return net(x, t, labels)
-
     zero = torch.zeros_like(x_T)
-    x_0 = sample(seen, plan, x_T, lambda _k: zero, class_labels=class_labels, null_class=null_class, guidance=guidance)
-    return torch.stack([*points, x_0])
+    passes = sample_passes(
+        net, plan, x_T, lambda _k: zero, class_labels=class_labels, null_class=null_class, guidance=guidance
+    )
+    return torch.stack([x_T, *passes])

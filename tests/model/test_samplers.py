@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.tiny import TINY, randomize
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample
+from tminus.model.samplers import Plan, combine, compile_plan, denoise, sample, solve
 from tminus.model.timesteps import SPACINGS, make_timesteps
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -513,3 +513,17 @@ def test_the_known_levels_are_those_of_the_next_timesteps_and_nothing_at_the_end
     alpha_bar = noise.schedule().alpha_bar[plan.timesteps[1:].long()]
     assert torch.equal(plan.known[:-1], torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1))
     assert plan.known[-1].tolist() == [1, 0]
+
+
+def test_solve_keeps_x_itself_where_the_network_gets_it_scaled() -> None:
+    """A network of zeros: D is c_skip x, and the ODE's solution is x_T sqrt((s^2 + d^2) / (s_T^2 + d^2)), d = sigma_data
+    (Karras et al. 2022, equations 1 and 7).
+    """
+    noise = NoiseConfig(100, prediction_type="edm", default_sampler="euler", clip_sample=False)
+    plan = compile_plan(noise, noise.schedule(), "dpmpp_2m", 100)
+    alpha_bar = plan.alpha_bar.double()
+    x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = solve(lambda x, _t, _labels: torch.zeros_like(x), plan, x_T)[:-1]
+    spread = ((1 - alpha_bar) / alpha_bar + noise.sigma_data**2).sqrt() * alpha_bar.sqrt()  # of alpha x
+    expected = x_T.double() * (spread / spread[0]).reshape(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(x.double(), expected, rtol=0.01, atol=1e-4)
