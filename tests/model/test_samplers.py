@@ -516,7 +516,7 @@ def test_the_known_levels_are_those_of_the_next_timesteps_and_nothing_at_the_end
 
 
 def test_solve_keeps_x_itself_where_the_network_gets_it_scaled() -> None:
-    """A network of zeros gives D = c_skip x, and the ODE's solution is x_T sqrt((s^2 + d^2) / (s_T^2 + d^2)), where d is
+    """A network of zeros gives D = c_skip x, and the ODE's solution is x_T sqrt((s^2 + d^2) / (s_T^2 + d^2)). d is
     sigma_data (Karras et al. 2022, equations 1 and 7).
     """
     noise = NoiseConfig(100, prediction_type="edm", default_sampler="euler", clip_sample=False)
