@@ -90,7 +90,7 @@ def replace_outputs(monkeypatch: pytest.MonkeyPatch, executor: type, make: Calla
 @needs_openvino
 @pytest.mark.usefixtures("in_openvino")
 @pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.long)], ids=["cold", "warm"])
 def test_an_executor_that_gives_garbage_is_refused_with_both_figures(
     checkpoint: Checkpoint,
     tmp_path: Path,
@@ -228,7 +228,9 @@ print(choose_executor(load_checkpoint(Path(sys.argv[1])), torch.device("cpu"), W
 
 
 @needs_openvino
-@pytest.mark.parametrize(("fatal", "warm"), [(signal.SIGILL, False), (signal.SIGFPE, True)], ids=["cold", "warm"])
+@pytest.mark.parametrize(("fatal", "warm"), [
+    (signal.SIGILL, False), pytest.param(signal.SIGFPE, True, marks=pytest.mark.long)
+], ids=["cold", "warm"])  # fmt: skip
 def test_a_start_after_one_that_a_signal_ended_takes_eager_and_says_why(
     tmp_path: Path, fatal: signal.Signals, warm: bool
 ) -> None:

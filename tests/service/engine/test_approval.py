@@ -191,6 +191,7 @@ def test_while_no_job_runs_nothing_is_done_that_was_not_asked_for_or_is_known(ne
     assert load_checkpoint(folder).approved == {}
 
 
+@pytest.mark.long
 def test_an_engine_comes_with_what_approves_bfloat16_for_its_next_start(
     net: UNet2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,9 @@ def overlapping(engine: Engine, jobs: Sequence[Job], rng: random.Random) -> dict
 
 
 @pytest.mark.parametrize(
-    "make", [lambda tiny: EagerExecutor(tiny.net, CPU, sizes=(1,)), openvino], ids=["eager", "openvino"]
+    "make",
+    [pytest.param(lambda tiny: EagerExecutor(tiny.net, CPU, sizes=(1,)), marks=pytest.mark.long), openvino],
+    ids=["eager", "openvino"],
 )
 @needs_openvino
 def test_any_mix_with_two_ticks_in_flight_has_the_bits_of_each_job_alone(

@@ -396,7 +396,7 @@ def test_a_graph_that_is_kept_gives_the_same_bits_without_being_converted_and_fr
 
 
 @pytest.mark.parametrize("suffix", ["bin", "xml", "sha256"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["flip", *(pytest.param(each, marks=pytest.mark.long) for each in ("cut", "gone"))])
 def test_a_kept_graph_that_is_damaged_is_converted_again(kept: Kept, suffix: str, damage: str) -> None:
     expected, _ = kept.run()
     file = kept.folder / f"graph-key.{suffix}"
@@ -515,9 +515,8 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_a_folder_is_left_alone(ke
     assert (place / "within").is_dir()
 
 
-def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(
-    checkpoint: Checkpoint,
-) -> None:
+@pytest.mark.parametrize("checkpoint", ["colour", "NCSN++"], indirect=True)
+def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(checkpoint: Checkpoint) -> None:
     inputs = example_inputs(checkpoint, CPU, 3)
     graph, passes = converted(checkpoint)
     one = OpenVINOExecutor(graph, threads=2, streams=1, compiled=passes)

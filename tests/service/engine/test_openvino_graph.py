@@ -138,8 +138,8 @@ def test_other_convolutions_of_larger_maps_stay(kernel: int, scale: float, mode:
     "fields",
     [
         MODELS["colour"],
-        {"resnet_time_scale_shift": "scale_shift", "sample_size": 16},
-        {"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")},
+        pytest.param({"resnet_time_scale_shift": "scale_shift", "sample_size": 16}, marks=pytest.mark.long),
+        pytest.param({"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")}, marks=pytest.mark.long),
     ],
     ids=["colour", "scale_shift", "resnets that double"],
 )
