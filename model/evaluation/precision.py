@@ -89,10 +89,10 @@ def compared_points(recommended: Recommended | None) -> tuple[Point, ...]:
     if recommended is None:
         return PRECISE, COMMON
     sampler, steps = recommended.sampler, recommended.steps
-    if sampler not in TABLE_SAMPLERS and SAMPLER_FACTS[sampler].noise == "always":
-        # Its noise would hide its truncation. Without noise it is DDIM or, of second order, DPM-Solver++ 2M.
-        sampler = "dpmpp_2m" if SAMPLER_FACTS[sampler].looks_back else "ddim"
     if sampler not in TABLE_SAMPLERS:
+        if (facts := SAMPLER_FACTS[sampler]).noise == "always":
+            # Noise would hide the truncation. A sampler of first order without noise is DDIM, of second order dpmpp_2m.
+            sampler = "dpmpp_2m" if facts.looks_back else "ddim"
         steps = min(steps, MAX_STEPS.get(sampler, PRECISE.steps))
     own = Point(sampler, steps, recommended.guidance)
     return tuple(dict.fromkeys((replace(PRECISE, guidance=own.guidance), own)))

@@ -48,7 +48,7 @@ SPECS: dict[str, dict[str, Any]] = {
 def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny checkpoint, and beside it the executor that is chosen for all files and commands.
 
-    PyTorch has one memory layout here. Which of two is faster depends on what else runs, and their bits differ.
+    PyTorch is given one memory layout. Two layouts give different bits, and which one is faster depends on the load.
     """
     folder = saved(make_checkpoint(), tmp_path_factory.mktemp("reproduce") / "tiny").parent
     find = autotune.find_candidates

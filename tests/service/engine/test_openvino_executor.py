@@ -515,7 +515,11 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_a_folder_is_left_alone(ke
     assert (place / "within").is_dir()
 
 
-@pytest.mark.parametrize("checkpoint", ["colour", "NCSN++"], indirect=True)
+@pytest.mark.parametrize(
+    "checkpoint",
+    [name if name in ("colour", "NCSN++") else pytest.param(name, marks=pytest.mark.long) for name in MODELS],
+    indirect=True,
+)
 def test_one_stream_of_all_threads_gives_the_bits_of_streams_of_one_thread(checkpoint: Checkpoint) -> None:
     inputs = example_inputs(checkpoint, CPU, 3)
     graph, passes = converted(checkpoint)

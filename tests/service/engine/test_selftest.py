@@ -58,7 +58,7 @@ OTHERS: tuple[dict[str, object], ...] = (
 )
 
 
-@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 2), *zip(OTHERS, (4, 7, 32, 16), strict=True)])
+@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 2), *zip(OTHERS, (4, 7, 64, 16), strict=True)])
 def test_good_rows_are_kept_apart(make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int) -> None:
     checkpoint = make_checkpoint(**fields)
     assert samplers_keep_rows_apart(checkpoint, CPU, max_batch)
