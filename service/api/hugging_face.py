@@ -37,7 +37,7 @@ from tminus.service.api.request.schemas import (
     named_as_given,
 )
 from tminus.service.api.sample import respond, still
-from tminus.service.api.submission import ensure_loaded, prepare_job
+from tminus.service.api.submission import prepare_job
 from tminus.service.errors import InvalidField, MalformedBody
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
@@ -88,8 +88,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
     with named_as_given(given_as):
         asked = await parse_call(SampleRequest, parameters, services.bounds)
         del parameters
-        services = await ensure_loaded(services, caller_of(request), asked, request)
-        new = await prepare_job(services, caller_of(request), asked, request)
+        services, new = await prepare_job(services, caller_of(request), asked, request)
         return await respond(services, request, new, still(media_type, new.spec, services.model))
 
 

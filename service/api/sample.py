@@ -31,7 +31,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import cache_directives, has_answer, negotiate, parse_call, read_parameters
 from tminus.service.api.request.schemas import SampleCall
 from tminus.service.api.request.specs import refuse_float_depth
-from tminus.service.api.submission import cache_headers, ensure_loaded, pixel_headers, prepare_job, spec_headers, submit
+from tminus.service.api.submission import cache_headers, pixel_headers, prepare_job, spec_headers, submit
 from tminus.service.errors import InvalidField, PreconditionFailed
 from tminus.service.images.encoder import (
     JSON,
@@ -117,8 +117,7 @@ async def sample(services: Services, request: Request) -> Response:
         values = {"bit_depth": 32} | values
     parameters = await parse_call(SampleCall, values, services.bounds, errors, media_type)
     del values  # frees the picture, if any
-    services = await ensure_loaded(services, caller_of(request), parameters, request)
-    new = await prepare_job(services, caller_of(request), parameters, request)
+    services, new = await prepare_job(services, caller_of(request), parameters, request)
     return await respond(services, request, new, answer_of(parameters, media_type, new.spec, services.model))
 
 

@@ -21,7 +21,7 @@ from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop, parse_call
 from tminus.service.api.request.schemas import StreamCall
 from tminus.service.api.request.specs import refuse_float_depth
-from tminus.service.api.submission import ensure_loaded, prepare_job, submit, warning_of
+from tminus.service.api.submission import prepare_job, submit, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
     JobCancelled,
@@ -98,8 +98,7 @@ class _Stream:
                     ):
                         asked = await parse_call(StreamCall, values, self._services.bounds)
                         del values  # frees megabytes of pictures, because the job may run for an hour
-                        self._services = await ensure_loaded(self._services, caller, asked)
-                        new = await prepare_job(self._services, caller, asked)
+                        self._services, new = await prepare_job(self._services, caller, asked)
                         where = "in a stream, whose images are PNGs"
                         refuse_float_depth(new.spec, self._services.model, where)
                         await self._job(asked, new, caller)

@@ -33,7 +33,7 @@ from tminus.service.worker.running_job import NewJob
 MOSTLY_IMAGE = 0.5  # minimum alpha_bar_t at which an x_t counts as more image than noise
 
 
-async def ensure_loaded(
+async def _ensure_loaded(
     services: Services, caller: Caller, parameters: SampleRequest, request: Request | None = None
 ) -> Services:
     """Wait until the model is in memory, and return its current Services. The deadline is shortened by the wait.
@@ -63,11 +63,17 @@ async def prepare_job(
     request: Request | None = None,
     *,
     transparent: bool = False,
-) -> NewJob:
-    """Make a job from the parameters. Decodes the images and removes them from the parameters.
+    load: bool = True,
+) -> tuple[Services, NewJob]:
+    """Make a job from the parameters. Returns the current Services of its model, and the job.
 
-    request: see `ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of and Decoder.inputs.
+    Decodes the images and removes them from the parameters.
+
+    load: first wait until the model is in memory. request: see `_ensure_loaded`. transparent: see decode_inputs. Raises
+    the errors of spec_of, Services.ensure_loaded and Decoder.inputs.
     """
+    if load:
+        services = await _ensure_loaded(services, caller, parameters, request)
     spec, inputs = spec_of(parameters, services.model, services.limits), None
     named = named_by(parameters.decisive())
     services.metrics.count("tminus_sample_requests_total", services.model.name, spec.sampler, named)
@@ -80,7 +86,7 @@ async def prepare_job(
     if request is not None:
         body_of(request.scope).release()
     work = work_of(spec, services.model, services.number)
-    return NewJob(
+    return services, NewJob(
         uuid.uuid4().hex,
         with_inputs(spec, parameters, inputs),
         work,
@@ -127,7 +133,7 @@ async def create(
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
     key = await off_loop(size_bytes, _key, request, parameters, caller.name, webhook, transparent=transparent)
-    new = await prepare_job(services, caller, parameters, request, transparent=transparent)
+    _, new = await prepare_job(services, caller, parameters, request, transparent=transparent, load=False)
     return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
 
 

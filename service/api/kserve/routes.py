@@ -49,7 +49,7 @@ from tminus.service.api.request.reading import (
 )
 from tminus.service.api.request.schemas import RequestSchema, in_words
 from tminus.service.api.sample import Answer, respond
-from tminus.service.api.submission import ensure_loaded, prepare_job
+from tminus.service.api.submission import prepare_job
 from tminus.service.api.system import fatal_error, why_unready
 from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
@@ -245,8 +245,7 @@ async def infer(services: Services, request: Request) -> Response:
     outputs = outputs_wanted(asked, call)
     if call.timeout is not None:
         call.deadline_s = call.timeout / 1e6
-    services = await ensure_loaded(services, caller_of(request), call, request)
-    new = await prepare_job(services, caller_of(request), call, request)
+    services, new = await prepare_job(services, caller_of(request), call, request)
     made = Tensors(new.spec, services.model, outputs)
     try:
         response = await respond(services, request, new, Answer(made.media_type, made.etag_form, "tensors", made.body))

@@ -45,7 +45,7 @@ from tminus.service.api.request.reading import (
     while_connected,
 )
 from tminus.service.api.request.schemas import DIFFUSERS_NAMES, PICTURES, by_our_names, named_as_given
-from tminus.service.api.submission import create, ensure_loaded, prepare_job, spec_headers, submit
+from tminus.service.api.submission import create, prepare_job, spec_headers, submit
 from tminus.service.errors import (
     ConflictingField,
     InvalidImage,
@@ -201,8 +201,7 @@ async def _prepare(
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
             return services, members, view
-        services = await ensure_loaded(services, caller_of(request), parameters, request)
-        new = await prepare_job(services, caller_of(request), parameters, request, transparent=edits)
+        services, new = await prepare_job(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 
