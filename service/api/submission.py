@@ -69,8 +69,9 @@ async def prepare_job(
 
     Decodes the images and removes them from the parameters.
 
-    load: first wait until the model is in memory. request: see `_ensure_loaded`. transparent: see decode_inputs. Raises
-    the errors of spec_of, Services.ensure_loaded and Decoder.inputs.
+    load: first wait until the model is in memory. A durable job does not: it waits in the store. request: see
+    `_ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of, Services.ensure_loaded and
+    Decoder.inputs.
     """
     if load:
         services = await _ensure_loaded(services, caller, parameters, request)
