@@ -140,7 +140,11 @@ def draw(results: Results) -> None:
     except ImportError:
         print("no pictures: matplotlib is not installed")
         return
-    for name, drawn, file in (("serving", plot.contenders, "bench.svg"), ("quality", plot.samplers, "samplers.svg")):
+    for name, drawn, file in (
+        ("serving", plot.contenders, "bench.svg"),
+        ("quality", plot.samplers, "samplers.svg"),
+        ("adaptive", plot.adaptive, "adaptive.svg"),
+    ):
         if name in results:
             drawn(results[name], ROOT / "docs" / "images" / file)
 

@@ -94,6 +94,24 @@ def samplers(quality: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
+def adaptive(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the share of requests in time, and the distance of their images, over the load."""
+    loads = result["loads"]
+    percents = [float(load.rstrip("%")) for load in loads]
+    figure, panels = plt.subplots(1, 2, figsize=(7.8, 3), layout="constrained")
+    for axes, name, title in zip(
+        panels, ("in_time", "distance"), ("requests in time", "Fréchet distance"), strict=True
+    ):
+        for mode, colour in (("recommended", "#d2691e"), ("adaptive", "#2f81c7")):
+            values = [modes[mode][name]["value"] for modes in loads.values()]
+            axes.plot(percents, values, label=mode, color=colour, marker="o", markersize=4.5)
+        axes.set(xlabel="load, % of the most at the recommended setting", title=title)
+        axes.set_ylim(0)
+        axes.grid(visible=True, color=INK, alpha=0.25, linewidth=0.6)
+    panels[0].legend(frameon=False)
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a picture as SVG."""
     figure.savefig(path, metadata={"Date": None})

@@ -178,6 +178,17 @@ def costs(result: Result) -> str:
     return "\n".join(lines)
 
 
+def adaptive(result: Result) -> str:
+    """Make the table of adaptive requests beside those at the recommended setting, by load."""
+    head = ["load", "setting", *ADAPTIVE_COLUMNS.values()]
+    rows = [
+        [load, mode, *(_cell(_found(figures, name)) for name in ADAPTIVE_COLUMNS)]
+        for load, modes in result["loads"].items()
+        for mode, figures in modes.items()
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def gpu(results: Mapping[str, Result]) -> str:
     """What has been measured on GPUs."""
     cards = {name: each for name, each in results.items() if name.startswith("gpu-")}
@@ -242,6 +253,14 @@ COST_ROWS = {
     "models.reload_wait_ratio": "median wait of these clients: during reloads / otherwise",
     "models.load_s": "a request that loads its model, idle server, s",
 }
+ADAPTIVE_COLUMNS = {
+    "in_time": "in time",
+    "missed_though_admitted": "accepted, but late",
+    "refused": "refused",
+    "passes": "passes, mean",
+    "distance": "distance",
+    "pixel_distance": "in pixels",
+}
 # The file of each block, and what makes it; of all files where it has none.
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "machine": ("serving", machine),
@@ -253,6 +272,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "networks": ("networks", networks),
     "networks-machine": ("networks", machine),
     "costs": ("costs", costs),
+    "adaptive": ("adaptive", adaptive),
     "gpu": ("", gpu),
     "samplers": ("", samplers),
     **image_tables.TABLES,

@@ -3,12 +3,15 @@
 The service uses these facts to count network passes. The coefficients are in model/solvers.py.
 """
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 TABLE = "table"  # spacing of samplers that take their timesteps from one of the checkpoint's tables
 MAX_GUIDANCE = 50.0
+MAX_RUNGS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,37 +163,111 @@ class Recommended:
     guidance: float = 1.0
 
     @classmethod
-    def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool) -> "Recommended":
-        """Validate the `recommended` object of tminus.json.
+    def from_json(cls, value: object, num_timesteps: int, *, has_null_class: bool, what: str = "recommended") -> Self:
+        """Validate an object of tminus.json. what: the name of the object in errors.
 
         Raises ValueError with the field, the allowed values and the value found.
         """
-
-        def require(ok: bool, name: str, bound: str, got: object) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {bound}, got {got!r:.100}")
-
         names = list(cls.__dataclass_fields__)
-        require(isinstance(value, dict), "recommended", f"an object with {', '.join(names)}", value)
+        _require(isinstance(value, dict), what, f"an object with {', '.join(names)}", value)
         assert isinstance(value, dict)
         given: dict[str, Any] = {"sampler": None, "steps": None, "guidance": 1.0} | value
         for name in given:
-            require(name in names, "each member of recommended", f"one of {', '.join(names)}", name)
-        sampler, steps, guidance = (given[name] for name in names)
+            _require(name in names, f"each member of {what}", f"one of {', '.join(names)}", name)
+        sampler, steps, guidance = given["sampler"], given["steps"], given["guidance"]
         known = isinstance(sampler, str) and sampler in SAMPLER_FACTS
-        require(known, "recommended sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
+        _require(known, f"{what} sampler", f"one of {', '.join(SAMPLER_FACTS)}", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(num_timesteps)
         whole = type(steps) is int and 1 <= steps <= most  # type() excludes bool, a subclass of int
-        require(whole, "recommended steps", f"an integer in 1..{most}", steps)
+        _require(whole, f"{what} steps", f"an integer in 1..{most}", steps)
         number = type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
-        require(number, "recommended guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
-        require(guidance == 1 or has_null_class, "recommended guidance", "1 (off) without a null_class", guidance)
-        return cls(sampler, steps, float(guidance))
+        _require(number, f"{what} guidance", f"a number in 0..{MAX_GUIDANCE:g}", guidance)
+        _require(guidance == 1 or has_null_class, f"{what} guidance", "1 (off) without a null_class", guidance)
+        return cls(**given | {"guidance": float(guidance)})
+
+    @property
+    def passes(self) -> int:
+        """The number of network passes for one image. A guided pass counts twice."""
+        return SAMPLER_FACTS[self.sampler].num_passes(self.steps) * (1 if self.guidance == 1 else 2)
 
     def __str__(self) -> str:
         """Return a description for users, such as `20 steps of dpmpp_2m, guidance 1.5`."""
         guided = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
         return f"{self.steps} step{'s' if self.steps != 1 else ''} of {self.sampler}{guided}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rung(Recommended):
+    """One setting of a checkpoint's ladder, which goes from the best setting to the fastest."""
+
+    model: str | None = None  # name of the served model, such as a student; None for the checkpoint itself
+    # Fréchet distances that `tminus evaluate` measured, in the classifier's features and in pixels; None if unknown.
+    distance: float | None = None
+    pixel_distance: float | None = None
+
+    @property
+    def distances(self) -> tuple[float, float]:
+        """Both distances, for comparison. An unknown one counts as infinite."""
+        distance, in_pixels = (math.inf if each is None else each for each in (self.distance, self.pixel_distance))
+        return distance, in_pixels
+
+
+def ladder_from_json(value: object, num_timesteps: int, *, has_null_class: bool) -> tuple[Rung, ...]:
+    """Validate the `ladder` list of tminus.json. Raises ValueError, as Recommended.from_json does."""
+    listed = isinstance(value, list) and 1 <= len(value) <= MAX_RUNGS
+    _require(listed, "ladder", f"a list of 1 to {MAX_RUNGS} settings", value)
+    assert isinstance(value, list)
+    rungs: list[Rung] = []
+    for k, each in enumerate(value):
+        what = f"ladder[{k}]"
+        rung = Rung.from_json(each, num_timesteps, has_null_class=has_null_class, what=what)
+        named = rung.model is None or (isinstance(rung.model, str) and bool(rung.model))
+        _require(named, f"{what} model", "the name of a model", rung.model)
+        for name in ("distance", "pixel_distance"):
+            found = getattr(rung, name)
+            number = found is None or (type(found) in (int, float) and 0 <= found < math.inf)
+            _require(number, f"{what} {name}", "a number, 0 or more", found)
+        if rungs:
+            bound = f"fewer than {rungs[-1].passes} passes, those of the setting before it"
+            _require(rung.passes < rungs[-1].passes, what, bound, f"{rung}, {rung.passes} passes")
+        rungs.append(rung)
+    return tuple(rungs)
+
+
+def ladder_of(measured: Iterable[Rung]) -> tuple[Rung, ...]:
+    """Return the ladder of settings with known distances, from the most passes to the fewest.
+
+    A setting is left out if another one takes no more passes, and is better or equal in both distances. Two settings
+    with the same number of passes cannot both stay: that with the shorter `distance` does.
+    """
+    rungs: list[Rung] = []
+    for rung in sorted(measured, key=lambda rung: (rung.passes, rung.distances)):
+        beaten = any(all(map(operator.le, other.distances, rung.distances)) for other in rungs)
+        if not beaten and not (rungs and rungs[-1].passes == rung.passes):
+            rungs.append(rung)
+    return tuple(reversed(rungs))
+
+
+def default_ladder(own: Recommended, tables: Iterable[Recommended]) -> tuple[Rung, ...]:
+    """Return the ladder of a checkpoint that states none.
+
+    It has the checkpoint's own settings, the same sampler at half the steps and so on down to its `good_steps`, and
+    then the tables of the same guidance that take fewer passes. tables: the settings of the checkpoint's tables.
+    """
+    rungs = [Rung(own.sampler, own.steps, own.guidance)]
+    least = own.steps if own.sampler in TABLE_SAMPLERS else SAMPLER_FACTS[own.sampler].good_steps
+    while rungs[-1].steps > least:
+        rungs.append(Rung(own.sampler, max(least, rungs[-1].steps // 2), own.guidance))
+    for table in sorted(tables, key=lambda table: table.steps, reverse=True):
+        rung = Rung(table.sampler, table.steps, table.guidance)
+        if rung.guidance == own.guidance and rung.passes < rungs[-1].passes:
+            rungs.append(rung)
+    return tuple(rungs)
+
+
+def _require(ok: bool, name: str, bound: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {bound}, got {got!r:.100}")
 
 
 def usual_settings(num_timesteps: int, sampler: str = "dpmpp_2m") -> Recommended:

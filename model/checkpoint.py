@@ -2,23 +2,33 @@
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
     vqvae/         the autoencoder of a latent model
-    tminus.json    what diffusers does not store: class names, null class, recommended settings, provenance
+    tminus.json    what diffusers does not store: class names, null class, recommended settings, ladder, provenance
 
 Flat folders such as google/ddpm-*, with config.json and the weights at the top level, can also be read.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tminus.model.archives import release
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS, Recommended, usual_settings
+from tminus.model.catalogue import (
+    SAMPLER_FACTS,
+    SAMPLERS,
+    TABLE_SAMPLERS,
+    Recommended,
+    Rung,
+    default_ladder,
+    ladder_from_json,
+    ladder_of,
+    usual_settings,
+)
 from tminus.model.config import is_count, is_number
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
@@ -46,6 +56,7 @@ from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import hash_weights, load_state_dict, misfit, to_float32, write_weights
 
 log = logging.getLogger(__name__)
+Parsed = TypeVar("Parsed")
 
 INDEX_FILE = "model_index.json"
 TMINUS_FILE = "tminus.json"
@@ -146,11 +157,16 @@ class TminusJson:
         }
 
     def recommended(self, noise: NoiseConfig, labels: Labels) -> Recommended | None:
-        if (value := self.values.get("recommended")) is None:
+        return self._settings("recommended", Recommended.from_json, noise, labels)
+
+    def ladder(self, noise: NoiseConfig, labels: Labels) -> tuple[Rung, ...]:
+        return self._settings("ladder", ladder_from_json, noise, labels) or ()
+
+    def _settings(self, name: str, parse: Callable[..., Parsed], noise: NoiseConfig, labels: Labels) -> Parsed | None:
+        if (value := self.values.get(name)) is None:
             return None
-        has_null_class = labels.null_class is not None
         try:
-            return Recommended.from_json(value, noise.num_train_timesteps, has_null_class=has_null_class)
+            return parse(value, noise.num_train_timesteps, has_null_class=labels.null_class is not None)
         except ValueError as error:
             raise CheckpointError(f"{self.file}: {error}") from error
 
@@ -305,6 +321,8 @@ class Checkpoint:
     """The guidance folded into the weights. A request's guidance is multiplied by it. Students accept no guidance."""
     alpha: bool = False
     """True if the last of four channels is alpha."""
+    stated_ladder: tuple[Rung, ...] = ()
+    """The ladder in tminus.json; empty if it has none. See `ladder`."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -344,6 +362,12 @@ class Checkpoint:
         own = [table for table in self.tables if table.sampler == self.default_sampler]
         table = nearest(own, SAMPLER_FACTS[self.default_sampler].good_steps, 1.0)
         return Recommended(table.sampler, table.steps, table.guidance)
+
+    @property
+    def ladder(self) -> tuple[Rung, ...]:
+        """The settings to choose from under load, from the best to the fastest."""
+        tables = (Recommended(table.sampler, table.steps, table.guidance) for table in self.tables)
+        return self.stated_ladder or default_ladder(self.settings, tables)
 
     @property
     def fractional(self) -> bool:
@@ -547,6 +571,7 @@ def _load(folder: Path) -> Checkpoint:
         autoencoder,
         folded_guidance,
         tminus_json.alpha(unet.in_channels if autoencoder is None else autoencoder.config.in_channels),
+        tminus_json.ladder(noise, labels),
     )
 
 
@@ -645,6 +670,22 @@ def recommend(folder: Path, recommended: Recommended) -> None:
     """Write the recommended settings to tminus.json. The weights and their hash do not change."""
     tminus_json = TminusJson.read(folder)
     write_json(tminus_json.file, {**tminus_json.values, "recommended": asdict(recommended)})
+
+
+def add_to_ladder(folder: Path, measured: Sequence[Rung]) -> tuple[Rung, ...]:
+    """Add measured settings to the ladder in tminus.json, and return the new ladder, see `ladder_of`.
+
+    Each replaces the same setting of an earlier measurement. Raises CheckpointError if the earlier ladder is invalid.
+    """
+    before, checkpoint = TminusJson.read(folder), load_checkpoint(folder)
+    new = {(rung.model, rung.sampler, rung.steps, rung.guidance) for rung in measured}
+    kept = [
+        rung for rung in checkpoint.stated_ladder if (rung.model, rung.sampler, rung.steps, rung.guidance) not in new
+    ]
+    ladder = ladder_of([*kept, *measured])
+    members = [{name: value for name, value in asdict(rung).items() if value is not None} for rung in ladder]
+    write_json(before.file, {**before.values, "ladder": members})
+    return ladder
 
 
 def relative_error_of(check: Mapping[str, Any]) -> float | None:

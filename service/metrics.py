@@ -134,6 +134,11 @@ METRICS = {
         },
         more="api.md",
     ),
+    "tminus_quality_total": MetricDoc(
+        "counter",
+        "Requests with `quality=adaptive`, by the setting that was chosen. Those that are then refused count too.",
+        MODEL | {"rung": "place of the setting in the ladder, such as `2/5`; `other` if the ladder does not have it"},
+    ),
     "tminus_rejected_total": MetricDoc(
         "counter",
         "Refused requests.",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tminus.model.catalogue import Recommended
+from tminus.model.catalogue import Recommended, Rung
 from tminus.model.pixels import shown_channels
 from tminus.model.sampler_tables import Table
 from tminus.model.timesteps import log_sigma_at
@@ -54,6 +54,7 @@ class ModelInfo:
     folded_guidance: float  # guidance scale trained into the weights; 1 if there is none
     default_sampler: str
     recommended: Recommended  # defaults for requests that set neither sampler nor steps
+    ladder: tuple[Rung, ...]  # the settings that `quality=adaptive` chooses from, from the best to the fastest
     conditional: bool
     class_names: tuple[str, ...]
     null_class: int | None
@@ -74,6 +75,13 @@ class ModelInfo:
     def fits_pictures(self) -> bool:
         """Return True if a picture shows all channels. An upload can then be a whole image."""
         return self.shown_channels == self.channels
+
+    def makes_images_of(self, other: "ModelInfo") -> bool:
+        """Return True if the images have the shape and the classes of another model's."""
+        ours, theirs = (
+            (each.height_px, each.width_px, each.channels, each.alpha, each.class_names) for each in (self, other)
+        )
+        return ours == theirs
 
     def has_table(self, table_hash: str) -> bool:
         """Return True if the checkpoint has a table with this hash."""

@@ -171,7 +171,7 @@ async def post_job(services: Services, request: Request) -> Response:
         "X-Job-ID": view.record.id,
         "Cache-Control": "no-store",
     }
-    headers |= spec_headers(view.record.spec, services.model)
+    headers |= spec_headers(view.record.spec, services.models.numbered(view.model).model)
     if again:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)

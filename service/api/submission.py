@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from hashlib import sha256
 
 from fastapi import Request
@@ -19,8 +20,8 @@ from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import JobCall, SampleRequest
-from tminus.service.api.request.specs import named_by, spec_of, with_inputs
-from tminus.service.errors import Overloaded, QuotaExceeded
+from tminus.service.api.request.specs import named_by, quality_of, spec_of, spec_of_rung, with_inputs
+from tminus.service.errors import DeadlineUnmeetable, InvalidField, ModelNotFound, Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.jobs import JobView
 from tminus.service.jobs.store.records import Key
@@ -73,11 +74,22 @@ async def prepare_job(
     `_ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of, Services.ensure_loaded and
     Decoder.inputs.
     """
+    return (await _prepare(services, caller, parameters, request, transparent=transparent, load=load))[0]
+
+
+async def _prepare(
+    services: Services,
+    caller: Caller,
+    parameters: SampleRequest,
+    request: Request | None,
+    *,
+    transparent: bool,
+    load: bool,
+) -> list[tuple[Services, NewJob]]:
+    """Make a job as `prepare_job` does. An adaptive job is followed by its versions at faster settings."""
     if load:
         services = await _ensure_loaded(services, caller, parameters, request)
-    spec, inputs = spec_of(parameters, services.model, services.limits), None
-    named = named_by(parameters.decisive())
-    services.metrics.count("tminus_sample_requests_total", services.model.name, spec.sampler, named)
+    settings, inputs = list(_settings(services, parameters)), None
     if parameters.image is not None:
         decoding = services.decoder.inputs(
             parameters.image, parameters.mask, services.model, caller, transparent=transparent
@@ -86,16 +98,48 @@ async def prepare_job(
         parameters.image = parameters.mask = None
     if request is not None:
         body_of(request.scope).release()
-    work = work_of(spec, services.model, services.number)
-    return services, NewJob(
-        uuid.uuid4().hex,
-        with_inputs(spec, parameters, inputs),
-        work,
-        caller.name,
-        parameters.deadline_s,
-        inputs,
-        is_repeatable=parameters.seed is not None,
-    )
+    new = [
+        NewJob(
+            uuid.uuid4().hex,
+            with_inputs(spec, parameters, inputs),
+            work_of(spec, own.model, own.number),
+            caller.name,
+            parameters.deadline_s,
+            inputs,
+            is_repeatable=parameters.seed is not None,
+        )
+        for own, spec in settings
+    ]
+    first = 0
+    # No await may follow the choice, so that another request does not make the same one before this job is accepted.
+    if len(new) > 1:
+        try:
+            first = services.worker.best_in_time(new)
+        except (DeadlineUnmeetable, InvalidField):
+            if load:
+                raise
+            first = len(new) - 1  # refused when it is created, unless its Idempotency-Key has an earlier job
+    (own, spec), metrics = settings[first], services.metrics
+    metrics.count("tminus_sample_requests_total", own.model.name, spec.sampler, named_by(parameters.decisive()))
+    if parameters.quality is not None:
+        metrics.count("tminus_quality_total", own.model.name, quality_of(spec, own.model) or "other")
+    return [(own, each) for (own, _), each in zip(settings, new, strict=True)][first:]
+
+
+def _settings(services: Services, parameters: SampleRequest) -> list[tuple[Services, SampleSpec]]:
+    """Return the spec of a request; of an adaptive request with a deadline, the spec of each rung that can answer it.
+
+    A rung is left out if its table is gone, or its model is not served, not in memory or makes other images. Raises the
+    errors of spec_of.
+    """
+    model, spec = services.model, spec_of(parameters, services.model, services.limits)
+    found = []
+    for rung in model.ladder if parameters.quality is not None and parameters.deadline_s is not None else ():
+        with suppress(InvalidField, ModelNotFound):
+            own = services if rung.model in (None, model.name) else services.models.named(rung.model)
+            if own is services or (not own.is_unloaded and own.model.makes_images_of(model)):
+                found.append((own, spec_of_rung(rung, parameters, spec, own.model, own.limits)))
+    return found or [(services, spec)]
 
 
 @asynccontextmanager
@@ -133,13 +177,19 @@ async def create(
     """
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
-    key = await off_loop(size_bytes, _key, request, parameters, caller.name, webhook, transparent=transparent)
-    _, new = await prepare_job(services, caller, parameters, request, transparent=transparent, load=False)
-    return await services.new_jobs.create(new, key, webhook, charged=lambda: charged(services, caller, new))
+    key = await off_loop(size_bytes, _key, services, request, parameters, webhook, transparent=transparent)
+    jobs = await _prepare(services, caller, parameters, request, transparent=transparent, load=False)
+    for k, (own, new) in enumerate(jobs):
+        try:
+            return await own.new_jobs.create(new, key, webhook, charged=partial(charged, own, caller, new))
+        except DeadlineUnmeetable:  # other jobs were accepted since the choice
+            if k == len(jobs) - 1:
+                raise
+    raise AssertionError("there is always a job")
 
 
 def _key(
-    request: Request, parameters: JobCall, owner: str, webhook: Webhook | None, *, transparent: bool
+    services: Services, request: Request, parameters: JobCall, webhook: Webhook | None, *, transparent: bool
 ) -> Key | None:
     """Return the Idempotency-Key and a hash of its request, or None if the request has no key. Raises InvalidField.
 
@@ -157,8 +207,10 @@ def _key(
         given["webhook"] = webhook.to_json()
     if transparent:  # regenerates other pixels for the same mask
         given["transparent"] = True
+    if adaptive := parameters.quality is not None:
+        given["model"] = services.model.name
     what = sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-    return Key(name, what, owner)
+    return Key(name, what, caller_of(request).name, any_model=adaptive)
 
 
 def cache_headers(etag: str | None) -> dict[str, str]:
@@ -167,15 +219,15 @@ def cache_headers(etag: str | None) -> dict[str, str]:
 
 
 def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
-    """Return headers with the parameters that the job uses, and X-Warning if the images will be noise."""
+    """Return headers with the parameters that the job uses, their place in the ladder, and any warning."""
     headers = {
         "X-Seed": str(spec.seed),
         "X-Sampler": spec.sampler,
         "X-Steps": str(spec.steps),
         "X-Guidance": str(float(spec.guidance)),
     }
-    warning = warning_of(spec, model)
-    return headers if warning is None else headers | {"X-Warning": warning}
+    others = {"X-Quality": quality_of(spec, model), "X-Warning": warning_of(spec, model)}
+    return headers | {name: value for name, value in others.items() if value is not None}
 
 
 def pixel_headers(media_type: str, model: ModelInfo, *, clip: bool) -> dict[str, str]:

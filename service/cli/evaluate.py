@@ -3,13 +3,14 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.model.catalogue import MAX_GUIDANCE
+from tminus.model.catalogue import MAX_GUIDANCE, Rung
 from tminus.service.cli.options import (
     BACKGROUND,
     CHECKPOINT,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 NAMES = comma_separated(str, "a name", bool)
 STEPS = comma_separated(int, "a whole number, 1 or more", lambda steps: bool(steps >= 1))
 SCALES = comma_separated(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: bool(0 <= scale <= MAX_GUIDANCE))
+BESIDE_A_SETTING = ("eta", "spacing", "guidance_interval", "guidance_rescale")
 SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
 
 
@@ -103,6 +105,12 @@ SEEDS = comma_separated(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <=
     is_flag=True,
     help="Also sample in float32; if --precision is no worse, note that in the checkpoint, so that servers use it",
 )
+@click.option(
+    "--ladder",
+    "ladder_folder",
+    type=FOLDER_TYPE,
+    help="Checkpoint that gets the measured settings into its ladder, for quality=adaptive: this one, or the teacher",
+)
 @click.option("--bound-images", default=200, help="Held-out images for the variational bound")
 @click.option("--bound-timesteps", default=100, help="Timesteps drawn for each of these images")
 @click.option(
@@ -121,6 +129,7 @@ def evaluate(
     json_file: Path | None,
     report_folder: Path | None,
     approve: bool,
+    ladder_folder: Path | None,
     **options: Any,
 ) -> None:
     """Measure a checkpoint: variational bound, class accuracy, Fréchet distance and memorisation.
@@ -133,11 +142,13 @@ def evaluate(
     measures every combination with every seed.
     """
     set_up_log("INFO", "%(message)s")
-    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.checkpoint import add_to_ladder, load_checkpoint
     from tminus.model.evaluation.page import check_installed, report_files
 
     if approve and options["precision"] == "float32":
         fail("--approve: needs a --precision below float32 to approve")
+    if ladder_folder is not None and any(options[name] for name in BESIDE_A_SETTING):
+        fail("--ladder: a setting is a sampler, steps and guidance; leave out --eta, --spacing and --guidance-...")
     with failing_in_one_line():
         if report_folder is not None:
             check_installed()
@@ -158,6 +169,9 @@ def evaluate(
             for name, content in report_files(report, shlex.join(["tminus", *sys.argv[1:]])).items():
                 write_file(f"--report {report_folder}", report_folder / name, content)
             say(f"{report_folder / 'report.html'}: written")
+        if ladder_folder is not None:
+            model = None if ladder_folder.samefile(checkpoint) else loaded.name
+            say(ladder_text(add_to_ladder(ladder_folder, rungs_of(report, model))))
         if reference is not None:  # comes last, because the checkpoint may not be writable
             judge_precision(checkpoint, reference, report)
 
@@ -254,6 +268,29 @@ def measure(
         if report_folder is None:
             raise
         fail(f"--report {report_folder}: {error}")
+
+
+def rungs_of(report: "Report", model: str | None) -> list[Rung]:
+    """Return the measured settings, with their mean distances over the seeds. model: the name that serves them."""
+    from tminus.model.evaluation.figures import FRECHET, PIXEL_FRECHET
+
+    rungs = []
+    for point in report.points:
+        distance, in_pixels = (
+            None if (spread := point.spread(metric)) is None else round(spread.mean, 4)
+            for metric in (FRECHET, PIXEL_FRECHET)
+        )
+        rungs.append(Rung(point.sampler, point.steps, point.guidance, model, distance, in_pixels))
+    return rungs
+
+
+def ladder_text(ladder: Sequence[Rung]) -> str:
+    """Describe a ladder, one line for each setting."""
+    lines = ["the ladder, from the best setting to the fastest:"]
+    for rung in ladder:
+        whose = "" if rung.model is None else f" of {rung.model}"
+        lines.append(f"  {rung}{whose}: distance {rung.distance}, in pixels {rung.pixel_distance}")
+    return "\n".join(lines)
 
 
 def judge_precision(checkpoint: Path, reference: "Report", report: "Report") -> None:

@@ -100,6 +100,12 @@ ANIMATION_PX = 512  # largest width and height to which an animation is enlarged
     default=None,
     help="If the sampler has no table for these steps and this guidance, take its nearest table",
 )
+@click.option(
+    "--quality",
+    type=click.Choice(["adaptive"]),
+    help="With --url: take the best setting that is ready before --deadline-s",
+)
+@click.option("--deadline-s", metavar="FLOAT", help="With --url: seconds in which the images must be ready")
 @click.option("--image", type=FILE_TYPE, help="Image to vary (--strength) or to edit (--mask)")
 @click.option(
     "--mask",
@@ -168,6 +174,8 @@ def sample(
         fail("--watch needs --url: a server to look at")
     if watch is None and (every is not None or show is not None):
         fail("--every and --show need --watch: a file for the frames")
+    if url is None and (flags["quality"] is not None or flags["deadline_s"] is not None):
+        fail("--quality and --deadline-s need --url: a server that knows when it is ready")
     check_png(f"--out {out}", out, ", or a folder's name for one file an image")
     sheet = out.suffix.lower() == ".png"
     made: Sampled | SampleSpec | Accepted

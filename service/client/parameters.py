@@ -35,6 +35,7 @@ class Parameters(TypedDict, total=False):
     clip: bool
     bit_depth: int
     deadline_s: float
+    quality: str
     image: Picture
     mask: Picture
     strength: float

@@ -47,7 +47,8 @@ class Sampled:
     `data` is a sheet, a zip, JSON, floats, an animation or a trajectory; see `media_type`. The same parameters, with
     this `seed`, give the same bytes on any exact server with the same `fingerprint`. `job_id` is None if the response
     comes from the server's cache. `sampler`, `steps` and `guidance` are the values that the job used; None if the
-    server is too old to send them. `timings_s` has the durations in seconds of `queue`, `first_step`, `denoise`,
+    server is too old to send them. `quality` is the place of this setting in the model's ladder, such as `2/5`; None if
+    the ladder does not have it. `timings_s` has the durations in seconds of `queue`, `first_step`, `denoise`,
     `decode` (only for latent models) and `encode`. It is empty for a response from the cache and for a durable job.
     """
 
@@ -60,6 +61,7 @@ class Sampled:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    quality: str | None = None
 
     @classmethod
     def of(cls, response: httpx.Response, accept: str) -> "Sampled":
@@ -78,6 +80,7 @@ class Sampled:
                 sampler=checks.optional(checks.token, headers.get("x-sampler")),
                 steps=checks.whole(int(headers["x-steps"])) if "x-steps" in headers else None,
                 guidance=checks.number(float(headers["x-guidance"])) if "x-guidance" in headers else None,
+                quality=checks.optional(checks.token, headers.get("x-quality")),
             )
 
     @property
@@ -279,7 +282,7 @@ class Accepted:
     """The watched job was accepted.
 
     position: number of jobs ahead of it. eta_s: expected seconds until it is done. sampler, steps, guidance: the values
-    that the job uses; None if the server is too old to send them.
+    that the job uses; None if the server is too old to send them. quality: see Sampled.
     """
 
     id: str
@@ -290,6 +293,7 @@ class Accepted:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    quality: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ def make_model_info(
         folded_guidance=checkpoint.folded_guidance,
         default_sampler=checkpoint.default_sampler,
         recommended=checkpoint.settings,
+        ladder=checkpoint.ladder,
         conditional=net.class_embedding is not None,
         class_names=labels.class_names,
         null_class=labels.null_class,

@@ -574,7 +574,7 @@ class NewJobs:
             if found is None:
                 continue
             record, same = found
-            if not same or lifecycle.served.name != model_name:
+            if not same or not (key.any_model or lifecycle.served.name == model_name):
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",
                     field="Idempotency-Key", value=key.name, bound="a new key for a new request",

@@ -15,6 +15,10 @@ export function fill(select, options, chosen) {
   select.replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
 
+const SETTING = [
+  "sampler", "steps", "guidance", "guidance_interval", "guidance_rescale", "timestep_spacing", "eta",
+]; // what `quality=adaptive` chooses
+
 /** The classes of a model as options of a select, by number. */
 export const classOptions = ({ class_names: names }) => names.map((name, number) => [String(number), name]);
 
@@ -25,6 +29,7 @@ export function fillForm(loaded) {
   suitSteps();
   field("guidance").value = model.recommended.guidance;
   field("n").max = model.limits.max_n;
+  element("adaptive-field").hidden = model.ladder.length < 2;
   for (const name of ["guidance_from", "guidance_to"]) field(name).max = model.num_timesteps - 1;
   field("guidance_to").placeholder = model.num_timesteps - 1;
   if (model.conditional) {
@@ -184,7 +189,9 @@ export function parameters() {
   for (const name of ["eta", "index"]) if (given[name]) spec[name] = Number(given[name]);
   if (given.timestep_spacing) spec.timestep_spacing = given.timestep_spacing;
   if (given.clip) spec.clip = given.clip === "true";
-  return spec;
+  if (!given.deadline_s) return spec;
+  for (const name of SETTING) delete spec[name];
+  return { ...spec, quality: "adaptive", deadline_s: Number(given.deadline_s) };
 }
 
 const nameOf = (label) => (/^\d*$/.test(model.class_names[label] ?? "") ? `class ${model.class_names[label] ?? label}` : model.class_names[label]);
@@ -199,7 +206,8 @@ export function describe({ n, class_label: label, steps, sampler, seed, to_seed:
   const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
   const walk = other === undefined || mix === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
-  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}${index ? `, index ${index}` : ""}`;
+  const setting = steps === undefined ? "as good as time allows" : `${steps} steps of ${sampler}${guided}`;
+  return `${what}, ${setting}${seed === undefined ? "" : `, ${walk}seed ${seed}`}${index ? `, index ${index}` : ""}`;
 }
 
 const FIELDS = { guidance_interval: "guidance_from" }; // where the name is another

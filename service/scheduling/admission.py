@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
@@ -29,6 +30,13 @@ from tminus.service.work import JobRows, Outlook, Work
 
 RENEW_S = 5.0  # maximum age of a BacklogForecast; jobs that have ended since then only make the retry times later
 ROUNDING = 1e-6  # tolerance in seconds
+# The recent load decides how much of its deadline an adaptive job may use at a setting that is not the fastest. The
+# rest is left for jobs that arrive later and overtake it. Measurements: docs/adaptive-quality.md.
+LOAD_S = 5.0  # time constant of the recent load
+SPARE_LOAD = 0.4  # up to this load, a job may use its whole deadline
+LEAST_SHARE = 0.2  # smallest share of the deadline that a job may use
+# An adaptive job must leave this margin to the deadlines of accepted jobs, because a forecast may be too early.
+MARGIN = 0.9  # largest share of the time to a deadline that may pass until the forecast end
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,10 @@ class Admission:
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
         # (forecast, time when it was made), keyed by owner. Cleared when a job is accepted.
         self._forecasts: dict[str | None, tuple[BacklogForecast, float]] = {}
+        # The load of recent adaptive requests, each at its best setting, and when it was updated. 1 is all that the
+        # server can do. It does not depend on the settings that were chosen, so the choice does not oscillate.
+        self._load, self._load_at_s = 0.0, 0.0
+        self._last_choice = 0  # the index that `best_in_time` returned last
 
     # --- from any thread ---
 
@@ -88,7 +100,7 @@ class Admission:
         """
         with self._admitting:
             server = self._now(owner)
-            job = _pending(job_id, work, owner, server, deadline_s, has_picture=has_picture)
+            job = _pending(job_id, work, owner, server, now_s, deadline_s, has_picture=has_picture)
             self._check_room(job, now_s, server)
             outlook = forecast([*server.jobs, job], server.speeds, job_id, server.service_time_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
@@ -98,6 +110,58 @@ class Admission:
             self._forget_gone(now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
+
+    def best_in_time(
+        self,
+        works: Sequence[Work],
+        owner: str = "",
+        *,
+        now_s: float,
+        deadline_s: float,
+        has_picture: bool = False,
+    ) -> int:
+        """Return the index of the best setting at which a job meets its deadline. The job is not added to the ledger.
+
+        works: the job's cost at each setting, from the best to the fastest.
+
+        The job must not make an accepted job miss its deadline. At the fastest setting the job may end at its deadline.
+        At the others it must end earlier if the recent load is high. Raises DeadlineUnmeetable with the forecast of the
+        fastest setting, or InvalidField.
+        """
+        with self._admitting:
+            server, last = self._now(owner), len(works) - 1
+            load = self._load_at(now_s)
+            best_s = works[0].places * server.speeds[works[0].model].place_s
+            self._load, self._load_at_s = load + best_s / LOAD_S, now_s
+            share = max(LEAST_SHARE, SPARE_LOAD / max(load, SPARE_LOAD))
+
+            late_anyway = cache(lambda: _late(server.jobs, server, now_s))
+
+            @cache
+            def fits(k: int) -> bool:
+                try:
+                    job = _pending("", works[k], owner, server, now_s, deadline_s, has_picture=has_picture)
+                except InvalidField:
+                    return False
+                ready_s, jobs = deadline_s * (share if k < last else 1.0), [*server.jobs, job]
+                outlook = forecast(jobs, server.speeds, "", server.service_time_s, ready_s).get("")
+                if outlook is None or outlook.eta_s > ready_s:
+                    return False
+                made_late = _late(jobs, server, now_s)
+                return not made_late or made_late <= late_anyway()
+
+            # Requests that follow each other mostly get the same setting, so the search begins there.
+            k = min(self._last_choice, last)
+            while k < last and not fits(k):
+                k += 1
+            while k and fits(k - 1):
+                k -= 1
+            self._last_choice = k
+            if k == last and not fits(k):
+                job = _pending("", works[k], owner, server, now_s, deadline_s, has_picture=has_picture)
+                eta_s = forecast([*server.jobs, job], server.speeds, "", server.service_time_s)[""].eta_s
+                raise _unmeetable(deadline_s, eta_s, works[k].steps)
+            return k
 
     def leave_to_any(
         self,
@@ -114,7 +178,7 @@ class Admission:
         """
         with self._admitting:
             server = self._now()
-            job = _pending("", work, "", server, deadline_s, has_picture=has_picture)
+            job = _pending("", work, "", server, now_s, deadline_s, has_picture=has_picture)
             if (overload := load.overload(work, self._limits)) is not None:
                 room_s = now_s + load.room_in_s(overload)
                 due_s = self._retry_queues[None].next_s(room_s, work.places / (load.places_per_s or math.inf))
@@ -272,6 +336,9 @@ class Admission:
 
     # --- forecasts ---
 
+    def _load_at(self, now_s: float) -> float:
+        return self._load * math.exp(min(0.0, self._load_at_s - now_s) / LOAD_S)
+
     def _foresee(self, outlook: Outlook, job: Pending, now_s: float, speed: Speed) -> Outlook:
         """Lengthen a job's ETA, because shorter jobs will probably arrive later and overtake it."""
         if not speed.policy.times.points:
@@ -290,8 +357,24 @@ class Admission:
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
 
 
+def _late(jobs: Sequence[Pending], server: _Moment, now_s: float) -> set[str]:
+    """Return the ids of the accepted jobs that will probably miss their deadlines, if `jobs` are all jobs."""
+    due_s = {job.job_id: MARGIN * (job.due_s - now_s) for job in server.jobs if job.due_s is not None}
+    if not due_s:
+        return set()
+    outlooks = forecast(jobs, server.speeds, None, server.service_time_s, max(due_s.values()))
+    return {job_id for job_id, due in due_s.items() if job_id not in outlooks or outlooks[job_id].eta_s > due}
+
+
 def _pending(
-    job_id: str, work: Work, owner: str, server: _Moment, deadline_s: float | None, *, has_picture: bool
+    job_id: str,
+    work: Work,
+    owner: str,
+    server: _Moment,
+    now_s: float,
+    deadline_s: float | None,
+    *,
+    has_picture: bool,
 ) -> Pending:
     """Make the ledger entry of a new job.
 
@@ -301,7 +384,8 @@ def _pending(
     if work.rows > speed.max_rows:
         raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
     work = speed.with_autoencoder_s(work, has_picture=has_picture)
-    job = Pending(job_id, work, work.places, work.autoencoder_s, owner)
+    due_s = None if deadline_s is None else now_s + deadline_s
+    job = Pending(job_id, work, work.places, work.autoencoder_s, owner, due_s)
     if deadline_s is not None:
         alone_s = forecast([job], server.speeds)[job_id].eta_s
         if not deadline_s >= alone_s:  # not `<`, to refuse NaN too
@@ -310,8 +394,15 @@ def _pending(
     return job
 
 
-def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
+def _unmeetable(deadline_s: float, eta_s: float, fewest: int | None = None) -> DeadlineUnmeetable:
+    """Make the error. fewest: the passes of the fastest setting, if the job was adaptive."""
     least_s = math.ceil(eta_s * 10) / 10
+    if fewest is not None and eta_s <= deadline_s:
+        return DeadlineUnmeetable(
+            f"even in {fewest} passes, done in {eta_s:.1f} s, this job would make accepted jobs miss their deadlines",
+            value=deadline_s,
+            bound="that of a request at a lower load",
+        )
     return DeadlineUnmeetable(
         f"this job would be done in {eta_s:.1f} s, its deadline_s is {deadline_s:g}",
         value=deadline_s,

@@ -4,6 +4,7 @@ A forecast runs the real schedulers in simulated time, on jobs without latents. 
 the simulation takes many ticks at once. Such a group of ticks is called a stride.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,7 @@ class Pending:
     places_left: int  # sum over all rows
     autoencoder_s: float = 0.0  # remaining seconds to encode and decode; 0 unless the model is latent
     owner: str = ""
+    due_s: float | None = None  # when the job's deadline passes, by the clock of its admission
 
     @property
     def steps(self) -> Sequence[int] | None:
@@ -198,11 +200,12 @@ def forecast(
     speeds: Mapping[int, Speed],
     until: str | None = None,
     service_time_s: Mapping[str, float] | None = None,
+    within_s: float = math.inf,
 ) -> dict[str, Outlook]:
     """Predict the outlook of each job, keyed by job id. Assumes that no other job arrives.
 
     jobs: in order of arrival. until: the id of a job; the forecast stops when that job ends. service_time_s: keyed by
-    owner.
+    owner. within_s: the forecast stops after this simulated time, and jobs that end later may be missing.
     """
     simulation = Simulation(jobs, speeds, service_time_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # all steps of these jobs are done
@@ -210,7 +213,7 @@ def forecast(
     ranks = {job.job_id: rank for rank, job in enumerate(shortest_first)}
     running = simulation.running()
     ended_ranks: list[int] = []
-    while until not in outlooks and (stride := simulation.step()) is not None:
+    while until not in outlooks and simulation.now_s <= within_s and (stride := simulation.step()) is not None:
         for job_id in stride.ended:
             insort(ended_ranks, ranks[job_id])
         for job_id, end_s in stride.ended.items():

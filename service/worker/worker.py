@@ -233,6 +233,21 @@ class Worker:
         )
         return self._let_in(RunningJob(new, model, now_s), outlook)
 
+    def best_in_time(self, choices: Sequence[NewJob]) -> int:
+        """Return the index of the best of several versions of a job that meets its deadline. Submits nothing.
+
+        choices: from the best setting to the fastest. Raises the errors of Admission.best_in_time.
+        """
+        first = choices[0]
+        assert first.deadline_s is not None
+        return self._admission.best_in_time(
+            [new.work for new in choices],
+            first.owner,
+            now_s=self._clock(),
+            deadline_s=first.deadline_s,
+            has_picture=first.inputs is not None,
+        )
+
     def resume(self, new: NewJob) -> Ticket:
         """Resume a durable job from its snapshot. The job was accepted by an earlier process.
 

@@ -296,6 +296,10 @@ def recommends(value: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "tminus.json", recommended=value)
 
 
+def ladder(*rungs: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "tminus.json", ladder=list(rungs))
+
+
 GOOD: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20}
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a sampler is recommended": (
@@ -308,6 +312,16 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "much guidance": (recommends(GOOD | {"guidance": 50.1}), r"guidance must be a number in 0\.\.50, got 50\.1"),
     "guidance without a null class": (recommends(GOOD | {"guidance": 2}), r"must be 1 \(off\) without a null_class"),
     "a long name": (recommends(GOOD | {"sampler": "x" * 1000}), r"got 'x{99}$"),
+    "a ladder without rungs": (ladder(), r"ladder must be a list of 1 to 16 settings, got \[\]"),
+    "a ladder with too many": (ladder(*[GOOD] * 17), "ladder must be a list of 1 to 16 settings"),
+    "a rung with an unknown sampler": (ladder(GOOD | {"sampler": "x"}), r"ladder\[0\] sampler must be one of ddpm"),
+    "a rung with an unknown member": (ladder(GOOD, GOOD | {"eta": 0}), r"each member of ladder\[1\] must be one of"),
+    "a rung of a number": (ladder(GOOD | {"model": 5}), r"ladder\[0\] model must be the name of a model, got 5"),
+    "a rung that is not far": (ladder(GOOD | {"distance": -1}), r"ladder\[0\] distance must be a number, 0 or more"),
+    "a ladder that goes up": (
+        ladder(GOOD | {"steps": 5}, GOOD),
+        r"ladder\[1\] must be fewer than 5 passes, those of the setting before it, got .*20 passes",
+    ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), r"a U-Net without a scheduler_config\.json.* folder of"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, Recommended, Rung
 from tminus.model.pixels import to_uint16
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.errors import NotFinite
@@ -45,6 +45,7 @@ INFO = ModelInfo(
     folded_guidance=1.0,
     default_sampler="ddpm",
     recommended=Recommended("dpmpp_2m", 20),
+    ladder=(Rung("dpmpp_2m", 20), Rung("dpmpp_2m", 10), Rung("dpmpp_2m", 5)),
     conditional=True,
     class_names=("cat", "dog", "3d-print"),
     null_class=3,

@@ -212,6 +212,18 @@ class RecommendedAnswer(BaseModel):
     guidance: float = Field(description="1 is off. Only images with a class can be guided.")
 
 
+class RungAnswer(RecommendedAnswer):
+    """One setting of the ladder."""
+
+    passes: int = Field(description="The network passes for one image. A guided pass counts twice.")
+    model: str | None = Field(description="The served model that has this setting. Null for the model itself.")
+    distance: float | None = Field(
+        description="The Fréchet distance from the data in the features of a classifier, as `tminus evaluate` "
+        "measured it. Null where it is not known."
+    )
+    pixel_distance: float | None = Field(description="The Fréchet distance in pixels.")
+
+
 class SamplerAnswer(BaseModel):
     """One of the model's samplers."""
 
@@ -301,6 +313,9 @@ class ModelAnswer(BaseModel):
     )
     default_sampler: str
     recommended: RecommendedAnswer = Field(description="What a request gets that names neither sampler nor steps.")
+    ladder: list[RungAnswer] = Field(
+        description="What `quality=adaptive` chooses from, from the best setting to the fastest."
+    )
     conditional: bool
     class_names: list[str]
     null_class: int | None

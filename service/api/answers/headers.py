@@ -21,6 +21,11 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "X-Sampler": (TEXT, "The sampler that was taken."),
     "X-Steps": (WHOLE, "The number of steps that was taken."),
     "X-Guidance": ({"type": "number"}, "The guidance that was taken. 1.0 is off."),
+    "X-Quality": (
+        TEXT,
+        "The place of the setting in the `ladder` of `GET /model`, such as `2/5`; 1 is the best. Absent where it is "
+        "not in the ladder.",
+    ),
     "X-Warning": (TEXT, "Why the images are probably not what was wanted. Absent where there is no reason."),
     # --- images ---
     "X-Job-ID": (TEXT, "The id of the job. Absent where no job ran."),
@@ -58,7 +63,7 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
 OF_ANY = ("API-Version", "X-Request-ID", "X-Content-Type-Options")
 OF_OTHERS = OF_ANY[1:]  # for the APIs of other vendors
 OF_QUOTA = ("RateLimit-Policy", "RateLimit")
-TAKEN = ("X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "X-Warning")
+TAKEN = ("X-Seed", "X-Sampler", "X-Steps", "X-Guidance", "X-Quality", "X-Warning")
 OF_JOB = ("X-Job-ID", *TAKEN, "X-Fingerprint")
 OF_FORECAST = ("X-Queue-Position", "X-ETA-Seconds", "Server-Timing")
 NAMED = ("ETag", "Cache-Control")  # for responses that clients may cache

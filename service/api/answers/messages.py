@@ -17,6 +17,7 @@ MEMBERS: Mapping[str, tuple[str | None, str]] = {  # member: (JSON type, or None
     "sampler": ("string", "The sampler that is taken."),
     "steps_taken": ("integer", "The number of steps that is taken."),
     "guidance": ("number", "The guidance that is taken. 1.0 is off."),
+    "quality": ("string", "The place of the setting in the model's ladder, such as `2/5`. Absent where it has none."),
     "eta_s": ("number", "Seconds until the job should be done."),
     "position": ("integer", "How many jobs go before it."),
     "fingerprint": ("string", "What the bytes depend on besides the request."),
@@ -100,7 +101,7 @@ STREAM: Described = {
         "accepted": _message(
             "The job was accepted.",
             *("id", "seed", "sampler", "steps_taken", "guidance", "eta_s", "position", "fingerprint"),
-            "warning",
+            *("quality", "warning"),
             kind="accepted",
         ),
         "frame": _message(

@@ -1,16 +1,17 @@
 """The parameters of requests to /v1/images, as pydantic models, and their conversion to parameters of POST /sample."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
-from tminus.model.sampler_tables import Table, nearest
+from tminus.model.catalogue import TABLE_SAMPLERS, Recommended
 from tminus.service.api.request.classes import class_label_of, class_of_prompt
 from tminus.service.api.request.schemas import (
     BOUND,
     DIFFUSERS_NAMES,
+    NOT_ADAPTIVE,
     AsInteger,
     Bool,
     Bound,
@@ -23,19 +24,14 @@ from tminus.service.api.request.schemas import (
     Sampling,
     in_words,
 )
-from tminus.service.api.request.specs import settings_of, tables_for
+from tminus.service.api.request.specs import choose_table, settings_of_rung
 from tminus.service.errors import InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 
 MAX_N = 10  # OpenAI's limit; --max-n may be lower
 MAX_PARTIAL_IMAGES = 3
-# `medium` means the default settings of any request (see `settings_of`). `high` takes twice as many steps. `low` takes
-# half as many steps, or uses a tuned sampler table with few steps. More steps follow the sampler's exact solution more
-# closely, but the images need not look better.
 Quality = Literal["low", "medium", "high"]
-SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
-TUNED = "tuned"
-OF_GUIDANCE = {"guidance", "guidance_interval", "guidance_rescale"}
+MEANINGS: Mapping[str, Quality] = {"auto": "medium", "standard": "medium", "hd": "high"}
 ONLY_MODEL = "default"  # vLLM-Omni's benchmark sends this name; accepted if one model is served
 
 
@@ -54,8 +50,10 @@ class Members(RequestSchema):
     """The name of a model that is served. `default` is the model that is served alone."""
     size: Annotated[str, in_words("`auto`")] = "auto"
     """`auto`, or the model's own size, such as `32x32`."""
-    quality: Annotated[Literal["auto", "low", "medium", "high"], in_words("`auto`, which is `medium`")] = "auto"
-    """How many steps. `medium` takes what `POST /sample` takes by default."""
+    quality: Annotated[Literal["auto", "low", "medium", "high", "standard", "hd"], in_words("`auto`")] = "auto"
+    """Which setting. `medium` and `standard`: what `POST /sample` takes by default. `high` and `hd`: the first of the
+    `ladder` of `GET /model`. `low`: its last. `auto`: `quality=adaptive` of `POST /sample` with `deadline_s`, otherwise
+    `medium`. It has no effect where the request names a setting."""
     response_format: Annotated[Literal["b64_json", "url"], in_words("`b64_json`")] = "b64_json"
     """`b64_json`: the images as base64. `url`: the addresses of the images of a durable job."""
     output_format: Annotated[Literal["png", "jpeg", "webp"], in_words("`png`")] = "png"
@@ -78,8 +76,8 @@ class Members(RequestSchema):
 
     @property
     def budget(self) -> Quality:
-        """The quality, with `auto` resolved."""
-        return "medium" if self.quality == "auto" else self.quality
+        """The quality, as one of the three that an answer may have."""
+        return MEANINGS.get(self.quality, self.quality)  # type: ignore[arg-type]
 
     def about(self, model: ModelInfo) -> dict[str, Any]:
         """Return the response members that describe the images' format."""
@@ -149,8 +147,25 @@ class ImagesCall(Sampling, Members):
         label = class_label_of(class_of_prompt(self.prompt, model), model.class_names)
         given = self.model_dump(include={*Sampling.model_fields, *Edit.model_fields}, exclude_unset=True)
         can_guide = label is not None and model.null_class is not None
-        meant: dict[str, Any] = settings_of_quality(self.budget, given, model, can_guide=can_guide)
+        meant: dict[str, Any] = {}
+        if not given.keys() & {*NOT_ADAPTIVE}:
+            meant = self._settings(model, can_guide=can_guide)
         return JobCall(**meant | given, class_label=label)
+
+    def _settings(self, model: ModelInfo, *, can_guide: bool) -> dict[str, Any]:
+        """Return the parameters of POST /sample that the quality means."""
+        if self.quality == "auto":
+            return {} if self.deadline_s is None else {"quality": "adaptive"}
+        if self.budget == "medium":
+            return {}
+        own = [rung for rung in model.ladder if rung.model in (None, model.name)]
+        for rung in own if self.budget == "high" else reversed(own):
+            settings = settings_of_rung(rung, can_guide=can_guide)
+            with suppress(InvalidField):  # its table is gone
+                if rung.sampler in TABLE_SAMPLERS:
+                    choose_table(model, Recommended(**settings))
+                return settings
+        return {}
 
 
 class EditsCall(Edit, ImagesCall):
@@ -168,32 +183,3 @@ def bounds_of_images(bounds: Bounds, limits: Limits) -> Bounds:
 def size_of(model: ModelInfo) -> str:
     """Return the size of a model's images as OpenAI writes it, such as 32x32."""
     return f"{model.width_px}x{model.height_px}"
-
-
-def settings_of_quality(
-    quality: Quality, given: Mapping[str, Any], model: ModelInfo, *, can_guide: bool
-) -> dict[str, Any]:
-    """Return the sampler, steps and guidance that a quality other than `medium` means.
-
-    Returns an empty dict for `medium`, for a request that sets the steps or a table, and for an invalid request.
-    given, can_guide: see `settings_of`.
-    """
-    if quality == "medium" or given.keys() & {"steps", "table"} or given.get("sampler") not in (None, *model.samplers):
-        return {}
-    own = settings_of(given, model, can_guide=can_guide)
-    steps = max(1, round(own.steps * SHARE_OF_STEPS[quality]))
-    if own.sampler in TABLE_SAMPLERS:
-        tables = tables_for(given, model, own.sampler, own.guidance)
-        return _of_table(nearest(tables, steps, own.guidance)) if tables else {}
-    if quality == "low" and "sampler" not in given:
-        tables = tables_for(given, model, TUNED, own.guidance)
-        if not (tables or given.keys() & OF_GUIDANCE):
-            tables = tables_for(given, model, TUNED, 1.0)
-        if few := [table for table in tables if table.steps < own.steps]:
-            return _of_table(nearest(few, steps, own.guidance))
-    most = SAMPLER_FACTS[own.sampler].max_steps(model.num_timesteps)
-    return {"sampler": own.sampler, "steps": min(steps, most), "guidance": own.guidance}
-
-
-def _of_table(table: Table) -> dict[str, Any]:
-    return {"sampler": table.sampler, "steps": table.steps, "guidance": table.guidance}

@@ -66,6 +66,7 @@ MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 SETTINGS = ("sampler", "steps", "guidance")
 # The parameters that determine the defaults of the SETTINGS.
 DECISIVE = (*SETTINGS, "table", "nearest", "timestep_spacing")
+NOT_ADAPTIVE = (*DECISIVE, "eta", "guidance_interval", "guidance_rescale")  # refused beside quality=adaptive
 BIT_DEPTHS = (8, 16, 32)
 MAX_ITEMS = 16  # longer lists are refused unchecked, unless the field allows them
 OF_MODEL = ("sampler", "n", "steps", "bit_depth", "t")  # the parameters that `check_bounds` checks
@@ -259,8 +260,8 @@ def words_of(schema: Schema, bound: Bound) -> str:
     if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
         return str(words)
     kind = kind | bound.of_kind(kind["type"])
-    if "enum" in kind:
-        return f"one of {', '.join(kind['enum'])}"
+    if "enum" in kind or "const" in kind:
+        return f"one of {', '.join(kind['enum'])}" if "enum" in kind else str(kind["const"])
     if kind["type"] == "string":
         return f"text of at most {kind['maxLength']} characters" if "maxLength" in kind else "text"
     if kind["type"] == "boolean":
@@ -481,6 +482,9 @@ class SampleRequest(Edit, Sampling):
     bit_depth: Annotated[Int | None, in_words("8, or 32 with `Accept: application/x-npy`")] = None
     """The bits of each value of the images: 8; 16 in PNGs of a model of one channel; 32 for the floats of
     `application/x-npy`."""
+    quality: Annotated[Literal["adaptive"] | None, in_words("none")] = None
+    """`adaptive`: the best setting in the `ladder` of `GET /model` that the forecast puts before `deadline_s`. Without
+    `deadline_s`, it is the recommended setting. The parameters that make up a setting are refused beside it."""
     image_sha256: Annotated[Sha256 | None, in_words("any", HEXADECIMAL)] = None
     """The SHA-256 that the pixels of `image` must have, decoded and at the model's size."""
     mask_sha256: Annotated[Sha256 | None, in_words("any", HEXADECIMAL)] = None

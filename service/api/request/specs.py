@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, usual_settings
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS, Recommended, Rung, usual_settings
 from tminus.model.sampler_tables import Table, nearest, steps_and_guidances
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.request.classes import class_numbers
-from tminus.service.api.request.schemas import SETTINGS, SampleRequest, bit_depths, bounds_of
+from tminus.service.api.request.schemas import NOT_ADAPTIVE, SETTINGS, SampleRequest, bit_depths, bounds_of
 from tminus.service.errors import BodyTooLarge, InvalidField, ValidationErrors
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
@@ -28,6 +28,7 @@ def spec_of(
     """
     errors, bounds = ValidationErrors(), bounds_of(model, limits)
     parameters.check_bounds(bounds, errors)
+    _check_quality(parameters, errors)
     labels: Labels = None
     if "n" not in errors:
         with errors.collect():
@@ -79,6 +80,38 @@ def spec_of(
         mix=parameters.mix,
         bit_depth=None if parameters.bit_depth == 8 else parameters.bit_depth,
     )
+
+
+def spec_of_rung(
+    rung: Rung, parameters: SampleRequest, spec: SampleSpec, model: ModelInfo, limits: Limits
+) -> SampleSpec:
+    """Return the spec of an adaptive request at one setting of a ladder. Raises InvalidField if the model lacks it.
+
+    spec: that of the recommended setting. model, limits: those of the model that the rung names.
+    """
+    can_guide = spec.class_labels is not None and None not in spec.class_labels
+    settings = settings_of_rung(rung, can_guide=can_guide) | {"seed": spec.seed, "quality": None}
+    return spec_of(parameters.model_copy(update=settings), model, limits)
+
+
+def settings_of_rung(rung: Rung, *, can_guide: bool) -> dict[str, Any]:
+    """Return the parameters that ask for a setting of a ladder. can_guide: see `settings_of`."""
+    return {"sampler": rung.sampler, "steps": rung.steps, "guidance": rung.guidance if can_guide else 1.0}
+
+
+def quality_of(spec: SampleSpec, model: ModelInfo) -> str | None:
+    """Return the place of a spec's setting in the model's ladder, such as 2/5, or None if it has none there."""
+    for place, rung in enumerate(model.ladder, 1):
+        is_own = rung.model in (None, model.name) and spec.timestep_spacing == model.timestep_spacings[rung.sampler]
+        if is_own and (rung.sampler, rung.steps) == (spec.sampler, spec.steps) and spec.guidance in (rung.guidance, 1):
+            return f"{place}/{len(model.ladder)}"
+    return None
+
+
+def _check_quality(parameters: SampleRequest, errors: ValidationErrors) -> None:
+    for name in NOT_ADAPTIVE if parameters.quality is not None else ():
+        if (value := getattr(parameters, name)) is not None:
+            errors.add(InvalidField.of(name, "absent with quality=adaptive, which chooses the setting", value))
 
 
 def _check_seed_mix(seed: int, parameters: SampleRequest) -> None:

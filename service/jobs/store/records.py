@@ -72,6 +72,7 @@ class Key:
     name: str
     request_hash: str
     owner: str = ""  # different owners may use the same key name
+    any_model: bool = False  # True if the job may be one of another model than the request's, whose name is hashed too
 
     @property
     def kept_as(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from tests.model.evaluation.toys import toy_checkpoint
 from tests.service.cli.running import line_of, run
-from tminus.model.checkpoint import save_checkpoint
+from tminus.model.catalogue import ladder_of
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.evaluation import evaluate as measure
 from tminus.service.cli.options import comma_separated
 from tminus.service.engine import autotune
@@ -93,6 +95,24 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
     assert written["report.html"].read_text() == page
 
 
+def test_a_ladder_gets_the_measured_settings_of_a_checkpoint_and_of_its_student(
+    folders: list[str], tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(folders[1], tmp_path / "teacher")
+    student = shutil.copytree(folders[1], tmp_path / "student")
+    for folder, steps, guidance in ((teacher, "9,5", "1"), (teacher, "9,6", "1"), (student, "1", "1")):
+        options = ("--sampler", "ddim", "--steps", steps, "--guidance", guidance, "--ladder", teacher)
+        result = run("evaluate", "--checkpoint", str(folder), *folders[2:], *SMALL, *map(str, options))
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert "the ladder, from the best setting to the fastest:" in result.stdout
+    rungs = load_checkpoint(teacher).ladder
+    assert rungs == load_checkpoint(teacher).stated_ladder
+    assert {(rung.model, rung.steps) for rung in rungs} <= {(None, 9), (None, 6), (None, 5), ("toy", 1)}
+    assert (rungs[-1].model, rungs[-1].steps, rungs[-1].passes) == ("toy", 1, 1), "the fastest is never left out"
+    assert all(0 < rung.pixel_distance < 1e9 for rung in rungs if rung.pixel_distance is not None)
+    assert ladder_of(rungs) == rungs
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -101,6 +121,7 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
         (("--approve",), "--approve: needs a --precision below float32"),
         (("--approve", "--precision", "bfloat16", "--seeds", "0,1"), "--approve: compares one sampler"),
         (("--steps", "3", "--spacing", "lu"), "spacing must be among"),
+        (("--ladder", ".", "--eta", "0.5"), "--ladder: a setting is a sampler, steps and guidance; leave out --eta"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(folders: list[str], arguments: tuple[str, ...], says: str) -> None:

@@ -20,7 +20,7 @@ from tests.service.conftest import INSTANT, TABLES_OF_50, MakeSite, Site, pixels
 from tests.service.durable import events, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 from tests.service.several import COLOUR, make_several
-from tminus.model.catalogue import Recommended
+from tminus.model.catalogue import Recommended, Rung
 from tminus.service.api.answers import progress
 from tminus.service.api.openai.images import steps_shown
 from tminus.service.images.encoder import Encoder
@@ -116,20 +116,19 @@ def test_other_formats_are_smaller_where_their_quality_is_less(make_site: MakeSi
     assert site.metrics()[f'tminus_encode_duration_seconds_count{{"kind": "{kind}"}}'] == 3
 
 
-def test_few_steps_are_a_table_unless_a_setting_contradicts_it(make_site: MakeSite) -> None:
+def test_low_is_the_last_rung_unless_the_request_names_a_setting(make_site: MakeSite) -> None:
     table = replace(TABLES_OF_50[0], steps=8, guidance=1.0)
     tuned = replace(INFO, samplers=(*INFO.samplers, "tuned"), tables=(table,), recommended=Recommended("ddim", 20, 1.5))
-    site = make_site(info=tuned)
+    site = make_site(info=replace(tuned, ladder=(Rung("ddim", 20, 1.5), Rung("tuned", 8))))
 
     def made(**members: Any) -> list[Any]:
         entry = generate(site, prompt="cat", **members).json()["data"][0]
         return [entry[name] for name in ("sampler", "steps", "guidance")]
 
     # A number may be text, as in a form.
-    for agreeing in ({}, {"guidance": 1}, {"guidance": "1.0", "sampler": "tuned"}):
-        assert made(quality="low", **agreeing) == ["tuned", 8, 1], agreeing
+    assert made(quality="low") == made(quality="low", guidance="1.0", sampler="tuned") == ["tuned", 8, 1]
     assert made(quality="low", steps="8") == ["ddpm", 8, 1], "steps alone are those of the checkpoint's scheduler"
-    assert made(quality="low", guidance=2) == ["ddim", 10, 2]
+    assert made(quality="low", guidance=2) == ["ddim", 20, 2]
     assert made(table=table.hash) == ["tuned", 8, 1]
     wrong = error_of(generate(site, prompt="cat", table="0" * 16), 400, "invalid_field")
     assert (wrong["param"], table.hash in wrong["message"]) == ("table", True)
