@@ -4,13 +4,17 @@
 
 Writes bench/results/simulate.json: by load, how long short and long jobs take with the reserve for the oldest job and
 without it. First in a mix of 80 % of 20 steps, 15 % of 50 and 5 % of 1000, with how much longer a job took than its
-first ETA; then jobs of 20 steps beside one of 1000.
+first ETA; then jobs of 20 steps beside one of 1000. Last, whether an order by slack would let more jobs meet their
+deadlines, where all have one of 3 times their time alone, and where every second one has none.
 """
 
 import heapq
+import math
 import random
+from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from typing import Any
@@ -19,17 +23,27 @@ from bench import result_file
 from bench.cluster import TICKS
 from bench.servers import describe, options_of
 from bench.traffic import MEAN_PLACES, ROWS, at_rate
+from tminus.service.cli.bench import MIX, read_mix
+from tminus.service.cli.bench import mixed as mixed_slo
 from tminus.service.engine.loading import SHORT_SHARE, smallest_batch_at
 from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.forecast import Speed
-from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler, TickTimes
+from tminus.service.scheduling.scheduler import BatchPolicy, OwnerQueue, QueuedJob, Scheduler, TickTimes
 from tminus.service.work import Batch, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
 LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 RESERVES: dict[str, int | None] = {"reserve": None, "none": 0}  # places kept for the oldest job: the usual, or none
+
+SIZES = read_mix(MIX)
+# By name: the key in an owner's queue, whose last job goes first, of the due time and the work that is left, both in
+# seconds. None is the usual order, by work alone.
+ORDERS: dict[str, Callable[[float, float], float] | None] = {
+    "work": None,
+    "slack": lambda due_s, left_s: left_s - due_s,
+}
 
 OnRefusal = Callable[[Admission, Work], None]
 
@@ -120,7 +134,10 @@ def main() -> None:
             f"{load:.0%}": {name: one_long(load, reserved) for name, reserved in RESERVES.items()} for load in LOADS
         },
     }
-    result_file.write("simulate", begun.made(describe(0), timed=False), found, args.out)
+    slack: dict[str, dict[str, Any]] = {
+        f"{load:.0%}": {order: by_slack(load, order) for order in ORDERS} for load in (*LOADS, 1.2)
+    }
+    result_file.write("simulate", begun.made(describe(0), timed=False), found | {"slack": slack}, args.out)
     print("load, reserve | 20 steps: median, 99 % | 1000 steps: median, 99 % | took / told, 1000 steps: median, 95 %")
     for load, each in found["mix"].items():
         for name, one in each.items():
@@ -160,6 +177,48 @@ def one_long(load: float, reserved: int | None) -> dict[str, float]:
     ended_s = 60.0 + outcome.took[0]
     beside = [outcome.took[k] for k in range(1, len(requests)) if 60.0 <= outcome.entered[k] < ended_s]
     return {"short_median_s": median(beside), "short_longest_s": max(beside), "long_s": outcome.took[0]}
+
+
+def by_slack(load: float, order: str) -> dict[str, float]:
+    """Run the mix of `bench slo` with another order in the queue, first with deadlines, then with half of them.
+
+    Return which percentage meets its deadline, by whether all have one, and how many times their time alone the jobs without
+    one take.
+    """
+    times, found = TickTimes(TICKS), {}
+    asked = mixed_slo(SIZES, load / times.seconds_per_place(LIMITS.max_batch), 1200.0, seed=6)
+    requests = [(at_s, Work(size.n, size.steps, range(0))) for at_s, size in asked]
+    alone_s = [work.steps * times.seconds(min(work.rows, LIMITS.max_batch)) for _, work in requests]
+    for name, every in (("all", 1), ("half", 2)):
+        due_s = {str(k): at_s + 3 * alone_s[k] for k, (at_s, _) in enumerate(requests) if k % every == 0}
+        with ordered(ORDERS[order], due_s, times.seconds_per_place(LIMITS.max_batch)):
+            outcome = serve(requests, LIMITS)
+        met = [outcome.took[int(job_id)] <= 3 * alone_s[int(job_id)] for job_id in due_s]
+        found[f"met_of_{name}_percent"] = 100 * sum(met) / len(met)
+        others = [outcome.took[k] / alone_s[k] for k in range(len(requests)) if str(k) not in due_s]
+        if others:
+            found["others_p95"] = quantiles(others, n=20)[-1]
+    return found
+
+
+@contextmanager
+def ordered(key: Callable[[float, float], float] | None, due_s: Mapping[str, float], place_s: float) -> Iterator[None]:
+    """Make the jobs of an owner wait in another order. key: of the due time and the seconds of work that are left."""
+    usual = OwnerQueue.put_back
+
+    def put_back(queue: OwnerQueue, job: QueuedJob) -> None:
+        usual(queue, job)
+        if key is not None and (job.singles or job.doubles):
+            queue.take_out(job)
+            first = key(due_s.get(job.id, math.inf), job.places_left * place_s)
+            job.key = (first, -job.places_left, job.id)  # type: ignore[assignment]
+            insort(queue._queue, job.key)
+
+    try:
+        OwnerQueue.put_back = put_back  # type: ignore[method-assign,assignment]
+        yield
+    finally:
+        OwnerQueue.put_back = usual  # type: ignore[method-assign]
 
 
 def _spread(seconds: list[float], name: str) -> dict[str, float]:

@@ -894,6 +894,22 @@ def test_the_form_begins_with_what_is_recommended_or_a_job_was_asked_for_and_sug
         assert page.form["steps"] == "50", "20 was what was suggested"
 
 
+def test_a_job_is_as_good_as_its_seconds_allow_where_there_is_a_choice(
+    open_page: OpenPage, bundled_server: RunningServer
+) -> None:
+    expect(open_page().at("#adaptive-field")).to_be_hidden()
+    page = open_page(bundled_server.url)
+    best = httpx.get(f"{bundled_server.url}/model").json()["ladder"][0]
+    page.make(n=1, seed=5, sampler="ddim", steps=3, deadline_s=3600)
+    job = httpx.get(f"{bundled_server.url}/jobs/{page.job_id}").json()
+    assert (job["sampler"], job["parameters"]["steps"], job["seed"]) == (best["sampler"], best["steps"], 5)
+    page.says("#caption", f"{best['steps']} steps of {best['sampler']}, seed 5")
+    page.sample(deadline_s=0.001)
+    expect(page.at("#error")).to_contain_text("deadline_s must be at least")
+    page.make(deadline_s="", sampler="ddim", steps=3)
+    assert httpx.get(f"{bundled_server.url}/jobs/{page.job_id}").json()["parameters"]["steps"] == 3
+
+
 def test_a_user_samples_and_goes_on_from_what_was_made(open_page: OpenPage, server: RunningServer) -> None:
     page, held, models = open_page(), [], []
     page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
