@@ -64,7 +64,7 @@ async def measure(url: str, images: int, seconds: float, rounds: int) -> dict[st
         per_s = await closed_loop(http, images)
         deadline_s = FACTOR * alone_s
         result_file.say(f"alone {alone_s:.3f} s, at most {per_s:.2f} requests a second")
-        found: dict[str, dict[str, list[dict[str, float]]]] = {}
+        found: dict[str, dict[str, list[dict[str, float | None]]]] = {}
         for number in range(rounds):
             for load in LOADS:
                 for mode, more in MODES.items():
@@ -83,19 +83,21 @@ async def measure(url: str, images: int, seconds: float, rounds: int) -> dict[st
     return {"alone_s": alone_s, "requests_per_s": per_s, "deadline_s": deadline_s, "rungs": len(ladder), "loads": loads}
 
 
-def figures_of(answers: Sequence[Answer], deadline_s: float, ladder: Sequence[dict[str, Any]]) -> dict[str, float]:
+def figures_of(
+    answers: Sequence[Answer], deadline_s: float, ladder: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
     """Return shares of the requests, and means over those that were answered."""
     done = [each for each in answers if each.status == 200]
     admitted = [each for each in answers if each.status in (200, 504)]
     rungs = [ladder[each.rung - 1] for each in done if each.rung is not None]
     in_time = sum(each.took_s <= deadline_s for each in done)
-    figures = {
+    figures: dict[str, float | None] = {
         "in_time": in_time / len(answers),
         "missed_though_admitted": 1 - in_time / max(1, len(admitted)),
         "refused": 1 - len(admitted) / len(answers),
     }
     for name in ("passes", "distance", "pixel_distance"):
-        figures[name] = mean(rung[name] for rung in rungs) if rungs else 0.0
+        figures[name] = mean(rung[name] for rung in rungs) if rungs else None
     return figures
 
 

@@ -237,8 +237,8 @@ def ladder_from_json(value: object, num_timesteps: int, *, has_null_class: bool)
 def ladder_of(measured: Iterable[Rung]) -> tuple[Rung, ...]:
     """Return the ladder of settings with known distances, from the most passes to the fewest.
 
-    A setting is left out if another one takes no more passes, and is better or equal in both distances. Two settings
-    with the same number of passes cannot both stay: that with the shorter `distance` does.
+    A setting is left out if another one has no more passes and no larger distances. Of two settings with the same
+    number of passes, the one with the smaller `distance` stays.
     """
     rungs: list[Rung] = []
     for rung in sorted(measured, key=lambda rung: (rung.passes, rung.distances)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tminus.model.archives import release
 from tminus.model.catalogue import (
+    MAX_RUNGS,
     SAMPLER_FACTS,
     SAMPLERS,
     TABLE_SAMPLERS,
@@ -675,7 +676,8 @@ def recommend(folder: Path, recommended: Recommended) -> None:
 def add_to_ladder(folder: Path, measured: Sequence[Rung]) -> tuple[Rung, ...]:
     """Add measured settings to the ladder in tminus.json, and return the new ladder, see `ladder_of`.
 
-    Each replaces the same setting of an earlier measurement. Raises CheckpointError if the earlier ladder is invalid.
+    Each replaces the same setting of an earlier measurement. Earlier settings without distances are left out. Raises
+    CheckpointError if the earlier ladder is invalid, or the new one is too long.
     """
     before, checkpoint = TminusJson.read(folder), load_checkpoint(folder)
     new = {(rung.model, rung.sampler, rung.steps, rung.guidance) for rung in measured}
@@ -683,6 +685,8 @@ def add_to_ladder(folder: Path, measured: Sequence[Rung]) -> tuple[Rung, ...]:
         rung for rung in checkpoint.stated_ladder if (rung.model, rung.sampler, rung.steps, rung.guidance) not in new
     ]
     ladder = ladder_of([*kept, *measured])
+    if len(ladder) > MAX_RUNGS:
+        raise CheckpointError(f"{before.file}: a ladder has at most {MAX_RUNGS} settings, this one has {len(ladder)}")
     members = [{name: value for name, value in asdict(rung).items() if value is not None} for rung in ladder]
     write_json(before.file, {**before.values, "ladder": members})
     return ladder

@@ -455,7 +455,9 @@ class DeadlineUnmeetable(ServiceError):
     """An idle server could finish the job within `deadline_s`, but this server has too much other work."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
-    remedy = "Allow more time: `bound` is the earliest deadline that the server could meet now."
+    remedy = (
+        "Allow more time: `bound` is the earliest deadline that the server could meet now. If it names none, retry."
+    )
 
     def __init__(self, detail: str, *, value: float, bound: str):
         super().__init__(detail, field="deadline_s", value=value, bound=bound)

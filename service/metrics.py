@@ -126,7 +126,7 @@ METRICS = {
     "tminus_sample_requests_total": MetricDoc(
         "counter",
         "Requests for images with valid parameters. Those that are then refused for lack of room, or answered from the "
-        "cache, count too.",
+        "cache, count too. Those with `quality=adaptive` that no setting answers in time do not.",
         MODEL
         | {
             "sampler": "sampler that the request gets",
@@ -136,7 +136,8 @@ METRICS = {
     ),
     "tminus_quality_total": MetricDoc(
         "counter",
-        "Requests with `quality=adaptive`, by the setting that was chosen. Those that are then refused count too.",
+        "Requests with `quality=adaptive`, by the setting that was chosen. Those that no setting answers in "
+        "time are left out.",
         MODEL | {"rung": "place of the setting in the ladder, such as `2/5`; `other` if the ladder does not have it"},
     ),
     "tminus_rejected_total": MetricDoc(

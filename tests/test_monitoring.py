@@ -160,6 +160,8 @@ def test_prometheus_scrapes_a_server_and_every_panel_shows_something(served: Ser
 
         def work() -> None:
             assert httpx.post(f"{served.url}/sample", json=SPEC, headers=bearer(KEY)).status_code == 200
+            adaptive = {"quality": "adaptive", "deadline_s": 600}
+            assert httpx.post(f"{served.url}/sample", json=adaptive).status_code == 200
             assert httpx.post(f"{served.url}/sample", json={"steps": 0}).status_code == 422
             job = httpx.post(f"{served.url}/jobs", json=SPEC).json()
             httpx.get(f"{served.url}/jobs/{job['id']}/events", params={"every": 1, "show": "x_t"})

@@ -171,7 +171,7 @@ async def post_job(services: Services, request: Request) -> Response:
         "X-Job-ID": view.record.id,
         "Cache-Control": "no-store",
     }
-    headers |= spec_headers(view.record.spec, services.models.numbered(view.model).model)
+    headers |= spec_headers(view.record.spec, services.models.numbered(view.model))
     if again:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
@@ -198,7 +198,7 @@ async def image(
         answer = of_images(media_type, spec, made_by, clip=clip)
         tag = etag(answer.etag_form, spec, made_by)
         headers = {"X-Job-ID": job_id, "X-Fingerprint": made_by.fingerprint, "Vary": "Accept"}
-        headers |= cache_headers(tag) | spec_headers(spec, services.model) | answer.headers
+        headers |= cache_headers(tag) | spec_headers(spec, services) | answer.headers
         if has_answer(request, tag):
             return Response(status_code=304, headers=headers)
         with services.recordings.taken(COPIES * pixel_bytes + answer.held_bytes, "job_id"):

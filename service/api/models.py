@@ -18,6 +18,7 @@ from tminus.service.api.edge.origin import AllowedSites
 from tminus.service.api.other_replicas import OtherReplicas
 from tminus.service.api.request.reading import while_connected
 from tminus.service.api.request.schemas import Bounds, bounds_of
+from tminus.service.api.request.specs import place_of
 from tminus.service.errors import ModelNotFound, ModelUnloaded
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
@@ -27,6 +28,7 @@ from tminus.service.jobs.retention import SnapshotKeeper
 from tminus.service.jobs.webhooks.webhook import AllowedReceivers
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.spec import SampleSpec
 from tminus.service.turns import CallerTurns
 from tminus.service.worker.load_queue import LoadQueue
 from tminus.service.worker.loaded_model import LoadedModel
@@ -62,6 +64,16 @@ class Services:
     @property
     def bounds(self) -> Bounds:
         return bounds_of(self.model, self.limits)
+
+    def quality_of(self, spec: SampleSpec) -> str | None:
+        """Return the place of a spec's setting in the ladder, such as 2/5, or None if it has none there.
+
+        For a student, the ladder is that of a served model which names the student, if there is one.
+        """
+        others = (each.model for each in self.models if each.number != self.number)
+        family = (each for each in others if any(rung.model == self.model.name for rung in each.ladder))
+        ladder_of = next(family, self.model)
+        return place_of(spec, self.model, ladder_of.ladder, own=ladder_of is self.model)
 
     @property
     def is_unloaded(self) -> bool:

@@ -136,7 +136,7 @@ async def respond(services: Services, request: Request, new: NewJob, answer: Ans
     is_known = model.fingerprint != ""  # empty for a model that was never loaded
     tag = etag(answer.etag_form, new.spec, model) if new.is_repeatable and model.exact and is_known else None
     headers = {"Vary": "Accept"} | ({"X-Fingerprint": model.fingerprint} if is_known else {})
-    headers |= cache_headers(tag) | spec_headers(new.spec, model) | answer.headers
+    headers |= cache_headers(tag) | spec_headers(new.spec, services) | answer.headers
     directives = cache_directives(request)
     if tag is not None:
         if has_answer(request, tag):

@@ -20,7 +20,7 @@ from tminus.service.api.edge.middleware import new_request_id, route_of, sender_
 from tminus.service.api.models import Models, Services
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop, parse_call
 from tminus.service.api.request.schemas import StreamCall
-from tminus.service.api.request.specs import quality_of, refuse_float_depth
+from tminus.service.api.request.specs import refuse_float_depth
 from tminus.service.api.submission import prepare_job, submit, warning_of
 from tminus.service.errors import (
     BodyTooLarge,
@@ -196,7 +196,7 @@ class _Stream:
                 "position": ticket.outlook.position,
                 "fingerprint": model.fingerprint,
             }
-            others = {"quality": quality_of(new.spec, model), "warning": warning_of(new.spec, model)}
+            others = {"quality": self._services.quality_of(new.spec), "warning": warning_of(new.spec, model)}
             await self._send(accepted | {name: value for name, value in others.items() if value is not None})
             progress = Progress(self._services, preview, new.id, new.spec, ticket.outlook.eta_s)
             tasks.append(showing := asyncio.ensure_future(self._show(mailbox, progress)))

@@ -20,7 +20,7 @@ from tminus.service.api.edge.middleware import body_of
 from tminus.service.api.models import Services
 from tminus.service.api.request.reading import key_in_headers, off_loop, while_connected
 from tminus.service.api.request.schemas import JobCall, SampleRequest
-from tminus.service.api.request.specs import named_by, quality_of, spec_of, spec_of_rung, with_inputs
+from tminus.service.api.request.specs import named_by, spec_of, spec_of_rung, with_inputs
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, ModelNotFound, Overloaded, QuotaExceeded
 from tminus.service.images.encoder import NPY
 from tminus.service.jobs.jobs import JobView
@@ -89,57 +89,54 @@ async def _prepare(
     """Make a job as `prepare_job` does. An adaptive job is followed by its versions at faster settings."""
     if load:
         services = await _ensure_loaded(services, caller, parameters, request)
-    settings, inputs = list(_settings(services, parameters)), None
+    spec, inputs = spec_of(parameters, services.model, services.limits), None
     if parameters.image is not None:
         decoding = services.decoder.inputs(
             parameters.image, parameters.mask, services.model, caller, transparent=transparent
         )
         inputs = await (decoding if request is None else while_connected(request, decoding))
-        parameters.image = parameters.mask = None
+    adaptive = parameters.quality is not None and parameters.deadline_s is not None
+    settings = (_rungs(services, parameters, spec) if adaptive else []) or [(services, spec)]
+    parameters.image = parameters.mask = None
     if request is not None:
         body_of(request.scope).release()
+    works = [work_of(each, own.model, own.number) for own, each in settings]
     new = [
         NewJob(
             uuid.uuid4().hex,
-            with_inputs(spec, parameters, inputs),
-            work_of(spec, own.model, own.number),
+            with_inputs(each, parameters, inputs),
+            work,
             caller.name,
             parameters.deadline_s,
             inputs,
             is_repeatable=parameters.seed is not None,
+            best=works[0] if adaptive else None,
         )
-        for own, spec in settings
+        for (_, each), work in zip(settings, works, strict=True)
     ]
-    first = 0
-    # No await may follow the choice, so that another request does not make the same one before this job is accepted.
-    if len(new) > 1:
-        try:
-            first = services.worker.best_in_time(new)
-        except (DeadlineUnmeetable, InvalidField):
-            if load:
-                raise
-            first = len(new) - 1  # refused when it is created, unless its Idempotency-Key has an earlier job
+    # An await after the choice would let requests that come together choose for the same free time.
+    first = services.worker.best_in_time(new) if adaptive else 0
     (own, spec), metrics = settings[first], services.metrics
-    metrics.count("tminus_sample_requests_total", own.model.name, spec.sampler, named_by(parameters.decisive()))
+    with own.models.using(own):  # this use keeps the model from being unloaded as idle
+        metrics.count("tminus_sample_requests_total", own.model.name, spec.sampler, named_by(parameters.decisive()))
     if parameters.quality is not None:
-        metrics.count("tminus_quality_total", own.model.name, quality_of(spec, own.model) or "other")
+        metrics.count("tminus_quality_total", own.model.name, own.quality_of(spec) or "other")
     return [(own, each) for (own, _), each in zip(settings, new, strict=True)][first:]
 
 
-def _settings(services: Services, parameters: SampleRequest) -> list[tuple[Services, SampleSpec]]:
-    """Return the spec of a request; of an adaptive request with a deadline, the spec of each rung that can answer it.
+def _rungs(services: Services, parameters: SampleRequest, spec: SampleSpec) -> list[tuple[Services, SampleSpec]]:
+    """Return the spec of an adaptive request at each setting of the ladder that can answer it.
 
-    A rung is left out if its table is gone, or its model is not served, not in memory or makes other images. Raises the
-    errors of spec_of.
+    A setting is left out if its table is gone, or its model is not served, not in memory or makes other images. spec:
+    that of the recommended setting.
     """
-    model, spec = services.model, spec_of(parameters, services.model, services.limits)
-    found = []
-    for rung in model.ladder if parameters.quality is not None and parameters.deadline_s is not None else ():
+    model, found = services.model, []
+    for rung in model.ladder:
         with suppress(InvalidField, ModelNotFound):
             own = services if rung.model in (None, model.name) else services.models.named(rung.model)
             if own is services or (not own.is_unloaded and own.model.makes_images_of(model)):
                 found.append((own, spec_of_rung(rung, parameters, spec, own.model, own.limits)))
-    return found or [(services, spec)]
+    return found
 
 
 @asynccontextmanager
@@ -178,14 +175,19 @@ async def create(
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
     key = await off_loop(size_bytes, _key, services, request, parameters, webhook, transparent=transparent)
-    jobs = await _prepare(services, caller, parameters, request, transparent=transparent, load=False)
-    for k, (own, new) in enumerate(jobs):
-        try:
+    try:
+        jobs = await _prepare(services, caller, parameters, request, transparent=transparent, load=False)
+    except (DeadlineUnmeetable, InvalidField) as error:
+        if key is None or parameters.quality is None or error.field != "deadline_s":
+            raise
+        if (found := await services.new_jobs.find_by_key(key, services.model.name)) is None:
+            raise
+        return found, True
+    for own, new in jobs[:-1]:
+        with suppress(DeadlineUnmeetable):  # other jobs were accepted since the choice
             return await own.new_jobs.create(new, key, webhook, charged=partial(charged, own, caller, new))
-        except DeadlineUnmeetable:  # other jobs were accepted since the choice
-            if k == len(jobs) - 1:
-                raise
-    raise AssertionError("there is always a job")
+    own, new = jobs[-1]
+    return await own.new_jobs.create(new, key, webhook, charged=partial(charged, own, caller, new))
 
 
 def _key(
@@ -218,7 +220,7 @@ def cache_headers(etag: str | None) -> dict[str, str]:
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
-def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
+def spec_headers(spec: SampleSpec, services: Services) -> dict[str, str]:
     """Return headers with the parameters that the job uses, their place in the ladder, and any warning."""
     headers = {
         "X-Seed": str(spec.seed),
@@ -226,7 +228,7 @@ def spec_headers(spec: SampleSpec, model: ModelInfo) -> dict[str, str]:
         "X-Steps": str(spec.steps),
         "X-Guidance": str(float(spec.guidance)),
     }
-    others = {"X-Quality": quality_of(spec, model), "X-Warning": warning_of(spec, model)}
+    others = {"X-Quality": services.quality_of(spec), "X-Warning": warning_of(spec, services.model)}
     return headers | {name: value for name, value in others.items() if value is not None}
 
 

@@ -154,6 +154,8 @@ def evaluate(
             check_installed()
             make_folder(f"--report {report_folder}", report_folder)
         loaded = load_checkpoint(checkpoint)
+        if ladder_folder is not None:
+            load_checkpoint(ladder_folder)  # now, because measuring takes long
         points, references = choose_points(loaded, options)
         single = len(points) == 1 and not references
         if approve and not (single and len(options["seeds"]) == 1):

@@ -484,12 +484,12 @@ class NewJobs:
             return await create(), False
         # A lock in each store would not be enough, because stores of different weights do not share keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
-            if (found := await self._find_by_key(key, lifecycle.served.name)) is not None:
+            if (found := await self.find_by_key(key, lifecycle.served.name)) is not None:
                 return found, True
             try:
                 return await create(), False
             except _KeyTaken:  # another server added a job with this key at the same time
-                found = await self._find_by_key(key, lifecycle.served.name)
+                found = await self.find_by_key(key, lifecycle.served.name)
         if found is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return found, True
@@ -562,7 +562,7 @@ class NewJobs:
         lifecycle.runner.accept(record, ticket)
         return ticket.outlook
 
-    async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
+    async def find_by_key(self, key: Key, model_name: str) -> JobView | None:
         """Return the job that was created with this key, or None.
 
         Raises KeyReused if the request or the model differs.

@@ -67,6 +67,7 @@ const classNumber = (label) => (typeof label === "string" ? Number(label.replace
 export function fillFrom(spec) {
   for (const name of ["sampler", "steps", "n"]) if (spec[name] !== undefined) field(name).value = spec[name];
   field("seed").value = spec.seed ?? "";
+  field("deadline_s").value = "";
   const labels = [spec.class_label ?? null].flat().map(classNumber), different = new Set(labels);
   const named = spec.sampler !== undefined || spec.steps !== undefined;
   if (!different.has(null)) field("guidance").value = spec.guidance ?? (named ? 1 : model.recommended.guidance); // else it had none
@@ -171,6 +172,14 @@ const toLabel = (text) => (text === "" ? null : Number(text));
 
 /** What the form asks for, as parameters of POST /sample. */
 export function parameters() {
+  const spec = settings(), seconds = field("deadline_s").value;
+  if (!seconds) return spec;
+  for (const name of SETTING) delete spec[name];
+  return { ...spec, quality: "adaptive", deadline_s: Number(seconds) };
+}
+
+/** The same with the settings of the form, also where the server is to choose. */
+export function settings() {
   suitTable();
   const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== "")); // nor what is disabled
   const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
@@ -189,9 +198,7 @@ export function parameters() {
   for (const name of ["eta", "index"]) if (given[name]) spec[name] = Number(given[name]);
   if (given.timestep_spacing) spec.timestep_spacing = given.timestep_spacing;
   if (given.clip) spec.clip = given.clip === "true";
-  if (!given.deadline_s) return spec;
-  for (const name of SETTING) delete spec[name];
-  return { ...spec, quality: "adaptive", deadline_s: Number(given.deadline_s) };
+  return spec;
 }
 
 const nameOf = (label) => (/^\d*$/.test(model.class_names[label] ?? "") ? `class ${model.class_names[label] ?? label}` : model.class_names[label]);
@@ -254,7 +261,7 @@ function showPresets() {
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: name, title });
       button.className = "chip";
       button.addEventListener("click", () => {
-        const { class_label, seed, n, guidance } = parameters();
+        const { class_label, seed, n, guidance } = settings();
         fillFrom({ class_label, seed, n, guidance, ...given });
       });
       return button;

@@ -2,7 +2,7 @@
 
 import { ask, copyLink, element, getJson, nameInAddress, parse, post, reason, Refusal, requestOf, root, toJson } from "./api.js";
 import { clearFrames, film, setGrowing, showPath } from "./film.js";
-import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf, usualOpening } from "./form.js";
+import { complain, describe, fillForm, fillFrom, form, parameters, settings, tablesOf, usualOpening } from "./form.js";
 import { addJob, addPicture, dropJob, markJob, restore } from "./history.js";
 import {
   addAnswered, cancel, cancelUnderWay, clear, create, follow, forgetAnswered, isFollowing, jobInAddress, say, underWay,
@@ -67,7 +67,7 @@ async function openingShown() {
   let linked = fromHash(location.hash);
   if (linked) fillFrom(linked);
   // What a link leaves out, and the steps of a table, are as the form has them.
-  if (linked && (!linked.sampler || !linked.steps || tablesOf(linked.sampler).length)) linked = parameters();
+  if (linked && (!linked.sampler || !linked.steps || tablesOf(linked.sampler).length)) linked = settings();
   const seeded = linked?.seed !== undefined && !(linked.n * linked.steps > MOST_PASSES);
   if (linked && !seeded) {
     leaveOpening();
@@ -259,7 +259,7 @@ form.addEventListener("submit", (event) => {
 });
 form.addEventListener("invalid", () => (element("more").open = true), { capture: true }); // or the browser could not show where
 element("cancel").addEventListener("click", ({ target }) => target.ariaDisabled !== "true" && giveUp());
-element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(parameters())));
+element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(settings())));
 addEventListener("hashchange", () => {
   if (model) forgetAnswered(model); // somebody wants to see something else
   const linked = model && !sending && fromHash(location.hash);

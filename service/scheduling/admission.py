@@ -7,7 +7,7 @@ clock.
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -35,8 +35,9 @@ ROUNDING = 1e-6  # tolerance in seconds
 LOAD_S = 5.0  # time constant of the recent load
 SPARE_LOAD = 0.4  # up to this load, a job may use its whole deadline
 LEAST_SHARE = 0.2  # smallest share of the deadline that a job may use
-# An adaptive job must leave this margin to the deadlines of accepted jobs, because a forecast may be too early.
-MARGIN = 0.9  # largest share of the time to a deadline that may pass until the forecast end
+# An accepted job that a new one delays counts as late if its forecast uses more than this share of the time to its
+# deadline. Forecasts may be too early.
+MARGIN = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,9 @@ class Admission:
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)  # keyed by owner
         # (forecast, time when it was made), keyed by owner. Cleared when a job is accepted.
         self._forecasts: dict[str | None, tuple[BacklogForecast, float]] = {}
-        # The load of recent adaptive requests, each at its best setting, and when it was updated. 1 is all that the
-        # server can do. It does not depend on the settings that were chosen, so the choice does not oscillate.
+        # How busy the accepted adaptive jobs would keep the server if each had its best setting, and when that was
+        # computed. 1 is full. Chosen settings do not count, or the choice would swing.
         self._load, self._load_at_s = 0.0, 0.0
-        self._last_choice = 0  # the index that `best_in_time` returned last
 
     # --- from any thread ---
 
@@ -90,10 +90,11 @@ class Admission:
         now_s: float,
         deadline_s: float | None = None,
         has_picture: bool = False,
+        best: Work | None = None,
     ) -> Outlook:
         """Accept a job and add it to the ledger. Raises Overloaded, DeadlineUnmeetable or InvalidField.
 
-        has_picture: the job starts from a picture.
+        has_picture: the job starts from a picture. best: an adaptive job's cost at its best setting.
 
         An idle server accepts any valid job. Each refused client gets a different Retry-After, but a refusal reserves
         no capacity.
@@ -107,6 +108,9 @@ class Admission:
                 raise _unmeetable(deadline_s, outlook.eta_s)
             speed = server.speeds[work.model]
             self._arrivals[owner].add(job.places_left * speed.place_s, now_s)
+            if best is not None:
+                best_s = best.places * server.speeds[best.model].place_s
+                self._load, self._load_at_s = self._load_at(now_s) + best_s / LOAD_S, now_s
             self._forget_gone(now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
@@ -126,42 +130,33 @@ class Admission:
 
         The job must not make an accepted job miss its deadline. At the fastest setting the job may end at its deadline.
         At the others it must end earlier if the recent load is high. Raises DeadlineUnmeetable with the forecast of the
-        fastest setting, or InvalidField.
+        fastest setting, or InvalidField. If no setting fits the limits, the index of the fastest is returned, which
+        `enter` refuses.
         """
         with self._admitting:
             server, last = self._now(owner), len(works) - 1
-            load = self._load_at(now_s)
-            best_s = works[0].places * server.speeds[works[0].model].place_s
-            self._load, self._load_at_s = load + best_s / LOAD_S, now_s
-            share = max(LEAST_SHARE, SPARE_LOAD / max(load, SPARE_LOAD))
-
-            late_anyway = cache(lambda: _late(server.jobs, server, now_s))
-
-            @cache
-            def fits(k: int) -> bool:
+            share = max(LEAST_SHARE, SPARE_LOAD / max(self._load_at(now_s), SPARE_LOAD))
+            ends_without = cache(lambda: _ends_s(server.jobs, server, now_s))
+            for k, work in enumerate(works):
                 try:
-                    job = _pending("", works[k], owner, server, now_s, deadline_s, has_picture=has_picture)
+                    job = _pending("", work, owner, server, now_s, deadline_s, has_picture=has_picture)
                 except InvalidField:
-                    return False
-                ready_s, jobs = deadline_s * (share if k < last else 1.0), [*server.jobs, job]
-                outlook = forecast(jobs, server.speeds, "", server.service_time_s, ready_s).get("")
-                if outlook is None or outlook.eta_s > ready_s:
-                    return False
-                made_late = _late(jobs, server, now_s)
-                return not made_late or made_late <= late_anyway()
-
-            # Requests that follow each other mostly get the same setting, so the search begins there.
-            k = min(self._last_choice, last)
-            while k < last and not fits(k):
-                k += 1
-            while k and fits(k - 1):
-                k -= 1
-            self._last_choice = k
-            if k == last and not fits(k):
-                job = _pending("", works[k], owner, server, now_s, deadline_s, has_picture=has_picture)
-                eta_s = forecast([*server.jobs, job], server.speeds, "", server.service_time_s)[""].eta_s
-                raise _unmeetable(deadline_s, eta_s, works[k].steps)
-            return k
+                    if k == last:
+                        raise
+                    continue
+                if find_overload(server.load, job.work, self._limits, server.speeds[work.model]) is not None:
+                    continue
+                jobs, ready_s = [*server.jobs, job], deadline_s * (share if k < last else 1.0)
+                outlook = forecast(jobs, server.speeds, "", server.service_time_s, math.inf if k == last else ready_s)
+                if "" not in outlook or outlook[""].eta_s > ready_s:
+                    if k == last:
+                        raise _unmeetable(deadline_s, outlook[""].eta_s)
+                    continue
+                if not _makes_late(server, now_s, _ends_s(jobs, server, now_s), ends_without):
+                    return k
+                if k == last:
+                    raise _makes_others_late(deadline_s, outlook[""].eta_s)
+            return last
 
     def leave_to_any(
         self,
@@ -226,6 +221,10 @@ class Admission:
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
+
+    def holds(self, model: int) -> bool:
+        """Return True if the ledger has a job of this model."""
+        return any(job.work.model == model for job in self._read()[0])
 
     def work_left_s(self, model: int) -> float:
         """Predict the duration of a model's remaining work, if every tick is full."""
@@ -357,13 +356,31 @@ class Admission:
         return _Moment(jobs, load, speeds, self._times.of({owner, *(job.owner for job in jobs)}))
 
 
-def _late(jobs: Sequence[Pending], server: _Moment, now_s: float) -> set[str]:
-    """Return the ids of the accepted jobs that will probably miss their deadlines, if `jobs` are all jobs."""
-    due_s = {job.job_id: MARGIN * (job.due_s - now_s) for job in server.jobs if job.due_s is not None}
+def _ends_s(jobs: Sequence[Pending], server: _Moment, now_s: float) -> Mapping[str, float]:
+    """Forecast in how many seconds jobs end, keyed by job id. Those that end after the last deadline may be missing."""
+    due_s = [job.due_s - now_s for job in server.jobs if job.due_s is not None]
     if not due_s:
-        return set()
-    outlooks = forecast(jobs, server.speeds, None, server.service_time_s, max(due_s.values()))
-    return {job_id for job_id, due in due_s.items() if job_id not in outlooks or outlooks[job_id].eta_s > due}
+        return {}
+    outlooks = forecast(jobs, server.speeds, None, server.service_time_s, max(due_s))
+    return {job_id: outlook.eta_s for job_id, outlook in outlooks.items()}
+
+
+def _makes_late(
+    server: _Moment, now_s: float, ends_s: Mapping[str, float], ends_without: Callable[[], Mapping[str, float]]
+) -> bool:
+    """Return True if a new job delays an accepted job so that it will probably miss its deadline.
+
+    ends_s: when jobs end with the new job. ends_without: a function that forecasts when they end without it.
+    """
+    for job in server.jobs:
+        if job.due_s is None:
+            continue
+        due_s, end_s = job.due_s - now_s, ends_s.get(job.job_id, math.inf)
+        if end_s > MARGIN * due_s:
+            before_s = ends_without().get(job.job_id, math.inf)
+            if before_s < end_s - ROUNDING and before_s <= due_s:
+                return True
+    return False
 
 
 def _pending(
@@ -394,19 +411,20 @@ def _pending(
     return job
 
 
-def _unmeetable(deadline_s: float, eta_s: float, fewest: int | None = None) -> DeadlineUnmeetable:
-    """Make the error. fewest: the passes of the fastest setting, if the job was adaptive."""
+def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
     least_s = math.ceil(eta_s * 10) / 10
-    if fewest is not None and eta_s <= deadline_s:
-        return DeadlineUnmeetable(
-            f"even in {fewest} passes, done in {eta_s:.1f} s, this job would make accepted jobs miss their deadlines",
-            value=deadline_s,
-            bound="that of a request at a lower load",
-        )
     return DeadlineUnmeetable(
         f"this job would be done in {eta_s:.1f} s, its deadline_s is {deadline_s:g}",
         value=deadline_s,
         bound=f"at least {least_s:g} s at this load",
+    )
+
+
+def _makes_others_late(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
+    return DeadlineUnmeetable(
+        f"at the fastest setting this job would be done in {eta_s:.1f} s, and accepted jobs would miss their deadlines",
+        value=deadline_s,
+        bound="that of a request at a lower load",
     )
 
 

@@ -330,7 +330,7 @@ class ServedModels:
         """Return True if a request or a job needs the model in memory."""
         pending = self.load_queue.find(one.name)
         waiting = pending.requests if pending is not None else 0
-        return one.users > waiting or one.lifecycle.needs_model or self.admission.work_left_s(one.number) > 0
+        return one.users > waiting or one.lifecycle.needs_model or self.admission.holds(one.number)
 
     async def unload(self, one: ServedModel) -> None:
         """Free the memory of a model that is not busy and accepts no jobs. The model is still served.
@@ -359,7 +359,8 @@ class ServedModels:
 
     async def _free(self, one: ServedModel) -> bool:
         """Wait until a model's jobs have ended, then free its memory. Return False if the server stops first."""
-        while one.users:  # noqa: ASYNC110  requests come and go in many places
+        # A request to another model may have chosen this one, see quality=adaptive.
+        while one.users or self.admission.holds(one.number):  # noqa: ASYNC110  requests come and go in many places
             await asyncio.sleep(POLL_INTERVAL_S)
         if one.loaded is not None:  # an unloaded model runs no jobs; they wait for a server with its weights
             await one.lifecycle.idle()

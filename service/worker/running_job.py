@@ -37,6 +37,7 @@ class NewJob:
     recording: Recorder[Any] | None = None
     snapshot: Snapshot | None = None  # the state to resume from, if an earlier process began the job
     is_repeatable: bool = True  # True if the client chose the seed; the same request then gives the same images
+    best: Work | None = None  # the cost of an adaptive job at its best setting
     isolated: bool = False  # True if the job may have caused a crash; it then steps in ticks of its own
 
     def recorded_by(self, recording: Recorder[Any] | None) -> "NewJob":

@@ -229,7 +229,13 @@ class Worker:
         model, now_s = self._model(new.work.model), self._clock()
         # Do not hold `_gate` during this call. It can take milliseconds, and the worker needs `_gate` to end a job.
         outlook = self._admission.enter(
-            new.id, new.work, new.owner, now_s=now_s, deadline_s=new.deadline_s, has_picture=new.inputs is not None
+            new.id,
+            new.work,
+            new.owner,
+            now_s=now_s,
+            deadline_s=new.deadline_s,
+            has_picture=new.inputs is not None,
+            best=new.best,
         )
         return self._let_in(RunningJob(new, model, now_s), outlook)
 

@@ -216,7 +216,7 @@ class RungAnswer(RecommendedAnswer):
     """One setting of the ladder."""
 
     passes: int = Field(description="The network passes for one image. A guided pass counts twice.")
-    model: str | None = Field(description="The served model that has this setting. Null for the model itself.")
+    model: str | None = Field(description="The name of the model that has this setting. Null for this model.")
     distance: float | None = Field(
         description="The Fréchet distance from the data in the features of a classifier, as `tminus evaluate` "
         "measured it. Null where it is not known."

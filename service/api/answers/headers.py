@@ -23,8 +23,8 @@ HEADERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "X-Guidance": ({"type": "number"}, "The guidance that was taken. 1.0 is off."),
     "X-Quality": (
         TEXT,
-        "The place of the setting in the `ladder` of `GET /model`, such as `2/5`; 1 is the best. Absent where it is "
-        "not in the ladder.",
+        "The place of the setting in the `ladder` of `GET /model`, such as `2/5`; 1 is the best. For a student that a "
+        "served model's ladder names, it is that ladder. Absent where the setting is not in it.",
     ),
     "X-Warning": (TEXT, "Why the images are probably not what was wanted. Absent where there is no reason."),
     # --- images ---

@@ -200,13 +200,13 @@ async def _prepare(
         del values
         if members.as_url:
             view, _ = await create(services, request, parameters, transparent=edits)
-            return services, members, view
+            return services.models.numbered(view.model), members, view
         services, new = await prepare_job(services, caller_of(request), parameters, request, transparent=edits)
     return services, members, Wanted("image_edit" if edits else "image_generation", members, new)
 
 
-def _headers(job_id: str, spec: SampleSpec, model: ModelInfo, fingerprint: str) -> dict[str, str]:
-    return {"X-Job-ID": job_id, "X-Fingerprint": fingerprint} | NO_STORE | spec_headers(spec, model)
+def _headers(job_id: str, spec: SampleSpec, services: Services, fingerprint: str) -> dict[str, str]:
+    return {"X-Job-ID": job_id, "X-Fingerprint": fingerprint} | NO_STORE | spec_headers(spec, services)
 
 
 async def _with_images(services: Services, request: Request, wanted: Wanted) -> Response:
@@ -223,7 +223,7 @@ async def _with_images(services: Services, request: Request, wanted: Wanted) -> 
 
     content = await off_loop(sum(map(len, pictures)), body)
     timing = server_timing(result, loop.time() - started_s, model)
-    headers = _headers(wanted.new.id, wanted.new.spec, model, model.fingerprint)
+    headers = _headers(wanted.new.id, wanted.new.spec, services, model.fingerprint)
     return Response(content, headers=headers | {"Server-Timing": timing}, media_type=JSON)
 
 
@@ -244,7 +244,7 @@ async def _with_urls(services: Services, request: Request, members: ImagesCall, 
         )
         for k in range(record.spec.n)
     ]
-    headers = _headers(record.id, record.spec, model, fingerprint)
+    headers = _headers(record.id, record.spec, services, fingerprint)
     return Response(_document(members, model, data, without="b64_json"), headers=headers, media_type=JSON)
 
 
@@ -280,7 +280,7 @@ async def stream(services: Services, request: Request, wanted: Wanted, stack: Ex
     done = result_of(await submit(services, caller_of(request), new), new.deadline_s)
     done.add_done_callback(lambda _: arrived.put_nowait(None))
     stack.callback(lambda: done.done() or services.worker.cancel(wanted.new.id, "client_gone"))
-    headers = _headers(new.id, spec, model, model.fingerprint)
+    headers = _headers(new.id, spec, services, model.fingerprint)
     return EventStream(_events(services, wanted, arrived, done), stack.pop_all().close, headers)
 
 

@@ -51,9 +51,9 @@ class Members(RequestSchema):
     size: Annotated[str, in_words("`auto`")] = "auto"
     """`auto`, or the model's own size, such as `32x32`."""
     quality: Annotated[Literal["auto", "low", "medium", "high", "standard", "hd"], in_words("`auto`")] = "auto"
-    """Which setting. `medium` and `standard`: what `POST /sample` takes by default. `high` and `hd`: the first of the
-    `ladder` of `GET /model`. `low`: its last. `auto`: `quality=adaptive` of `POST /sample` with `deadline_s`, otherwise
-    `medium`. It has no effect where the request names a setting."""
+    """Which setting. `medium` and `standard`: what `POST /sample` takes by default. `high` and `hd`: the model's
+    first in the `ladder` of `GET /model`. `low`: its last there. `auto`: with `deadline_s`, `quality=adaptive` of
+    `POST /sample`, otherwise `medium`. It has no effect where the request names a setting."""
     response_format: Annotated[Literal["b64_json", "url"], in_words("`b64_json`")] = "b64_json"
     """`b64_json`: the images as base64. `url`: the addresses of the images of a durable job."""
     output_format: Annotated[Literal["png", "jpeg", "webp"], in_words("`png`")] = "png"
@@ -158,7 +158,7 @@ class ImagesCall(Sampling, Members):
             return {} if self.deadline_s is None else {"quality": "adaptive"}
         if self.budget == "medium":
             return {}
-        own = [rung for rung in model.ladder if rung.model in (None, model.name)]
+        own = [rung for rung in model.ladder if rung.model in (None, model.name) and rung.sampler in model.samplers]
         for rung in own if self.budget == "high" else reversed(own):
             settings = settings_of_rung(rung, can_guide=can_guide)
             with suppress(InvalidField):  # its table is gone

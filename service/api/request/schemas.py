@@ -260,8 +260,10 @@ def words_of(schema: Schema, bound: Bound) -> str:
     if words := bound.words or schema.get(BOUND) or kind.get(BOUND):
         return str(words)
     kind = kind | bound.of_kind(kind["type"])
-    if "enum" in kind or "const" in kind:
-        return f"one of {', '.join(kind['enum'])}" if "enum" in kind else str(kind["const"])
+    if "const" in kind:
+        return str(kind["const"])
+    if "enum" in kind:
+        return f"one of {', '.join(kind['enum'])}"
     if kind["type"] == "string":
         return f"text of at most {kind['maxLength']} characters" if "maxLength" in kind else "text"
     if kind["type"] == "boolean":

@@ -1,7 +1,7 @@
 """Creates specs from request parameters, with the checks that depend on the model or on several parameters."""
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -89,8 +89,7 @@ def spec_of_rung(
 
     spec: that of the recommended setting. model, limits: those of the model that the rung names.
     """
-    can_guide = spec.class_labels is not None and None not in spec.class_labels
-    settings = settings_of_rung(rung, can_guide=can_guide) | {"seed": spec.seed, "quality": None}
+    settings = settings_of_rung(rung, can_guide=_can_guide(spec)) | {"seed": spec.seed, "quality": None}
     return spec_of(parameters.model_copy(update=settings), model, limits)
 
 
@@ -99,13 +98,25 @@ def settings_of_rung(rung: Rung, *, can_guide: bool) -> dict[str, Any]:
     return {"sampler": rung.sampler, "steps": rung.steps, "guidance": rung.guidance if can_guide else 1.0}
 
 
-def quality_of(spec: SampleSpec, model: ModelInfo) -> str | None:
-    """Return the place of a spec's setting in the model's ladder, such as 2/5, or None if it has none there."""
-    for place, rung in enumerate(model.ladder, 1):
-        is_own = rung.model in (None, model.name) and spec.timestep_spacing == model.timestep_spacings[rung.sampler]
-        if is_own and (rung.sampler, rung.steps) == (spec.sampler, spec.steps) and spec.guidance in (rung.guidance, 1):
-            return f"{place}/{len(model.ladder)}"
+def place_of(spec: SampleSpec, model: ModelInfo, ladder: Sequence[Rung], *, own: bool) -> str | None:
+    """Return the place of a spec's setting in a ladder, such as 2/5, or None if it has none there.
+
+    model: the model that makes the images. own: True if the ladder is this model's.
+    """
+    if spec.timestep_spacing != model.timestep_spacings.get(spec.sampler) or spec.eta:
+        return None
+    if spec.guidance_interval is not None or spec.guidance_rescale:
+        return None
+    for place, rung in enumerate(ladder, 1):
+        settings = settings_of_rung(rung, can_guide=_can_guide(spec))
+        is_its = rung.model == model.name or (own and rung.model is None)
+        if is_its and settings == {name: getattr(spec, name) for name in SETTINGS}:
+            return f"{place}/{len(ladder)}"
     return None
+
+
+def _can_guide(spec: SampleSpec) -> bool:
+    return spec.class_labels is not None and None not in spec.class_labels
 
 
 def _check_quality(parameters: SampleRequest, errors: ValidationErrors) -> None:

@@ -72,7 +72,7 @@ class Key:
     name: str
     request_hash: str
     owner: str = ""  # different owners may use the same key name
-    any_model: bool = False  # True if the job may be one of another model than the request's, whose name is hashed too
+    any_model: bool = False  # True if the job may belong to another model than the request's; the hash has that name
 
     @property
     def kept_as(self) -> str:

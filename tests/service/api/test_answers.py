@@ -54,6 +54,18 @@ MODEL: dict[str, Any] = {
     "folded_guidance": 1.0,
     "default_sampler": "ddpm",
     "recommended": {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.0},
+    "ladder": [
+        {
+            "sampler": "dpmpp_2m",
+            "steps": steps,
+            "guidance": 1.0,
+            "passes": steps,
+            "model": None,
+            "distance": None,
+            "pixel_distance": None,
+        }
+        for steps in (20, 10, 5)
+    ],
     "conditional": True,
     "class_names": ["cat", "dog", "3d-print"],
     "null_class": 3,
