@@ -23,6 +23,7 @@ from tminus.service.cli.images import (
     opaque_png,
     read_pictures,
     sample_from,
+    server_at,
 )
 from tminus.service.cli.options import CHECKPOINT_TYPE, DEVICE, EXECUTOR_NAMES, FILE_TYPE, PRECISION_NAMES
 from tminus.service.cli.output import check_png, fail, failing_in_one_line, say, write_file
@@ -80,6 +81,8 @@ def reproduce(
     \b
       tminus reproduce sneaker.png
       tminus reproduce varied.png --image sneaker.png --url http://localhost:8000
+
+    With --url and without --model, the server's model with the weights in the recipe is asked, if there is one.
     """
     check_model(url, model)
     if out is not None:
@@ -90,7 +93,7 @@ def reproduce(
     check_recipe_pictures(png, recipe, image, mask)
     parameters = recipe.parameters | read_pictures(image, mask)  # hashes are checked later
     if url is not None:
-        again = sample_from(url, model, parameters, "image/png").data
+        again = sample_from(url, model or served_model(url, recipe.weights), parameters, "image/png").data
     else:
         here = LoadOptions(checkpoint, device, executor, precision)
         again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
@@ -105,6 +108,13 @@ def reproduce(
     with failing_in_one_line(str(url or png)):
         found = difference(original, again, recipe)
     fail(f"{png}: {found}")
+
+
+def served_model(url: str, weights: str) -> str | None:
+    """Return the name of the server's model with these weights, or None if that is its default model or not there."""
+    with server_at(url) as client:
+        found = [each for each in client.models() if each.info is not None and each.info.get("weights_hash") == weights]
+    return None if any(each.default for each in found) else next((each.name for each in found), None)
 
 
 def read_bounded(file: Path) -> bytes:

@@ -297,8 +297,11 @@ def test_the_server_is_asked_for_what_the_recipe_says(
 ) -> None:
     """What servers answer that they should not is in test_sample.py."""
     requests: list[httpx.Request] = []
+    models: list[dict[str, Any]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/models":
+            return httpx.Response(200, json={"models": models})
         requests.append(request)
         headers = {"X-Seed": "1", "X-Fingerprint": "0123456789abcdef", "Content-Type": "image/png"}
         return httpx.Response(200, content=NOISE, headers=headers)
@@ -312,6 +315,11 @@ def test_the_server_is_asked_for_what_the_recipe_says(
     assert request.url == "http://server:1/sample"
     assert request.headers["accept"] == "image/png"
     assert json.loads(request.content) == read_recipe(NOISE).parameters
+    others = {"default": False, "state": "loaded", "url": "/models/student/"}
+    models.append({"name": "student", "model": {"weights_hash": read_recipe(NOISE).weights}} | others)
+    for options, path in (((), "/models/student/sample"), (("--model", "other"), "/models/other/sample")):
+        assert run("reproduce", file, "--url", "http://server:1/", *options).exit_code == 0
+        assert requests[-1].url.path == path
     file.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
     one_line(run("reproduce", file, "--url", "http://server:1"), r"another build (\x1b[2J, here")
 
