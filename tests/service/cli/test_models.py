@@ -106,7 +106,9 @@ def test_images_are_sampled_from_the_model_that_is_named(several: Served, tmp_pa
     assert run("sample", "--url", several.url, "--steps", "4", "--out", tmp_path / "c.png").exit_code == 0
     assert pixels((tmp_path / "c.png").read_bytes()).shape == (4, 6)
     assert run("reproduce", tmp_path / "a.png", *where[:4]).exit_code == 0
-    assert "another size" in refusal("reproduce", tmp_path / "a.png", *where[:2])
+    assert run("reproduce", tmp_path / "a.png", *where[:2]).exit_code == 0, "it has the weights of the recipe"
+    default = next(each["name"] for each in httpx.get(f"{several.url}/models").json()["models"] if each["default"])
+    assert "another size" in refusal("reproduce", tmp_path / "a.png", *where[:2], "--model", default)
 
 
 def test_a_model_that_cannot_be_asked_is_one_clear_line(several: Served, tmp_path: Path) -> None:  # noqa: F811
