@@ -32,9 +32,9 @@ RENEW_S = 5.0  # maximum age of a BacklogForecast; jobs that have ended since th
 ROUNDING = 1e-6  # tolerance in seconds
 # The recent load decides how much of its deadline an adaptive job may use at a setting that is not the fastest. The
 # rest is left for jobs that arrive later and overtake it. Measurements: docs/adaptive-quality.md.
-LOAD_S = 5.0  # time constant of the recent load
+LOAD_S = 2.0  # time constant of the recent load
 SPARE_LOAD = 0.4  # up to this load, a job may use its whole deadline
-LEAST_SHARE = 0.2  # smallest share of the deadline that a job may use
+LEAST_SHARE = 0.12  # smallest share of the deadline that a job may use
 # An accepted job that a new one delays counts as late if its forecast uses more than this share of the time to its
 # deadline. Forecasts may be too early.
 MARGIN = 0.9
