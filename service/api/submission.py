@@ -64,17 +64,17 @@ async def prepare_job(
     request: Request | None = None,
     *,
     transparent: bool = False,
-    load: bool = True,
 ) -> tuple[Services, NewJob]:
-    """Make a job from the parameters. Returns the current Services of its model, and the job.
+    """Wait until the model is in memory, and make a job that is not durable.
 
-    Decodes the images and removes them from the parameters.
+    Returns the current Services of the job's model, and the job. For an adaptive request, that model may be another
+    one. Decodes the images and removes them from the parameters.
 
-    load: first wait until the model is in memory. A durable job does not: it waits in the store. request: see
-    `_ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of, Services.ensure_loaded and
-    Decoder.inputs.
+    request: see `_ensure_loaded`. transparent: see decode_inputs. Raises the errors of spec_of, Services.ensure_loaded,
+    Decoder.inputs and Worker.best_in_time.
     """
-    return (await _prepare(services, caller, parameters, request, transparent=transparent, load=load))[0]
+    services = await _ensure_loaded(services, caller, parameters, request)
+    return (await _prepare(services, caller, parameters, request, transparent=transparent))[0]
 
 
 async def _prepare(
@@ -84,11 +84,8 @@ async def _prepare(
     request: Request | None,
     *,
     transparent: bool,
-    load: bool,
 ) -> list[tuple[Services, NewJob]]:
-    """Make a job as `prepare_job` does. An adaptive job is followed by its versions at faster settings."""
-    if load:
-        services = await _ensure_loaded(services, caller, parameters, request)
+    """Make a job, durable or not. An adaptive job is followed by its versions at faster settings."""
     spec, inputs = spec_of(parameters, services.model, services.limits), None
     if parameters.image is not None:
         decoding = services.decoder.inputs(
@@ -114,7 +111,7 @@ async def _prepare(
         )
         for (_, each), work in zip(settings, works, strict=True)
     ]
-    # An await after the choice would let requests that come together choose for the same free time.
+    # Do not await after the choice. Another request could then choose for the same free time.
     first = services.worker.best_in_time(new) if adaptive else 0
     (own, spec), metrics = settings[first], services.metrics
     with own.models.using(own):  # this use keeps the model from being unloaded as idle
@@ -170,13 +167,13 @@ async def create(
     """Create a durable job, unless the Idempotency-Key already belongs to an earlier job.
 
     Returns the new or the earlier job, and True if it is the earlier one. transparent: see decode_inputs. Raises the
-    errors of `prepare_job` and NewJobs.create.
+    errors of `prepare_job` and NewJobs.create. Does not wait for the model: a durable job waits in the store.
     """
     caller, webhook = caller_of(request), parameters.receiver
     size_bytes = len(parameters.image or b"") + len(parameters.mask or b"")
     key = await off_loop(size_bytes, _key, services, request, parameters, webhook, transparent=transparent)
     try:
-        jobs = await _prepare(services, caller, parameters, request, transparent=transparent, load=False)
+        jobs = await _prepare(services, caller, parameters, request, transparent=transparent)
     except (DeadlineUnmeetable, InvalidField) as error:
         if key is None or parameters.quality is None or error.field != "deadline_s":
             raise
