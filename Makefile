@@ -62,7 +62,8 @@ format: $(VENV)/.installed-test
 client:
 	$(PYTHON) tests/unasync.py
 
-# Builds the documentation as a site that can be read offline (open site/index.html), and checks its links and anchors.
+# Renews docs/reference/ from the code, builds the documentation as a site that can be read offline (open site/index.html), and
+# checks its links and anchors.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m docs.site
 

@@ -1,5 +1,6 @@
 """The blocks of code of README.md and docs/, and how tests run them as printed, against a server of theirs."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -26,6 +27,18 @@ def shell_commands(page: str | Path) -> list[str]:
     """Return the commands of a page's shell blocks, each as one line without its comment."""
     lines = "".join(code_blocks(page, "sh")).replace("\\\n", " ").splitlines()
     return [command for line in lines if (command := re.sub(r"(^| )# .*", "", line).strip())]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page as GitHub makes them: of its headings, and those that are written as HTML."""
+    text = re.sub(r"^ *(```+).*?^ *\1$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for title in re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE):
+        shown = re.sub(r"<[^>]*>|\]\([^)]*\)", "", title).strip()
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        names = itertools.chain([slug], (f"{slug}-{k}" for k in itertools.count(1)))  # of headings that are alike
+        found.add(next(name for name in names if name not in found))
+    return found | {*re.findall(r'<a (?:id|name)="([^"]+)"', text)}
 
 
 def run_shell(code: str, folder: Path, url: str = "", **env: str) -> str:

@@ -1,6 +1,6 @@
-"""README.md and docs/, held against the code: commands, calls, parameters, defaults and media types.
+"""README.md and docs/, held against the code: links, commands, calls, parameters, defaults and media types.
 
-Links and anchors are for `make docs` to check, which also makes the reference of the code.
+`make docs` checks the links of the site.
 """
 
 import re
@@ -14,8 +14,9 @@ from urllib.parse import parse_qsl
 import pytest
 
 from docs.site import reference
+from docs.site.pages import is_external, targets
 from tests import tools
-from tests.documents import ROOT, code_blocks, shell_commands
+from tests.documents import ROOT, anchors, code_blocks, shell_commands
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, make_site, running_sites  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, Recommended
@@ -66,6 +67,20 @@ def tables(text: str, *columns: str) -> Iterator[list[str]]:
 def named(cell: str) -> list[str]:
     """What a cell has in code."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_link_of_a_page_leads_somewhere_in_the_repository(page: Path) -> None:
+    for target in targets(page.read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not is_external(target):
+            assert file.exists(), target
+            if anchor and file.suffix == ".md":
+                assert anchor in anchors(file), target
 
 
 # --- commands ---

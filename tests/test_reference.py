@@ -1,4 +1,4 @@
-"""docs/site/reference.py: each setting, command, error and metric has a place in the docs, and its texts are whole."""
+"""docs/reference/: each setting, command, error and metric has a place there, and its texts are whole."""
 
 import re
 
@@ -12,32 +12,32 @@ from tminus.service.metrics import METRICS, Metrics
 from tminus.service.ray_serve.settings import RaySettings
 from tminus.service.startup.settings import GROUPS, NO_FLAG, Settings
 
-PAGES = reference.pages()
+PAGES = {file.name: file.read_text("utf-8") for file in reference.FOLDER.glob("*.md")}
 COMMANDS = dict(reference.commands())
 
 
-def anchors(page: str) -> list[str]:
-    return re.findall(r"^#+ .* \{ #(\S+) \}$", PAGES[page], re.MULTILINE)
+def section(page: str, title: str) -> str:
+    """What a page has between this heading and the next one."""
+    (found,) = re.findall(rf"^##+ {re.escape(title)}\n(.*?)(?=^(?:#|<!--)|\Z)", PAGES[page], re.MULTILINE | re.DOTALL)
+    return str(found).strip()
 
 
-def section(page: str, anchor: str) -> str:
-    """What a page has between a heading of its own anchor and the next one."""
-    return re.split(r"^#", PAGES[page].partition(f" {{ #{anchor} }}\n")[2], flags=re.MULTILINE)[0].strip()
+def test_the_reference_is_that_of_the_code() -> None:
+    stale = [file.name for file, text in reference.pages().items() if file.read_text("utf-8") != text]
+    assert stale == [], "run `make docs`, and commit docs/reference/"
 
 
-def test_each_page_has_an_introduction_and_each_of_its_anchors_once() -> None:
-    assert PAGES.keys() == {"settings.md", "command-line.md", "errors.md", "metrics.md"}
-    for page, text in PAGES.items():
-        assert text.startswith("# ")
-        assert "<!-- body -->" not in text
-        assert len(anchors(page)) == len({*anchors(page)}), page
+def key_of(setting: str) -> str:
+    """Its name in a file of settings."""
+    return setting if setting in NO_FLAG else setting.replace("_", "-")
 
 
 @pytest.mark.parametrize("name", RaySettings.model_fields)
 def test_each_setting_is_described_with_its_variable_values_and_default(name: str) -> None:
-    field, text = RaySettings.model_fields[name], section("settings.md", name.replace("_", "-"))
+    field, text = RaySettings.model_fields[name], section("settings.md", f"`{key_of(name)}`")
     facts, _, told = text.partition("\n\n")
-    assert ("no flag" if name in NO_FLAG else f"`TMINUS_{name.upper()}`") in facts
+    assert facts.startswith(f"{'no flag' if name in NO_FLAG else f'`--{key_of(name)}`'} ")
+    assert f"`TMINUS_{name.upper()}`" in facts
     assert "default: " in facts
     assert told.endswith(".")
     assert " Default: " not in told
@@ -48,7 +48,7 @@ def test_each_setting_is_described_with_its_variable_values_and_default(name: st
 
 
 def test_the_bounds_of_a_setting_are_in_words() -> None:
-    assert "integer from 4 to 4,096" in section("settings.md", "max-batch")
+    assert "integer from 4 to 4,096" in section("settings.md", "`max-batch`")
 
 
 def test_groups_begin_with_what_there_is() -> None:
@@ -60,7 +60,7 @@ def test_groups_begin_with_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_says_what_it_does_with_an_example_its_exit_codes_and_its_options(name: str) -> None:
-    command, text = COMMANDS[name], section("command-line.md", name.replace(" ", "-"))
+    command, text = COMMANDS[name], section("command-line.md", name)
     assert command.help
     assert f"\n{name}" in "".join(re.findall(r"^```sh(\n.*?)^```$", text, re.DOTALL | re.MULTILINE))
     assert command.epilog is not None
@@ -75,7 +75,7 @@ def test_each_command_says_what_it_does_with_an_example_its_exit_codes_and_its_o
 
 @pytest.mark.parametrize("error", reference.every_error())
 def test_each_error_says_when_it_happens_and_what_to_do(error: type[reference.ServiceError]) -> None:
-    text = section("errors.md", error.code)
+    text = section("errors.md", f"`{error.code}`")
     when, _, remedy = text.partition("\n\n**What to do:** ")
     assert re.fullmatch(rf"Status {error.status}\. \S.*\.", when), when
     assert remedy.endswith("."), remedy
@@ -84,7 +84,7 @@ def test_each_error_says_when_it_happens_and_what_to_do(error: type[reference.Se
 
 @pytest.mark.parametrize("name", METRICS)
 def test_each_metric_says_what_it_counts_and_what_its_labels_are(name: str) -> None:
-    told, text = METRICS[name], section("metrics.md", name)
+    told, text = METRICS[name], section("metrics.md", f"`{name}`")
     assert text.startswith(f"{told.kind.capitalize()}. ")
     assert told.text.endswith("."), "it is a sentence"
     assert re.findall(r"^- `(\w+)`: \S", text, re.MULTILINE) == [*told.labels]

@@ -39,12 +39,11 @@ def root(tmp_path: Path) -> Path:
         ("../service/code.py#L3", f"{SOURCE}/blob/main/service/code.py#L3"),
         ("../service/", f"{SOURCE}/tree/main/service"),
         ("#here", "#here"),
-        ("made.json", "made.json"),
         ("https://example.org", "https://example.org"),
     ],
 )
 def test_a_link_leads_to_a_page_a_copied_picture_or_the_repository(root: Path, target: str, becomes: str) -> None:
-    links = pages.Links(root, pages.find_pages(root), SOURCE, [Path("docs/made.json")])
+    links = pages.Links(root, pages.find_pages(root), SOURCE)
     for form in ("[x]({})", "![x]({})", '[x]({} "title")', '<img alt="x" src="{}">', "[x]: {}"):
         assert links.of(Path("docs/a.md"), form.format(target)) == form.format(becomes)
     assert links.copied == ({Path("docs/images/p.png")} if target.endswith(".png") else set())

@@ -1,1 +1,1 @@
-"""The documentation site: what `make docs` builds out of README.md, docs/ and the code."""
+"""What `make docs` makes: the reference in docs/reference/, of the code, and the site, of README.md and docs/."""

@@ -1,6 +1,7 @@
-"""Build the documentation site: `python -m docs.site`. The exit status is 1 if a link leads nowhere.
+"""Renew docs/reference/, and build the documentation site: `python -m docs.site`.
 
-The site is in site/. The pages as Zensical reads them are in build/docs/pages/.
+The exit status is 1 if a link leads nowhere. The site is in site/, and the pages as Zensical reads them are in
+build/docs/pages/.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from nbconvert import MarkdownExporter
 
-from docs.site import api, pages, reference
+from docs.site import pages, reference
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -36,8 +37,8 @@ def build() -> int:
     """Assemble the pages, and have Zensical make the site of them."""
     for folder in (BUILD, SITE):
         shutil.rmtree(folder, ignore_errors=True)
-    texts, beside = read_pages(), {pages.REFERENCE / name: content for name, content in api.files().items()}
-    links = pages.Links(ROOT, [*texts], PROJECT["urls"]["Source"], beside)
+    texts = read_pages()
+    links = pages.Links(ROOT, [*texts], PROJECT["urls"]["Source"])
     titles: dict[Path, str] = {}
     for file, text in texts.items():
         page = BUILD / "pages" / pages.page_of(file)
@@ -47,10 +48,10 @@ def build() -> int:
     assets = (ROOT / "service" / "page" / "icon.svg", *(HERE / "assets").iterdir())
     copies = {Path("assets", each.name): each for each in assets}
     copies |= {each: ROOT / each for each in links.copied}
-    for place, content in (beside | {place: source.read_bytes() for place, source in copies.items()}).items():
+    for place, source in copies.items():
         target = BUILD / "pages" / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        shutil.copyfile(source, target)
     (BUILD / "zensical.toml").write_text(configuration(titles), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(BUILD / "zensical.toml")]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -65,7 +66,7 @@ def build() -> int:
 
 
 def read_pages() -> dict[Path, str]:
-    """Return every page as Markdown, by its file: of a notebook too, and of the reference with what the code says."""
+    """Return every page as Markdown, by its file: of a notebook too."""
     texts: dict[Path, str] = {}
     exporter = MarkdownExporter(raw_template=NOTEBOOK)  # type: ignore[no-untyped-call]
     for file in pages.find_pages(ROOT):
@@ -76,8 +77,7 @@ def read_pages() -> dict[Path, str]:
         else:
             text = (ROOT / file).read_text("utf-8")
         texts[file] = text
-    made = reference.pages() | {"api.md": api.page()}
-    return texts | {pages.REFERENCE / name: text for name, text in made.items()}
+    return texts
 
 
 def configuration(titles: dict[Path, str]) -> str:
@@ -98,4 +98,5 @@ def configuration(titles: dict[Path, str]) -> str:
 
 
 if __name__ == "__main__":
+    reference.write()
     sys.exit(build())

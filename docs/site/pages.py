@@ -6,7 +6,7 @@ not a page leads to the project's repository. Pictures are copied.
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATTERNS = (
@@ -15,7 +15,6 @@ PATTERNS = (
 )  # fmt: skip
 INDEX = Path("docs/README.md")
 UNGROUPED = (Path("README.md"), INDEX)  # which stand before the groups
-REFERENCE = Path("docs/reference")
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".webp", ".gif"}
 
 # Matches code, where nothing is a link, and the targets of links: in Markdown, in its definitions, and in HTML.
@@ -74,9 +73,9 @@ def rewrite(text: str, change: Callable[[str], str]) -> str:
 class Links:
     """Where the links of pages lead on the site. Owns what it finds: files to copy, and links to nothing."""
 
-    def __init__(self, root: Path, pages: list[Path], source_url: str, made: Collection[Path] = ()) -> None:
-        """source_url: where the files of the repository are shown. made: files that the site alone has."""
-        self._root, self._pages, self._made, self._source_url = root, set(pages), set(made), source_url
+    def __init__(self, root: Path, pages: list[Path], source_url: str) -> None:
+        """source_url: where the files of the repository are shown."""
+        self._root, self._pages, self._source_url = root, set(pages), source_url
         self.copied: set[Path] = set()
         self.broken: list[str] = []
 
@@ -89,8 +88,6 @@ class Links:
         if is_external(target) or not name:
             return target
         file = Path(os.path.normpath(page.parent / name))
-        if file in self._made:
-            return target
         if not (self._root / file).exists() or file.is_relative_to(".."):
             self.broken.append(f"{page}: {target}")
             return target

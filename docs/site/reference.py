@@ -1,17 +1,17 @@
-"""The reference pages that are made from the code: settings, command line, errors and metrics.
+"""The reference in docs/reference/: what is written by hand, and between two marks what is made from the code.
 
-The part of a page that is written by hand is in docs/reference/, with a mark where the rest goes. Links in the texts of
-the code are relative to docs/; here they become relative to docs/reference/.
+Links in the texts of the code are relative to docs/; here they become relative to docs/reference/.
 """
 
 import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin
+from typing import TYPE_CHECKING
 
 import click
 
+from docs.site import api
 from tminus.service import errors as errors_of_the_service
 from tminus.service.cli.configuration import default_of
 from tminus.service.cli.main import EXIT_CODES, SECTIONS, main
@@ -26,24 +26,36 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 FOLDER = Path(__file__).parents[1] / "reference"
-# The mark, and the line below it, which tells readers of the repository where the rest is.
-BODY = re.compile(r"^<!-- body -->\n.+\n", re.MULTILINE)
+MADE = re.compile(r"(?<=<!-- Made from the code by `make docs` -->\n).*(?=<!-- End of what is made -->\n)", re.DOTALL)
 CODE = re.compile(
     r"`[^`]*`|(?<![\w-])(?:--[a-z][a-z-]*[a-z]|-n)\b|\b(?:TMINUS|XDG|RAY)_[A-Z_]+\b|\b(?:GET|POST) /[\w/]+"
 )
-WORDS = {int: "integer", float: "number", Path: "path"}
+WIDTH = 100  # of usage lines, whatever the terminal has
 
 
-def pages() -> dict[str, str]:
-    """Return all pages of this module, by the name of their file in docs/reference/."""
-    made = (settings, command_line, errors, metrics)
-    return {f"{each.__name__.replace('_', '-')}.md": each() for each in made}
+def pages() -> dict[Path, str]:
+    """Return each page as it should be, by its file."""
+    made = {
+        "settings": settings(),
+        "command-line": command_line(),
+        "errors": errors(),
+        "metrics": metrics(),
+        "api": api.body(),
+    }
+    return {file: _page(file, "".join(parts)) for name, parts in made.items() for file in [FOLDER / f"{name}.md"]}
 
 
-def page(name: str, body: str) -> str:
-    """Put what is made of the code into a page that is written by hand."""
-    text = BODY.sub(lambda _: body.strip() + "\n", (FOLDER / f"{name}.md").read_text("utf-8"))
-    return re.sub(r"\n{3,}", "\n\n", text)
+def write() -> None:
+    """Renew the pages."""
+    for file, text in pages().items():
+        file.write_text(text, "utf-8")
+
+
+def _page(file: Path, made: str) -> str:
+    made = re.sub(r"\n{3,}", "\n\n", f"\n{moved(made).strip()}\n\n")
+    text, count = MADE.subn(lambda _: made, file.read_text("utf-8"))
+    assert count == 1, f"{file} has no place for what is made from the code"
+    return text
 
 
 def moved(text: str) -> str:
@@ -51,66 +63,31 @@ def moved(text: str) -> str:
     return re.sub(r"\]\(reference/", "](", re.sub(r"\]\((?!reference/|https?:|#)", "](../", text))
 
 
-def heading(level: int, title: str, anchor: str) -> str:
-    """Return a heading with an anchor of its own."""
-    return f"{'#' * level} {title} {{ #{anchor} }}\n\n"
-
-
 # --- settings ---
 
 
-def settings() -> str:
-    """Return the page of the settings of `tminus serve` and `tminus ray serve`."""
-    return page("settings", moved("".join(_settings())))
-
-
-def _settings() -> Iterator[str]:
+def settings() -> Iterator[str]:
+    """Yield the settings of `tminus serve` and `tminus ray serve`, each below its key in a file of settings."""
+    schemas = RaySettings.model_json_schema()["properties"]
     for name, field in RaySettings.model_fields.items():
         if name in GROUPS:
             yield f"## {GROUPS[name]}\n\n"
-        yield setting(name, field)
+        yield setting(name, field, api.Writer({}).values(schemas[name]).removesuffix(" or null"))
 
 
-def setting(name: str, field: "FieldInfo") -> str:
+def setting(name: str, field: "FieldInfo", values: str) -> str:
     """Return a setting: its names, values and default in a line, and its description."""
-    flag, of_bool = flag_of(name), field.annotation in (bool, bool | None)
-    told = [f"`{variable_of(name)}`"]
-    if of_bool:
-        told.append(f"`{flag}` or `--no-{flag[2:]}`")
-    told += [values_of_setting(field), f"default: {default_in_words(name, field)}"]
-    title = variable_of(name) if name in NO_FLAG else flag
-    if name in NO_FLAG:
-        told[0] = "no flag"
+    flag = flag_of(name)
+    if field.annotation in (bool, bool | None):
+        names, values = f"`{flag}` or `--no-{flag[2:]}`", "yes or no"
+    else:
+        names = "no flag" if name in NO_FLAG else f"`{flag}`"
+    if name == "checkpoint":
+        values = "`[NAME=]PATH`"
     assert field.description, name
     text, _, _ = field.description.partition(" Default: ")
-    return heading(3, f"`{title}`", flag[2:]) + " · ".join(told) + "\n\n" + text + "\n\n"
-
-
-def kind_of(field: "FieldInfo") -> type:
-    """Return the type of a setting, without None."""
-    (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {type(None)}
-    return kind  # type: ignore[no-any-return]
-
-
-def values_of_setting(field: "FieldInfo") -> str:
-    """Say in words which values a setting may have."""
-    if get_origin(field.annotation) is tuple:
-        return "`[NAME=]PATH`"
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le")
-             if (value := getattr(each, name, None)) is not None}  # fmt: skip
-    if field.annotation in (bool, bool | None):
-        return "yes or no"
-    word = WORDS.get(kind_of(field), "text")
-    if "gt" in bound:
-        most = f" and at most {bound['le']:,}" if "le" in bound else ""
-        return f"{word} above {bound['gt']}{most}"
-    if "ge" in bound:
-        return (
-            f"{word} from {bound['ge']:,} to {bound['le']:,}" if "le" in bound else f"{word}, {bound['ge']:,} or more"
-        )
-    return word
+    facts = (names, f"`{variable_of(name)}`", values, f"default: {default_in_words(name, field)}")
+    return f"### `{name if name in NO_FLAG else flag[2:]}`\n\n{' · '.join(facts)}\n\n{text}\n\n"
 
 
 def default_in_words(name: str, field: "FieldInfo") -> str:
@@ -134,11 +111,6 @@ def in_other_units(name: str, value: object) -> str:
 # --- the command line ---
 
 
-def command_line() -> str:
-    """Return the page of the commands of `tminus`, with the options of each."""
-    return page("command-line", moved("".join(_commands())))
-
-
 def commands(group: click.Group = main, prefix: str = "tminus") -> Iterator[tuple[str, click.Command]]:
     """Yield every command with its whole name: a group is no command, but those in it are."""
     for name, command in group.commands.items():
@@ -148,7 +120,8 @@ def commands(group: click.Group = main, prefix: str = "tminus") -> Iterator[tupl
             yield f"{prefix} {name}", command
 
 
-def _commands() -> Iterator[str]:
+def command_line() -> Iterator[str]:
+    """Yield the commands of `tminus`, with the options of each."""
     every = dict(commands())
     yield "| command | what it does |\n|---|---|\n"
     sections = [each.name for group in SECTIONS.values() for each in group]
@@ -162,9 +135,8 @@ def _commands() -> Iterator[str]:
 
 def _command(name: str, command: click.Command) -> Iterator[str]:
     """Yield a command: usage, help, and its options as a table."""
-    context = click.Context(command, info_name=name, show_default=True)
-    yield heading(2, name, name.replace(" ", "-"))
-    yield f"    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
+    context = click.Context(command, info_name=name, show_default=True, terminal_width=WIDTH)
+    yield f"## {name}\n\n    {command.get_usage(context).removeprefix('Usage: ')}\n\n"
     yield from (f"{block_of_help(block)}\n\n" for text in _texts(command) for block in blocks(text))
     own = [option for option in command.params if isinstance(option, click.Option)]
     if any(option.name == "config" for option in own):
@@ -248,11 +220,6 @@ def values_of_option(option: click.Option) -> str:
 # --- errors ---
 
 
-def errors() -> str:
-    """Return the page of the errors, each with its status, when it happens and what to do."""
-    return page("errors", moved("".join(_errors())))
-
-
 def every_error() -> list[type[ServiceError]]:
     """Return the classes of errors in the order of their file; the base class, for unexpected errors, comes last."""
     found = [
@@ -263,30 +230,27 @@ def every_error() -> list[type[ServiceError]]:
     return sorted(found, key=lambda each: each is ServiceError)
 
 
-def _errors() -> Iterator[str]:
+def errors() -> Iterator[str]:
+    """Yield the errors, each with its status, when it happens and what to do."""
     yield "| code | status | title |\n|---|---|---|\n"
     for each in every_error():
         yield f"| [`{each.code}`](#{each.code}) | {each.status} | {each.title} |\n"
     yield "\n"
     for each in every_error():
         assert each.__doc__, each
-        yield heading(3, f"`{each.code}`", each.code)
-        yield f"Status {each.status}. {' '.join(each.__doc__.split())}\n\n**What to do:** {each.remedy}\n\n"
+        yield f"### `{each.code}`\n\nStatus {each.status}. {' '.join(each.__doc__.split())}\n\n"
+        yield f"**What to do:** {each.remedy}\n\n"
 
 
 # --- metrics ---
 
 
-def metrics() -> str:
-    """Return the page of the metrics, each with its type, labels, and what it counts."""
-    return page("metrics", moved("".join(_metrics())))
-
-
-def _metrics() -> Iterator[str]:
+def metrics() -> Iterator[str]:
+    """Yield the metrics, each with its type, what it counts, and its labels."""
     for name, told in METRICS.items():
         if name in METRIC_GROUPS:
             yield f"## {METRIC_GROUPS[name]}\n\n"
-        yield heading(3, f"`{name}`", name) + f"{told.kind.capitalize()}. {linked(told.text, name)}"
+        yield f"### `{name}`\n\n{told.kind.capitalize()}. {linked(told.text, name)}"
         yield f" See [{title_of(told.more)}]({told.more}).\n\n" if told.more else "\n\n"
         yield from (f"- `{label}`: {meaning}\n" for label, meaning in told.labels.items())
         yield "\n"
