@@ -31,7 +31,7 @@ from tminus.service.startup.settings import Settings
 README = ROOT / "README.md"
 INDEX = ROOT / "docs" / "README.md"
 PAGES = [
-    README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md",
+    README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md",
     ROOT / "docker" / "README.md", ROOT / "client" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "reference").glob("*.md")),
     *sorted((ROOT / "checkpoints").glob("*/README.md")),
@@ -265,6 +265,16 @@ def test_the_table_of_spans_has_every_span_and_what_each_may_say_and_nothing_els
     assert {name for *_, said in rows for name in named(said)} == attributes
 
 
-def test_the_readme_names_the_packages_that_the_tests_need() -> None:
-    section = README.read_text("utf-8").partition("\nThe tests need ")[2].partition("\n\n")[0]
-    assert {*re.findall(r"`([^`]+)`", section)} == tools.PLACES.keys()
+def test_contributors_are_told_the_packages_that_the_tests_need() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\npackages of Debian: ")[2].partition(". A test")[0]
+    assert {*named(text)} == tools.PLACES.keys()
+
+
+def test_troubleshooting_has_every_code_of_the_statuses_that_refuse() -> None:
+    page, listed, status = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), set[tuple[int, str]](), ""
+    for stated, codes, _ in tables(page, "status", "code", "what to do"):
+        status = stated or status
+        listed |= {(int(status), code) for code in named(codes)}
+    statuses = {each for each, _ in listed}
+    assert statuses == {403, 413, 429, 503, 507}
+    assert listed == {(each.status, each.code) for each in reference.every_error() if each.status in statuses}

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PATTERNS = (
-    "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "client/README.md", "docker/README.md",
+    "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "client/README.md",
+    "docker/README.md",
     "docs/*.md", "docs/reference/*.md", "docs/examples/*.ipynb", "checkpoints/*/README.md",
 )  # fmt: skip
 INDEX = Path("docs/README.md")

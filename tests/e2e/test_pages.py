@@ -56,15 +56,28 @@ def test_the_requests_of_the_readme_are_answered_and_an_image_is_made_again_to_t
     bundled_server: RunningServer, folder: Path
 ) -> None:
     assert run_commands(bundled_server, folder, "README.md", "curl")
+    assert run_commands(bundled_server, folder, "docs/troubleshooting.md", "curl")
     assert size(folder / "out.png") == (128, 64), "eight images"
     assert size(folder / "sneaker.png") == (32, 32)
     with zipfile.ZipFile(folder / "sneakers.zip") as archive:
         assert archive.namelist() == [f"{k:05}.png" for k in range(4)]
     assert size(folder / "boots.png") == (64, 64), "four images"
     assert (size(folder / "bags.webp"), frames(folder / "bags.webp")) == ((64, 64), 8)
+    run_python(code_blocks("README.md", "python")[1], folder, bundled_server.url)
+    assert size(folder / "sneakers.png") == (64, 64), "four images"
     here, there = run_commands(bundled_server, folder, "docs/determinism.md", ".venv/bin/tminus")
     assert here
     assert there
+
+
+def test_a_folder_that_diffusers_saved_as_the_readme_does_is_served(
+    own_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    save, *_ = code_blocks("README.md", "python")
+    run_python(save, tmp_path)
+    server = own_server(checkpoint=tmp_path / "ddpm", TMINUS_EXECUTOR="eager")
+    made = server.post(json={"n": 4, "steps": 2}).content
+    assert pixels(made).shape == (64, 64, 3), "four images in colour"
 
 
 def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer, folder: Path) -> None:
