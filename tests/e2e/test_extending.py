@@ -1,4 +1,4 @@
-"""docs/extending.md: its blocks of code, applied to a copy of the package, whose commands and server have what they add."""
+"""docs/extending.md: its blocks, applied to a copy of the package, whose commands and server have what they add."""
 
 import contextlib
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch import Tensor
 
 from tests.documents import ROOT, code_blocks
 from tests.e2e.conftest import pixels
@@ -116,37 +116,38 @@ def test_the_format_is_read_and_its_network_is_that_of_the_file(checkpoint: Path
     assert UNet2DModel.from_pretrained(checkpoint, subfolder="unet").config["attention_head_dim"] == 8
 
 
-def test_the_sampler_is_served_and_makes_what_its_formula_says_and_the_setting_holds(
-    package: Path, checkpoint: Path, unet: UNet2DModel
-) -> None:
-    with serving(package, checkpoint, "--no-docs") as client:
-        model = client.get("/model").json()
-        assert "res_2m" in model["samplers"]
-        assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
-        answer = client.post("/sample", json={"sampler": "res_2m", "steps": STEPS, "seed": 5})
-        assert answer.headers["x-sampler"] == "res_2m"
-        refused = client.post("/sample", json={"sampler": "res_3m"}).json()
-        assert "res_2m" in refused["bound"]
-
-    checkpointed = load_checkpoint(checkpoint)
-    timesteps = [*map(int, checkpointed.plan("dpmpp_2m", STEPS).timesteps)]
-    levels = checkpointed.noise.schedule().alpha_bar[timesteps].tolist()
-    x, before = image_noise(5, [0], 0, (3, 16, 16), torch.device("cpu")).double(), None
+def by_quadrature(checkpoint: Path, unet: UNet2DModel) -> Tensor:
+    """x_0 of seed 5, by x' = s'/s x + s' times the integral of e^lambda x_0, where x_0 is a line in lambda."""
+    loaded, x, past = load_checkpoint(checkpoint), image_noise(5, [0], 0, (3, 16, 16), torch.device("cpu")), None
+    timesteps = [*map(int, loaded.plan("dpmpp_2m", STEPS).timesteps)]
+    alpha_bar = loaded.noise.schedule().alpha_bar[timesteps]
+    lambdas, sigmas = ((alpha_bar / (1 - alpha_bar)).log() / 2).tolist(), (1 - alpha_bar).sqrt().tolist()
     for k, t in enumerate(timesteps):
         with torch.inference_mode():
             x_0 = unet(x.float(), torch.tensor([t])).sample.double().clamp(-1, 1)
-        if k + 1 == STEPS:
-            x = x_0
-            break
-        # x' = σ'/σ x + σ' ∫ e^λ x_0(λ) dλ, by the midpoints of many short steps, where x_0(λ) is the line.
-        (a, s), (a_next, s_next) = (((level**0.5), (1 - level) ** 0.5) for level in levels[k : k + 2])
-        first, last = np.log(a / s), np.log(a_next / s_next)
-        middles = first + (last - first) * (np.arange(10_000) + 0.5) / 10_000
-        weights = np.exp(middles) * (last - first) / 10_000
-        slope = 0 if before is None else (x_0 - before[1]) / (first - before[0])
-        whole = x_0 * weights.sum() + slope * (weights * (middles - first)).sum()
-        x, before = s_next / s * x + s_next * whole, (first, x_0)
-    assert abs(pixels(answer.content).astype(int) - to_uint8(x)[0].permute(1, 2, 0).numpy().astype(int)).max() <= 1
+        if k + 1 < STEPS:
+            length = (lambdas[k + 1] - lambdas[k]) / 10_000
+            middles = (torch.arange(10_000, dtype=torch.float64) + 0.5) * length
+            weights = (lambdas[k] + middles).exp() * length
+            slope = 0 if past is None else (x_0 - past) / (lambdas[k] - lambdas[k - 1])
+            integral = x_0 * weights.sum() + slope * (weights * middles).sum()
+            x, past = sigmas[k + 1] / sigmas[k] * x + sigmas[k + 1] * integral, x_0
+    return x_0
+
+
+def test_the_sampler_is_served_and_makes_what_its_formula_says_and_the_setting_holds(
+    package: Path, checkpoint: Path, unet: UNet2DModel
+) -> None:
+    asked = {"steps": STEPS, "seed": 5}
+    with serving(package, checkpoint, "--no-docs") as client:
+        assert "res_2m" in client.get("/model").json()["samplers"]
+        assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+        answer, other = (client.post("/sample", json=asked | {"sampler": name}) for name in ("res_2m", "dpmpp_2m"))
+        assert answer.headers["x-sampler"] == "res_2m"
+        assert "res_2m" in client.post("/sample", json={"sampler": "res_3m"}).json()["bound"]
+    expected = to_uint8(by_quadrature(checkpoint, unet))[0].permute(1, 2, 0).int().numpy()
+    assert abs(pixels(answer.content) - expected).max() <= 1
+    assert abs(pixels(other.content) - expected).max() > 1
 
 
 def test_the_setting_is_a_flag_a_variable_and_in_the_reference(package: Path) -> None:
@@ -157,7 +158,10 @@ def test_the_setting_is_a_flag_a_variable_and_in_the_reference(package: Path) ->
 
 
 def test_a_job_of_the_sampler_is_left_to_servers_that_have_it(package: Path) -> None:
-    job = "S(webhook=None, spec=S(sampler={}, bit_depth=None, to_seed=None))"
-    asked = f"store.JOB_FORMAT, store.format_of({job.format(repr('res_2m'))}), store.format_of({job.format(repr('ddim'))})"
-    imports = "from types import SimpleNamespace as S; from tminus.service.jobs.store import postgres_store as store"
-    assert run(package, "-c", f"{imports}; print({asked})") == "5 5 1\n"
+    code = """
+from types import SimpleNamespace as S
+from tminus.service.jobs.store.postgres_store import JOB_FORMAT, format_of
+jobs = [S(webhook=None, spec=S(sampler=name, bit_depth=None, to_seed=None)) for name in ("res_2m", "ddim")]
+print(JOB_FORMAT, *map(format_of, jobs))
+"""
+    assert run(package, "-c", code) == "5 5 1\n"
