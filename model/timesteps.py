@@ -19,7 +19,7 @@ SIGMA_MIN = 0.03
 # The schedule of Ho et al. 2020 ends at sigma 157. A cosine schedule reaches 20,000, but above 157 x_t is pure noise
 # anyway.
 SIGMA_MAX = 160.0
-RHO = 3  # equalises truncation errors; the 7 of Karras et al. 2022, eq. 5, gave 1.35 times the Fréchet distance
+RHO = 3  # equalises the truncation errors of steps; Karras et al. 2022, eq. 5, have 7
 
 
 def make_timesteps(

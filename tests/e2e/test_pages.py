@@ -12,14 +12,19 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from tests.documents import ROOT, code_blocks, run_python, run_shell, shell_commands
 from tests.e2e.conftest import BUNDLED, BUNDLED_THREADS, RunningServer, SlowDown, pixels, stop_server
+from tests.model.latent.folders import save_latent_pipeline
 from tests.service.keys import key_line
 from tests.tools import needs
+from tminus.model.rng import image_noise
 
 HOME = "~/.local/state/tminus"
 BOOT = {"sampler": "tuned", "steps": 8, "seed": 7, "class_label": "ankle-boot"}
@@ -161,6 +166,36 @@ def test_the_examples_of_openais_api_run(server: RunningServer, tmp_path: Path) 
     assert sorted(each.name for each in tmp_path.glob("bag-*.png")) == ["bag-0.png", "bag-1.png", "bag-2.png"]
     run_shell(edit, tmp_path, server.url)
     assert json.loads((tmp_path / "boot.json").read_text())["data"][0]["revised_prompt"] == "ankle-boot"
+
+
+def test_pipelines_of_diffusers_are_served_and_make_the_same_images_of_the_servers_noise(
+    own_server: Callable[..., RunningServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, compare = code_blocks("docs/diffusers.md", "python")
+    run_python(save, tmp_path)
+    folder = tmp_path / "runs" / "pipeline"
+    net = UNet2DModel.from_pretrained(folder, subfolder="unet", num_class_embeds=None)
+    plain = DDPMPipeline(net, DDPMScheduler())
+    plain.save_pretrained(tmp_path / "plain")
+    plain.set_progress_bar_config(disable=True)
+    latent = save_latent_pipeline(tmp_path / "latent", scaling_factor=0.7)
+    others = [f"--checkpoint={name}={tmp_path / name}" for name in ("plain", "latent")]
+    server = own_server("--executor", "eager", *others, checkpoint=folder)
+
+    assert float(run_python(compare, tmp_path, server.url)) < 0.001
+    for name, pipeline, sampler in (("plain", plain, "ddpm"), ("latent", latent, "ddim")):
+        side = pipeline.unet.config.sample_size
+        draws = (image_noise(5, range(2), draw, (3, side, side), torch.device("cpu")) for draw in range(9))
+        for part in (pipeline, pipeline.scheduler):
+            monkeypatch.setattr(f"{type(part).__module__}.randn_tensor", lambda *_a, d=draws, **_k: next(d))
+        theirs = pipeline(batch_size=2, num_inference_steps=8, output_type="np").images
+        asked = {"n": 2, "steps": 8, "seed": 5, "sampler": sampler}
+        answer = httpx.post(f"{server.url}/models/{name}/sample", json=asked, timeout=60)
+        sheet = np.concatenate(np.round(theirs * 255), axis=1)
+        assert theirs.std() > 0.05
+        assert abs(pixels(answer.content) - sheet).max() <= 1
+    refused = httpx.post(f"{server.url}/sample", json={"num_inference_steps": 8}).json()
+    assert refused["field"] == "num_inference_steps"
 
 
 @pytest.mark.long

@@ -71,7 +71,6 @@ def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
 
 @pytest.mark.parametrize(("spacing", "differ"), [("leading", 0), ("trailing", 507), ("linspace", 540)])
 def test_middles_of_pndm_differ_from_those_of_diffusers_at_these_step_counts_alone(spacing: str, differ: int) -> None:
-    """The counts stand in docs/checkpoints.md."""
     theirs, others = PNDMScheduler(timestep_spacing=spacing), 0
     for steps in range(4, SAMPLER_FACTS["pndm"].max_steps(1000) + 1):
         theirs.set_timesteps(steps)
