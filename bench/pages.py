@@ -23,7 +23,7 @@ from bench.tables import TABLES, sign_of
 PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/reference/*.md", "checkpoints/*/README.md",
          "docker/README.md")  # fmt: skip
 MARK = re.compile(
-    r"(?P<number>(?:[<>] )?[-+]?\d[\d.,]*\d|\d|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)"
+    r"(?P<number>(?:(?<!-)[<>] )?(?:[-+]?\d[\d.,]*\d|\d|n/a))(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)"
 )
 BLOCK = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
