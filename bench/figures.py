@@ -207,8 +207,6 @@ def _limits(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:
         rates = [row_steps_per_s(one) for one in turns]
         at = peaks["float32"] if key in EAGER else peak
         found[f"{key}_of_peak"] = 100 * gflop * statistics.median(rates) / at
-        if key == "tminus":
-            found["tminus_of_bare"] = 100 * statistics.median(rates) / statistics.median(full)
     return found
 
 
