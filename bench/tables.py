@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from bench import image_tables
-from bench.figures import EAGER, WITHIN
+from bench.figures import EAGER
 from bench.records import SLO
 from bench.servers import SAME_GRAPH
 from tminus.model.catalogue import SAMPLER_FACTS, SamplerFacts
@@ -123,8 +123,7 @@ def attainment(result: Result) -> str:
     for key, title in TITLES.items():
         if any(cells := [_cell(slo[load]["all"].get(key, {}).get("within_3")) for load in rates]):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    columns = {name: f"within {factor:g} times" for name, factor in WITHIN.items()}
-    columns |= {"p50": "p50, times alone", "p95": "p95, times alone"}
+    columns = {"p50": "p50, times alone", "p95": "p95, times alone"}
     alone = ", ".join(f"{size} {_digits(alone_s)} s" for size, alone_s in slo["alone_s"].items())
     lines += [
         "",
