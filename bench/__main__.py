@@ -1,6 +1,6 @@
 """Measure tminus beside its peers: one checkpoint, one machine, in turns. Writes bench/results/serving.json.
 
-    python -m bench                              everything, an hour and a quarter on two cores
+    python -m bench                              everything, an hour and a half on two cores
     python -m bench --only idle,saturation_1     some loads
     python -m bench --before ../old              the code of another checkout too, in the same run
     python -m bench --quick                      to see that it works; the figures mean nothing

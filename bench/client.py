@@ -5,6 +5,7 @@ import io
 import resource
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from itertools import cycle
 from typing import Any
 
 import httpx
@@ -16,8 +17,11 @@ MOST_OUTSTANDING = 2000
 SPARE_FILES = 256
 
 
-def open_client(url: str) -> httpx.AsyncClient:
-    """Make a client without a timeout of its own: every load is bounded as a whole, and its requests with it."""
+def open_client(*urls: str) -> httpx.AsyncClient:
+    """Make a client without a timeout of its own: every load is bounded as a whole, and its requests with it.
+
+    Of several URLs, each request of images goes to the next one.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_OUTSTANDING + SPARE_FILES
     if hard != resource.RLIM_INFINITY:
@@ -27,7 +31,15 @@ def open_client(url: str) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=MOST_OUTSTANDING, max_keepalive_connections=64)
     # Otherwise a peer compresses the PNG once more.
     headers = {"Accept": "image/png", "Accept-Encoding": "identity"}
-    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers, trust_env=False)
+    client = httpx.AsyncClient(base_url=urls[0], timeout=None, limits=limits, headers=headers, trust_env=False)
+    turns = cycle(map(httpx.URL, urls))
+
+    async def take_turn(request: httpx.Request) -> None:
+        if request.method == "POST":
+            request.url = request.url.copy_with(port=next(turns).port)
+
+    client.event_hooks = {"request": [take_turn]} if len(urls) > 1 else {}
+    return client
 
 
 async def drive(

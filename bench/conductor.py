@@ -17,14 +17,19 @@ from bench.records import SLO, Bare, Pace, Run
 from bench.result_file import say
 
 ALIKE = ("idle", "saturation_1", "saturation_16")
-LOADS = (*ALIKE, "mixed", "hang_ups", "slo", "bare")
+LOADS = (*ALIKE, "mixed", "hang_ups", "slo", "bare", "lock_step")
+# The loads of the others are all but `hang_ups` and `slo`.
+LOADS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(servers.CONTROLS, ("saturation_1", "saturation_16", "mixed")),
+    **dict.fromkeys(servers.SETUPS, ("saturation_1", "saturation_16")),
+}
 # Who hangs up is the same for a peer whatever executor it has, so one of each is put through it.
 HUNG_UP = ("tminus", "before", "lock", "litserve", "mosec")
 # At rates of tminus' executor only peers with the same graph have a chance; the lock shows what has none.
 AT_RATES = ("tminus", "before", "lock", *servers.SAME_GRAPH)
 TIMES = 3.0  # the time alone of the longest requests of the mix: so long a load `slo` is drained
 HOPELESS = 0.2  # share in time: a contender that has less at a rate is not tried at higher ones
-BARE_BATCHES = (1, 4, 8, 16)
+BARE_BATCHES = (1, 2, 4, 8, 16)
 SCALED = {"saturation_1", "saturation_16", "hang_ups"}  # as many requests come as tminus is fast
 GUESS = 400.0  # row-steps/s, until it is measured
 SETTLE_S = 1.5  # a server that is still busy after that with abandoned work is started anew
@@ -61,12 +66,12 @@ class Conductor:
         """Run all rounds."""
         if "tminus" in self._contenders:
             self._try("tminus", self._meet)
-        for key in [key for key in self._contenders if key in servers.SAME_GRAPH]:
+        for key in [key for key in self._contenders if key in (*servers.SAME_GRAPH, *servers.ONE_WORKER)]:
             self._try(self._contenders[key].title, lambda key=key: self._set_up(key))  # type: ignore[misc]
         if "slo" in self._plan.loads:
             self._try("the executor's own rate", self._find_own_rate)
         for number in range(1, self._lengths.rounds + 1):
-            turns = [*self._contenders, "bare"]
+            turns = [*self._contenders, "bare", "lock_step"]
             shift = (number - 1) * len(turns) // 2  # so that each stands once early and once late
             for key in turns[shift:] + turns[:shift]:
                 self._take_turn(key, number)
@@ -88,6 +93,9 @@ class Conductor:
         if executor != "openvino" or precision is None:
             self._leave_out(f"{contender.title} is left out: tminus chose {executor}.")
             return
+        if key in servers.ONE_WORKER:
+            self._contenders[key] = replace(contender, command=(*contender.command, "--openvino", precision))
+            return
         best: tuple[float, servers.Contender] | None = None
         for way, arguments in servers.ways(servers.cores()):
             tried = replace(contender, command=(*contender.command, "--openvino", precision, *arguments))
@@ -101,14 +109,17 @@ class Conductor:
         self._contenders[key] = best[1]
 
     def _take_turn(self, key: str, number: int) -> None:
-        if key == "bare":
-            if "bare" in self._plan.loads:
-                say(f"round {number}/{self._lengths.rounds}: bare executor loop")
-                self._try("the bare loop", lambda: self._run.bare.append(self._bare(number)))
+        loops = {
+            "bare": lambda: self._run.bare.append(self._bare(number)),
+            "lock_step": lambda: self._run.lock_step.append(self._lock_step()),
+        }
+        if key in loops:
+            if key in self._plan.loads:
+                say(f"round {number}/{self._lengths.rounds}: {key}")
+                self._try(key, loops[key])
             return
         contender = self._contenders[key]
-        wanted: tuple[str, ...] = ("mixed",) if key == "tminus_eager_fcfs" else (*ALIKE, "mixed")
-        wanted += ("hang_ups",) if key in HUNG_UP else ()
+        wanted = LOADS_OF.get(key, (*ALIKE, "mixed")) + (("hang_ups",) if key in HUNG_UP else ())
         todo = [load for load in wanted if load in self._plan.loads]
         todo += SLO if self._run.own_rate and key in AT_RATES else ()
         self._try(contender.title, lambda: self._run_loads(contender, number, todo))
@@ -167,6 +178,13 @@ class Conductor:
             self._leave_out(f"The bare loop's executor was {found['details']}, the server's {details}.")
         paces = {int(batch): Pace(**pace) for batch, pace in found["bare"].items()}
         return Bare(number, executor, precision, found["flops_per_row"], paces)
+
+    def _lock_step(self) -> dict[str, dict[str, float]]:
+        if self._run.model.get("executor") != "openvino":
+            raise LookupError("it is of OpenVINO's passes")
+        arguments = ["--checkpoint", str(self._plan.checkpoint.resolve()), "--seconds", str(self._lengths.lock_step_s)]
+        arguments += ["--precision", self._run.model["precision"]]
+        return servers.run_json("bench.lock_step", arguments, servers.READY_S)
 
     def _started(self, contender: servers.Contender) -> Any:
         return servers.running(contender, self._plan.checkpoint, self._plan.threads)

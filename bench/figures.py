@@ -9,26 +9,17 @@ from typing import Any
 
 from bench.records import SLO, Answer, Loaded, Run
 from bench.result_file import ratio, rounds
-from bench.servers import SAME_GRAPH
+from bench.servers import CONTROLS, SAME_GRAPH
 from tminus.service.cli.bench import goodput, percentile, share_within
 
 SHORT_STEPS = 50  # a "short" request of the mixed load has fewer
+EAGER = ("tminus_eager", "lock", "litserve", "mosec")
 # Whom each form of tminus is compared with: those of the same executor and precision, and the default with all.
 COMPARED = {
-    "tminus": ("before", "lock", "litserve", "mosec", *SAME_GRAPH, "tminus_eager"),
+    "tminus": ("before", *EAGER, *SAME_GRAPH, *CONTROLS),
     "tminus_eager": ("lock", "litserve", "mosec"),
     "litserve_openvino": ("tminus",),
-}
-# Each step changes one thing, from diffusers behind a lock to tminus as it starts. Who goes first matters only where
-# short and long jobs meet.
-EFFECTS = {
-    "batching": ("tminus_eager", "lock"),
-    "precision": ("tminus", "tminus_eager"),
-    "all": ("tminus", "lock"),
-}
-EFFECTS_OF_MIXED = EFFECTS | {
-    "batching": ("tminus_eager_fcfs", "lock"),
-    "scheduling": ("tminus_eager", "tminus_eager_fcfs"),
+    "tminus_two": ("tminus",),
 }
 WITHIN = {"within_1_5": 1.5, "within_3": 3.0, "within_5": 5.0}  # times alone; goodput is of 3
 Value = Callable[[Loaded], float | None]
@@ -116,15 +107,11 @@ def summary(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:
     }
     found["unanswered"] = {key: count for key, count in unanswered.items() if count}
     found |= _slo(run)
-    found["effects"] = {
-        key: {name: found[key].get(f"{top}_over_{bottom}") for name, (top, bottom) in wanted.items()}
-        for wanted, keys in (
-            (EFFECTS, ("idle", "saturation_1", "saturation_16")),
-            (EFFECTS_OF_MIXED, ("short", "long")),
-        )
-        for key in keys
-    }
     found["limits"] = _limits(run, peaks)
+    found["lock_step"] = {
+        where: {name: rounds(each[where][name] for each in run.lock_step) for name in rates}
+        for where, rates in (run.lock_step or [{}])[0].items()
+    }
     return {key: value for key, value in found.items() if value not in ({}, [])}
 
 
@@ -138,8 +125,7 @@ def _compared(run: Run, load: str, value: Value, *, is_time: bool) -> dict[str, 
     by_round = {key: [each for one in turns if (each := value(one)) is not None] for key, turns in by_contender.items()}
     least = {key for key, turns in by_contender.items() if any(value(one) != value(_for_ever(one)) for one in turns)}
     found: dict[str, Any] = {key: _bounded(rounds(values), at_least=key in least) for key, values in by_round.items()}
-    pairs = {(top, bottom) for top, bottoms in COMPARED.items() for bottom in bottoms} | set(EFFECTS_OF_MIXED.values())
-    for top, bottom in sorted(pairs):
+    for top, bottom in sorted((top, bottom) for top, bottoms in COMPARED.items() for bottom in bottoms):
         ours, theirs = by_round.get(top, []), by_round.get(bottom, [])
         if not {top, bottom} <= least:
             quotient = ratio(theirs, ours) if is_time else ratio(ours, theirs)
@@ -219,10 +205,8 @@ def _limits(run: Run, peaks: Mapping[str, float]) -> dict[str, Any]:
     }
     for key, turns in _by_contender(run, "saturation_1").items():
         rates = [row_steps_per_s(one) for one in turns]
-        at = peak if ("eager" not in key and key in ("tminus", "before")) or "openvino" in key else peaks["float32"]
+        at = peaks["float32"] if key in EAGER else peak
         found[f"{key}_of_peak"] = 100 * gflop * statistics.median(rates) / at
-        if key == "tminus":
-            found["tminus_of_bare"] = 100 * statistics.median(rates) / statistics.median(full)
     return found
 
 

@@ -56,7 +56,8 @@ def card(name: str, result: Result) -> str:
         lines.append(f"| real images, encoded and decoded | | {found['autoencoder']['distance']:.2f} | |")
     real, made = found["real"], result["made"]
     lines.append(f"| real images | | {real['distance']:.2f} | {real['class_accuracy']:.3f} |")
-    how = f"{made['images']} images of seed 0 in each row, by `{made['command']}`."
+    seeds = " and ".join(map(str, made.get("seeds", [0])))
+    how = f"{made['images']} images of seed {seeds} in each row, by `{made['command']}`."
     return "\n".join([*lines, "", how])
 
 

@@ -35,6 +35,7 @@ class Lengths:
     window_s: float = 7.0
     trial_s: float = 4.0  # of each way to set a peer up
     bare_s: float = 2.5  # a batch size
+    lock_step_s: float = 3.0  # of joined streams and of free ones, each time
     mixed_s: float = 25.0
     mixed_long: Ask = LONG
     mixed_long_at_s: tuple[float, ...] = (0.0, 10.0)
@@ -51,7 +52,7 @@ class Lengths:
 
 
 QUICK = Lengths(
-    rounds=1, idle_requests=2, warm_up_s=0.5, window_s=1.5, trial_s=0.8, bare_s=0.3, mixed_s=2.0,
+    rounds=1, idle_requests=2, warm_up_s=0.5, window_s=1.5, trial_s=0.8, bare_s=0.3, lock_step_s=0.4, mixed_s=2.0,
     mixed_long=Ask(n=8, steps=60), mixed_long_at_s=(0.0,), shorts_per_s=2.0, hang_ups_s=2.0,
     slo_s=1.0, slo_mix="2:1x5,1:4x10", drain_s=10.0,
 )  # fmt: skip
@@ -68,7 +69,7 @@ class Turn:
 
     async def idle(self) -> Loaded:
         """Send one request after the other."""
-        async with open_client(self.server.url) as http:
+        async with open_client(*self.server.urls) as http:
             before, before_s = await self.server.read_at(http)
             answers = await self._one_by_one(http, IDLE, self.lengths.idle_requests)
             return await self._loaded(http, "idle", before, before_s, answers)
@@ -76,7 +77,7 @@ class Turn:
     async def alone(self) -> dict[str, float]:
         """Measure how long a request of each size of the mix takes alone: the median. The server is warm."""
         found: dict[str, float] = {}
-        async with open_client(self.server.url) as http:
+        async with open_client(*self.server.urls) as http:
             for size in self.lengths.mix:
                 answers = await self._one_by_one(http, Ask(size.n, size.steps), ALONE)
                 if any(answer.outcome != "ok" for answer in answers):
@@ -89,7 +90,7 @@ class Turn:
         lengths, ask = self.lengths, SATURATION[load]
         seconds = lengths.warm_up_s + lengths.window_s + 1
         comers = arrivals.saturating(ask, OUTSTANDING, 3 * self.capacity, seconds)
-        async with open_client(self.server.url) as http:
+        async with open_client(*self.server.urls) as http:
             start = await self.server.read(http)
             async with meanwhile(drive(http, comers, drain_s=lengths.drain_s, most_outstanding=OUTSTANDING)):
                 await asyncio.sleep(lengths.warm_up_s)
@@ -131,7 +132,7 @@ class Turn:
 
     async def settled(self, limit_s: float) -> bool:
         """Wait until the server counts nothing any more; False if it still does at the limit."""
-        async with open_client(self.server.url) as http:
+        async with open_client(*self.server.urls) as http:
             return await self._settle(http, limit_s)
 
     async def _one_by_one(self, http: httpx.AsyncClient, ask: Ask, count: int) -> list[Answer]:
@@ -141,7 +142,7 @@ class Turn:
         return answers
 
     async def _open_loop(self, name: str, comers: Sequence[Arrival]) -> Loaded:
-        async with open_client(self.server.url) as http:
+        async with open_client(*self.server.urls) as http:
             before, before_s = await self.server.read_at(http)
             answers = await drive(http, comers, drain_s=self.lengths.drain_s)
             return await self._loaded(http, name, before, before_s, answers)

@@ -1,13 +1,14 @@
 """The price of the lock step: two streams that wait for each other after each pass, beside two that do not.
 
-    python -m bench.lock_step [--checkpoint FOLDER] [--precision bfloat16] [--rows 4] [--seconds 4]
+    python -m bench.lock_step [--checkpoint FOLDER] [--precision bfloat16] [--rows 4] [--seconds 3]
 
 A stream is one thread with OpenVINO's passes of one thread. A tick is a pass of each stream and some Python, as the
 server's between two passes. *Joined* streams wait for each other, and then for the Python of the tick; *free* ones do
-half of it after each pass of their own. Another process takes a share of one core, as a client or nginx does. This
-takes two minutes on two cores. Prints a table, and writes build/bench/lock_step.json.
+half of it after each pass of their own. Another process takes a share of one core, as a client or nginx does. Prints
+row-steps/s as JSON. `python -m bench` runs it in each round.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -17,19 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
 
-from bench.measures import Findings, Measure
 from bench.peers.denoiser import one_stream
-from bench.result_file import ROOT, TRIALS, begin
+from bench.result_file import ROOT
 from bench.servers import CHECKPOINT, environment, options_of
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.autotune import example_inputs
 from tminus.service.engine.openvino_executor import precisions
 
-SHARES = (0.0, 0.1, 0.3)  # of a core, taken by another process
+SHARES = (0.0, 0.3)  # of a core, taken by another process
 PYTHON_MS = (0.0, 0.8)  # a tick
 TURNS = 4  # of joined streams and of free ones; the median counts
 PERIOD_S = 0.01  # in which the other process computes and sleeps once
@@ -38,26 +39,21 @@ Pass = Callable[[], object]
 
 
 def main() -> None:
-    """Measure, print and write."""
-    args = options_of(__doc__, checkpoint=CHECKPOINT, precision=precisions()[-1], rows=4, seconds=4.0, take=0.0)
+    """Measure and print."""
+    args = options_of(__doc__, checkpoint=CHECKPOINT, precision=precisions()[-1], rows=4, seconds=3.0, take=0.0)
     if args.take:  # it is the other process
         take(args.take)
         return
     torch.set_num_threads(1)
-    findings = Findings(begin())
     inputs = example_inputs(load_checkpoint(args.checkpoint), torch.device("cpu"), args.rows)
     streams = [partial(one_stream(args.checkpoint, args.precision), *inputs) for _ in range(2)]
-    for share in SHARES:
-        for python_ms in PYTHON_MS:
-            with taken(share) if share else nullcontext():
-                found = in_turns(streams, python_ms / 1000, args.seconds)
-            of, own = f"{share:.0%} of a core taken, {python_ms:g} ms of Python", (args.precision, args.rows)
-            measures = [
-                Measure(f"{name} streams", of, args.rows * found[name], "row-steps/s", *own) for name in sorted(found)
-            ]
-            measures.append(Measure("free / joined", of, found["free"] / found["joined"], "", *own))
-            findings.add(args.checkpoint.name, measures)
-    findings.write("lock_step", TRIALS)
+    found = {}
+    for share, python_ms in product(SHARES, PYTHON_MS):
+        with taken(share) if share else nullcontext():
+            rates = in_turns(streams, python_ms / 1000, args.seconds)
+        of = f"{100 * share:.0f} % of a core taken, {python_ms:g} ms of Python a tick"
+        found[of] = {name: args.rows * rate for name, rate in rates.items()}
+    print(json.dumps(found))
 
 
 def in_turns(streams: Sequence[Pass], python_s: float, seconds: float) -> dict[str, float]:

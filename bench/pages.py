@@ -4,8 +4,8 @@
     python -m bench.pages --check    rewrite nothing; exit code 1 where a page would change or a file is too old
 
 A number in a page is followed by its mark, `4.9<!-- figure serving:idle.tminus_over_lock .2g -->`: the file, the path
-in it, and how Python formats it. `<!-- table NAME -->` … `<!-- end -->` is a block that is made as a whole. A file of a
-quick run, or of a busy machine, counts as not there: then a number is n/a.
+in it, and how Python formats it. A bound gets its `>` or `<`. `<!-- table NAME -->` … `<!-- end -->` is a block that is
+made as a whole. A file of a quick run, or of a busy machine, counts as not there: then a number is n/a.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from typing import Any
 
 from bench.image_tables import NOT_MEASURED
 from bench.result_file import RESULTS, ROOT, changed
-from bench.tables import TABLES
+from bench.tables import TABLES, sign_of
 
 PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/*.md", "docs/reference/*.md", "checkpoints/*/README.md",
          "docker/README.md")  # fmt: skip
-MARK = re.compile(r"(?P<number>[-+]?\d[\d.,]*\d|\d|n/a)(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)")
+MARK = re.compile(
+    r"(?P<number>(?:(?<!-)[<>] )?(?:[-+]?\d[\d.,]*\d|\d|n/a))(?P<mark><!-- figure (?P<key>\S+) (?P<format>\S+) -->)"
+)
 BLOCK = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 Results = Mapping[str, Mapping[str, Any]]  # by the file's name
@@ -130,7 +132,7 @@ def number(key: str, form: str, results: Results) -> str:
     value = found["value"] if isinstance(found, Mapping) else found
     text = format(value, form) if not isinstance(value, str) else value
     # 2.3e+02 is 230 in a page.
-    return f"{float(text):.0f}" if re.fullmatch(r"-?[\d.]+e\+\d+", text) else text
+    return sign_of(found) + (f"{float(text):.0f}" if re.fullmatch(r"-?[\d.]+e\+\d+", text) else text)
 
 
 def draw(results: Results) -> None:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from bench.tables import TITLES
+from bench.tables import TITLES, sign_of
 from tminus.model.catalogue import SAMPLER_FACTS
 
 INK = "#808a94"  # on white 3.5 to 1, on black 6 to 1
@@ -54,18 +54,19 @@ def contenders(serving: Mapping[str, Any], path: Path) -> None:
     shown = [panel for panel in PANELS if panel[0] in serving]
     figure, panels = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3.2), layout="constrained", sharey=True)
     for axes, (row, title, is_log) in zip(panels, shown, strict=True):
-        values = {key: serving[row][key]["value"] for key in reversed(COLOURS) if key in serving[row]}
-        names = [NAMES.get(key, TITLES[key]) for key in values]
-        bars = axes.barh(names, list(values.values()), color=[COLOURS[key] for key in values], log=is_log)
-        axes.bar_label(bars, fmt=label, padding=3)
+        found = {key: serving[row][key] for key in reversed(COLOURS) if key in serving[row]}
+        names, values = [NAMES.get(key, TITLES[key]) for key in found], [each["value"] for each in found.values()]
+        bars = axes.barh(names, values, color=[COLOURS[key] for key in found], log=is_log)
+        axes.bar_label(bars, list(map(label, found.values())), padding=3)
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.2)
     save(figure, path)
 
 
-def label(value: float) -> str:
+def label(figure: Mapping[str, Any]) -> str:
     """Return the number at a bar."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    value = figure["value"]
+    return sign_of(figure) + (f"{value:.3g}" if value < 1000 else f"{value:.0f}")
 
 
 def samplers(quality: Mapping[str, Any], path: Path) -> None:

@@ -2,10 +2,11 @@
 
     python -m bench.quality [--minutes 10] [--only fashion-mnist-32] [--threads 1]
 
-Each setting is sampled once, 1000 images of seed 0, and judged as `tminus evaluate` judges: the share of the images
-that a classifier gives their own class, and Fréchet distances to the test split. As many training images are judged
-too: they show what the figures are for real images. What the file has of the same code, weights, sampler tables and
-number of images is not measured again, so the command goes on where it was stopped.
+Each setting is sampled with two seeds, 1000 images each, and judged as `tminus evaluate` judges: the share of the
+images that a classifier gives their own class, and Fréchet distances to the test split, in the classifier's features
+and in pixels. As many training images are judged too: they show what the figures are for real images. Each figure is
+the mean of both seeds. What the file has of the same code, weights, sampler tables and number of images is not
+measured again, so the command goes on where it was stopped.
 
 The data of pixel-art-32 and avatars-64 is rendered by checkpoints/data/render.mjs into runs/data; their classifiers are
 trained into runs/classifiers, a few minutes each. A checkpoint without its data is left out. Two processes may write to
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import torch
@@ -37,7 +39,7 @@ from tminus.service.engine.choice_cache import default_cache
 
 FILE = RESULTS / "quality.json"
 DATA, CLASSIFIERS, KEPT = (ROOT / "runs" / name for name in ("data", "classifiers", "quality"))
-IMAGES, SEED, BATCH = 1000, 0, 96
+IMAGES, SEEDS, BATCH = 1000, (0, 1), 96
 CODE = ("model", "service/engine")  # that decides the images
 # What the pages speak of, the most important first: a run that is short of time leaves out the rest.
 POINTS: dict[str, Sequence[Point]] = {
@@ -82,7 +84,12 @@ def key_of(point: Point) -> str:
 def identity(checkpoint: Checkpoint, point: Point) -> dict[str, Any]:
     """Return what an entry depends on. Where any of it has changed, the setting is measured again."""
     plan = checkpoint.plan(point.sampler, point.steps, guidance=point.guidance)
-    return {"weights_hash": checkpoint.weights_hash, "plan_hash": plan_hash(plan)[:16], "images": IMAGES, "seed": SEED}
+    return {
+        "weights_hash": checkpoint.weights_hash,
+        "plan_hash": plan_hash(plan)[:16],
+        "images": IMAGES,
+        "seeds": [*SEEDS],
+    }
 
 
 def lacking(name: str) -> list[Point]:
@@ -137,23 +144,30 @@ def measure(name: str, wanted: Sequence[Point], until_s: float, begun: Begun) ->
             say(f"{name}: out of time before {point}")
             return
         began_s = time.monotonic()
-        points, errors = evaluation.points([point], [SEED], options)
+        points, errors = evaluation.points([point], SEEDS, options)
         if errors:
             raise errors[point]
-        (figures,), passes = points[point].seeds, points[point].passes
+        figures, passes = points[point].seeds, points[point].passes
         how = {
             "precision": precision,
             "executor": forward.name,
-            "classifier_hash": figures.classifier_frechet_distance and judge.facts and judge.facts.weights_hash,
+            "classifier_hash": figures[0].classifier_frechet_distance and judge.facts and judge.facts.weights_hash,
             "commit": begun.commit,
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
         entry = {
             "sampler": point.sampler, "steps": point.steps, "guidance": point.guidance, "passes": passes,
-            **of(figures, "samples"), **identity(checkpoint, point), **how,
+            **mean_of(figures, "samples"), **identity(checkpoint, point), **how,
+            "distances": [each["distance"] for each in (of(one, "samples") for one in figures)],
         }  # fmt: skip
-        keep({name: {key_of(point): entry, "real": of(figures, "real")} | of_autoencoder(judge)}, begun)
+        keep({name: {key_of(point): entry, "real": mean_of(figures, "real")} | of_autoencoder(judge)}, begun)
         say(f"{name}: {point}: distance {entry['distance']:.2f}, {time.monotonic() - began_s:.0f} s")
+
+
+def mean_of(figures: Sequence[SampleFigures], side: Literal["samples", "real"]) -> dict[str, Any]:
+    """Return the means over the seeds; a figure that was not measured stays None."""
+    every = [of(each, side) for each in figures]
+    return {key: None if every[0][key] is None else mean(each[key] for each in every) for key in every[0]}
 
 
 def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def of(figures: SampleFigures, side: Literal["samples", "real"]) -> dict[str, An
 
 def of_autoencoder(judge: Judge) -> dict[str, Any]:
     """Return what the autoencoder of a latent model loses of real images; nothing for a pixel model."""
-    found = judge.reconstruction(IMAGES, SEED)
+    found = judge.reconstruction(IMAGES, SEEDS[0])
     return {} if found is None else {"autoencoder": {"distance": found.frechet, "psnr_db": found.psnr_db}}
 
 
@@ -187,6 +201,7 @@ def keep(entries: dict[str, dict[str, Any]], begun: Begun) -> None:
             order = ["real", "autoencoder", *map(key_of, POINTS[name])]
             found[name] = {key: of_name[key] for key in order if key in of_name}
         made = begun.made(describe(peak_s=0), timed=False) | {"command": "python -m bench.quality", "images": IMAGES}
+        made |= {"seeds": [*SEEDS]}
         write(FILE.stem, made, {name: found[name] for name in POINTS if name in found}, FILE.parent)
 
 

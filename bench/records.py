@@ -125,6 +125,7 @@ class Run:
     alone_s: dict[str, float] = field(default_factory=dict)  # IMAGESxSTEPS of the mix -> seconds on an idle tminus
     loads: list[Loaded] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
+    lock_step: list[dict[str, dict[str, float]]] = field(default_factory=list)  # of each round: bench/lock_step.py
 
     @property
     def places(self) -> int:

@@ -14,8 +14,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,10 @@ HOST = "127.0.0.1"
 PACKAGES = ("torch", "openvino", "diffusers", "litserve", "mosec")
 READY_ASK = Ask(n=2, steps=2)
 CHECKPOINT = ROOT / "checkpoints" / "fashion-mnist-32"
+# tminus with one thing left out (controls.py); and setups that show why peers do more where all requests are alike.
+CONTROLS = ("tminus_in_order", "tminus_one_job")
+ONE_WORKER = ("litserve_openvino_one", "mosec_openvino_one")
+SETUPS = ("tminus_two", *ONE_WORKER)
 # Peers that get tminus' graph and precision, once it has chosen.
 SAME_GRAPH = ("litserve_openvino", "litserve_steps_openvino", "litserve_queues_openvino", "mosec_openvino")
 
@@ -47,6 +51,7 @@ class Contender:
     is_peer: bool = True
     tree: Path = ROOT  # the checkout whose code it runs
     env: Mapping[str, str] = field(default_factory=dict)  # settings that have no flag
+    processes: int = 1  # that answer in turns, each with a share of the cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,15 @@ class Running:
     """A contender that is ready."""
 
     contender: Contender
-    url: str
+    urls: tuple[str, ...]  # of its processes
     pid: int
     tally: Path
     model: dict[str, Any]  # what tminus says of itself; empty for a peer
+
+    @property
+    def url(self) -> str:
+        """Where it answers, or the first of its processes."""
+        return self.urls[0]
 
     @property
     def places(self) -> int | None:
@@ -83,7 +93,8 @@ class Running:
         if self.contender.is_peer:
             row_steps, passes = read_tally(self.tally)
             return Counters(row_steps, row_steps, passes)
-        sums = sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
+        answers = [await http.get(f"{url}/metrics", headers={"Accept": "*/*"}) for url in self.urls]
+        sums = sum_metrics("\n".join(answer.text for answer in answers))
         return Counters(
             row_steps=sums.get("tminus_row_steps_total", 0.0),
             places=sums["tminus_tick_places_sum"],
@@ -101,30 +112,25 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     serve: tuple[str, ...] = ("tminus", "serve", "--log-level", "warning", "--grace-s", "0")
     serve += ("--max-backlog-s", "100000", "--result-cache-mb", "0", *tminus_flags)
     eager = (*serve, "--executor", "eager", "--precision", "float32")
-    in_order = ("bench.in_order", *eager[1:])
-    workers = ways(cores)[0][1]
+    (_, workers), (_, one) = ways(cores)
+    control, half = ("bench.controls",), str(max(1, cores // 2))
+    litserve = ("bench.peers.litserve_server",)
     mosec = ("bench.peers.mosec_server", "--address", HOST, "--timeout", "3600000", "--log-level", "warning")
     every = [
         Contender("tminus", "tminus", serve, is_peer=False),
         Contender("tminus_eager", "tminus, eager float32", eager, is_peer=False),
-        Contender("tminus_eager_fcfs", "the same, first come, first served", in_order, is_peer=False),
+        Contender("tminus_in_order", "tminus in order of arrival", (*control, "in-order", *serve[1:]), is_peer=False),
+        Contender("tminus_one_job", "tminus, one job a tick", (*control, "one-job", *serve[1:]), is_peer=False),
+        Contender("tminus_two", "two processes of tminus", (*serve, "--threads", half), is_peer=False, processes=2),
         Contender("lock", "diffusers behind a lock", ("bench.peers.lock_server",), "diffusers"),
-        Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
+        Contender("litserve", "LitServe", (*litserve, *workers), "litserve"),
         Contender("mosec", "mosec", (*mosec, *workers), "mosec"),
-        Contender("litserve_openvino", "LitServe, OpenVINO", ("bench.peers.litserve_server",), "litserve"),
-        Contender(
-            "litserve_steps_openvino",
-            "LitServe step by step, OpenVINO",
-            ("bench.peers.litserve_server", "--way", "steps"),
-            "litserve",
-        ),
-        Contender(
-            "litserve_queues_openvino",
-            "LitServe with two queues, OpenVINO",
-            ("bench.peers.litserve_server", "--way", "queues"),
-            "litserve",
-        ),
+        Contender("litserve_openvino", "LitServe, OpenVINO", litserve, "litserve"),
+        Contender("litserve_steps_openvino", "LitServe step by step", (*litserve, "--way", "steps"), "litserve"),
+        Contender("litserve_queues_openvino", "LitServe, two queues", (*litserve, "--way", "queues"), "litserve"),
         Contender("mosec_openvino", "mosec, OpenVINO", mosec, "mosec"),
+        Contender("litserve_openvino_one", "LitServe with one worker", (*litserve, *one), "litserve"),
+        Contender("mosec_openvino_one", "mosec with one worker", (*mosec, *one), "mosec"),
     ]
     if before is not None:
         command = (entry(before) or "tminus", *serve[1:])
@@ -155,6 +161,14 @@ def why_not(contender: Contender) -> str | None:
 @contextmanager
 def running(contender: Contender, checkpoint: Path, threads: int | None, ready_s: float = READY_S) -> Iterator[Running]:
     """Start a contender and stop it, with all the processes that it started."""
+    if contender.processes > 1:
+        alone = replace(contender, processes=1)
+        with ExitStack() as stack:
+            every = [
+                stack.enter_context(running(alone, checkpoint, threads, ready_s)) for _ in range(contender.processes)
+            ]
+            yield replace(every[0], contender=contender, urls=tuple(each.url for each in every))
+        return
     port = free_port()
     command = list(contender.command)
     command += ["--checkpoint", str(checkpoint.resolve()), "--port", str(port)]
@@ -175,7 +189,7 @@ def running(contender: Contender, checkpoint: Path, threads: int | None, ready_s
             url = f"http://{HOST}:{port}"
             _wait_until_ready(process, url, log, ready_s)
             model = {} if contender.is_peer else httpx.get(f"{url}/model", trust_env=False).json()
-            yield Running(contender, url, process.pid, Path(folder), model)
+            yield Running(contender, (url,), process.pid, Path(folder), model)
             if process.poll() is not None:
                 raise RuntimeError(f"{contender.title} ended by itself: {_tail(log)}")
         finally:

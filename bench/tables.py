@@ -1,11 +1,12 @@
 """The blocks that bench/pages.py puts into the pages: each is Markdown made of one file of results, or of all."""
 
+import re
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 from bench import image_tables
-from bench.figures import WITHIN
+from bench.figures import EAGER
 from bench.records import SLO
 from bench.servers import SAME_GRAPH
 from tminus.model.catalogue import SAMPLER_FACTS, SamplerFacts
@@ -20,11 +21,17 @@ TITLES = {  # those of the same executor and precision stand together
     "litserve_queues_openvino": "LitServe with two queues, OpenVINO",
     "mosec_openvino": "mosec, OpenVINO",
     "tminus_eager": "tminus, eager float32",
-    "tminus_eager_fcfs": "tminus, eager float32, first come, first served",
     "lock": "diffusers behind a lock",
     "litserve": "LitServe",
     "mosec": "mosec",
 }
+SETUPS = {
+    "tminus_two": "two processes of tminus, each with half of the cores",
+    "litserve_openvino_one": "LitServe with one worker and tminus' executor",
+    "mosec_openvino_one": "mosec with one worker and tminus' executor",
+}
+DETAILED = "slo_80"  # the load whose requests are told by size
+SATURATED = ("saturation_1", "saturation_16")
 COLUMNS = {
     "short": "20 steps beside long jobs, s",
     "long": "the long jobs, s",
@@ -33,6 +40,12 @@ COLUMNS = {
     "saturation_16": "full load, 16 images, row-steps/s",
     "goodput": "goodput, row-steps/s",
     "hang_ups": "computed for clients who left, %",
+}
+# What is left out of tminus to see what it is worth.
+WITHOUT = {
+    "tminus_in_order": "in order of arrival",
+    "tminus_one_job": "one job a tick",
+    "tminus_eager": "eager float32",
 }
 # Who is compared with whom: the executor and the precision are the same.
 LIKE_FOR_LIKE = {
@@ -52,16 +65,24 @@ def machine(result: Result) -> str:
         f"- Machine: {on['cpu']}, {on['cores']} cores, {on.get('memory_gib', '?')} GiB, {on['system']}. "
         + " ".join(f"It reaches {peak:.0f} GFLOP/s in {precision}." for precision, peak in peaks.items()),
         f"- Versions: Python {on['python']}, {versions}.",
-        f"- Run: `{made['command']}`, {made['date']}, commit {made['commit']}, {made['seconds']} s. Load average "
-        f"before it: {made['load_average']:.2f}; other programs took {100 * made['busy_share']:.0f} % of the cores.",
+        run(result),
     ]
     if tminus.get("details"):
         lines.append(
-            f"- tminus chose {tminus['executor']} in {tminus['precision']} ({tminus['details'].partition(', ')[2]}), "
-            f"with up to {tminus['places']} rows a tick."
+            f"- tminus chose {tminus['executor'].replace('openvino', 'OpenVINO')} in {tminus['precision']}: "
+            f"{_details(tminus['details'])}. A tick has up to {tminus['places']} rows."
         )
     lines += [f"- {sentence.partition('. ')[0].removesuffix('.')}." for sentence in result.get("left_out", [])]
     return "\n".join(lines)
+
+
+def run(result: Result) -> str:
+    """Which command made a file, and when."""
+    made = result["made"]
+    return (
+        f"- Run: `{made['command']}`, {made['date']}, commit {made['commit']}, {made['seconds']} s. Other programs "
+        f"took {100 * made['busy_share']:.0f} % of the cores before it."
+    )
 
 
 def headline(result: Result) -> str:
@@ -71,11 +92,11 @@ def headline(result: Result) -> str:
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for key, title in TITLES.items():
         cells = [_cell(result[column].get(key)) for column in columns]
-        if any(cells) and key != "tminus_eager_fcfs":
+        if any(cells):
             way = f" {precision}" if "OpenVINO" in title else f", OpenVINO {precision}" if key == "tminus" else ""
             way = way or ("" if "eager" in title else ", eager float32")
             lines.append(f"| {title}{way} | " + " | ".join(cells) + " |")
-    if unanswered := {key: count for key, count in result.get("unanswered", {}).items() if key != "tminus_eager_fcfs"}:
+    if unanswered := {key: count for key, count in result.get("unanswered", {}).items() if key in TITLES}:
         some = ", ".join(f"{count} of {TITLES[key]}" for key, count in unanswered.items())
         lines += ["", f"Requests without an answer, which count as waits to the end of the load: {some}."]
     return "\n".join(lines)
@@ -94,7 +115,7 @@ def like_for_like(result: Result) -> str:
 
 
 def attainment(result: Result) -> str:
-    """The share within three times by rate; and at each rate what tminus reaches, by size. Empty if not measured."""
+    """The share within three times by rate, and more of the rate 0.8: of tminus by size. Empty if not measured."""
     if (slo := result.get("slo")) is None:
         return ""
     rates = {load: f"{share:g}" for load, share in SLO.items() if slo[load]["all"]}
@@ -102,63 +123,49 @@ def attainment(result: Result) -> str:
     for key, title in TITLES.items():
         if any(cells := [_cell(slo[load]["all"].get(key, {}).get("within_3")) for load in rates]):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    columns = {name: f"within {factor:g} times" for name, factor in WITHIN.items()}
-    columns |= {"p50": "p50, times alone", "p95": "p95, times alone"}
+    columns = {"p50": "p50, times alone", "p95": "p95, times alone"}
     alone = ", ".join(f"{size} {_digits(alone_s)} s" for size, alone_s in slo["alone_s"].items())
     lines += [
         "",
-        f"The executor's own rate is {_digits(slo['own_rate'])} row-steps/s. Alone: {alone}. At each rate:",
+        f"The executor's own rate is {_digits(slo['own_rate'])} row-steps/s. Alone: {alone}.",
         "",
     ]
-    lines += ["| rate | requests | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
-    for load, rate in rates.items():
-        for key in ("tminus", "before", *SAME_GRAPH):
-            for size, found in slo[load].items() if key == "tminus" else [("all", slo[load]["all"])]:
-                if any(cells := [_cell(found.get(key, {}).get(column)) for column in columns]):
-                    lines.append(f"| {rate} | {TITLES[key]}, {size} | " + " | ".join(cells) + " |")
+    lines += [f"| rate {SLO[DETAILED]:g} | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for key in ("tminus", "before", *SAME_GRAPH):
+        for size, found in slo[DETAILED].items() if key == "tminus" else [("all", slo[DETAILED]["all"])]:
+            if any(cells := [_cell(found.get(key, {}).get(column)) for column in columns]):
+                lines.append(f"| {TITLES[key]}, {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def effects(result: Result) -> str:
-    """What batching, scheduling and precision are worth, each by itself."""
-    names = {
-        "batching": "batching by row",
-        "scheduling": "scheduling",
-        "precision": "executor and precision",
-        "all": "all three",
-    }
-    lines = ["| times as fast | " + " | ".join(names.values()) + " |", "|---" * (1 + len(names)) + "|"]
-    for row, text in COLUMNS.items():
-        if row in result.get("effects", {}):
-            cells = [_cell(result["effects"][row].get(name)) for name in names]
-            lines.append(f"| {text.rpartition(', ')[0]} | " + " | ".join(cells) + " |")
-    batching = _value(result.get("effects", {}).get("saturation_16", {}).get("batching"))
-    if batching is not None:
-        gain = "gains" if batching > 1.05 else "loses" if batching < 0.95 else "neither gains nor loses"
-        by = "" if "neither" in gain else f" a factor of {max(batching, 1 / batching):.2f}"
-        lines += ["", f"A request of 16 images fills passes by itself. There, the first column {gain}{by}."]
+    """How many times as fast tminus is as itself with one thing left out. Empty if no control was measured."""
+    rows = {row: text.rpartition(", ")[0] for row, text in COLUMNS.items() if row in ("short", "long", *SATURATED)}
+    if "tminus_in_order" not in result.get("saturation_1", {}):
+        return ""
+    lines = ["| tminus, times as fast as | " + " | ".join(WITHOUT.values()) + " |", "|---" * (1 + len(WITHOUT)) + "|"]
+    for row, text in rows.items():
+        cells = [_cell(result.get(row, {}).get(f"tminus_over_{key}")) for key in WITHOUT]
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def limits(result: Result) -> str:
-    """How near the contenders come to what the processor allows."""
+    """Full load beside what the processor allows: the executor alone, and streams that wait for each other or not."""
     found = result["limits"]
-    lines = ["| | rows/s | % of peak |", "|---|---|---|"]
-    precision = result["tminus"]["precision"]
+    lines = ["| row-steps/s | 1 image a request | 16 images | % of peak |", "|---|---|---|---|"]
     for batch, rate in found["bare"].items():
-        if batch not in ("1", f"{result['tminus']['places']}"):
-            continue
         share = 100 * found["gflop_a_row"] * rate["value"] / found["peak"]
-        lines.append(f"| the executor alone in {precision}, rows at a time: {batch} | {_cell(rate)} | {share:.0f} |")
-    for key, title in TITLES.items():
-        if f"{key}_of_peak" in found and key in result.get("saturation_1", {}) and key != "tminus_eager_fcfs":
-            rate = result["saturation_1"][key]
-            lines.append(f"| {title}, requests of 1 image | {_cell(rate)} | {found[f'{key}_of_peak']:.0f} |")
-    text = (
-        f"A pass of one row takes {found['gflop_a_row']:.2f} GFLOP. The peak is the faster of a large matmul and a "
-        "wide convolution, in the precision of the contender."
-    )
-    return "\n".join([text, "", *lines])
+        rows = f"{batch} row{'s' * (batch != '1')} a call"
+        lines.append(f"| tminus' executor alone, {rows} | {_cell(rate)} | | {share:.0f} |")
+    for key, title in (TITLES | SETUPS).items():
+        cells = [_cell(result.get(row, {}).get(key)) for row in SATURATED]
+        if cells[0] and key not in EAGER:
+            lines.append(f"| {title} | {' | '.join(cells)} | {found[f'{key}_of_peak']:.0f} |")
+    if streams := result.get("lock_step"):
+        lines += ["", "| two streams of one thread | wait for each other | do not wait |", "|---|---|---|"]
+        lines += [f"| {of} | {_cell(each['joined'])} | {_cell(each['free'])} |" for of, each in streams.items()]
+    return "\n".join(lines)
 
 
 def networks(result: Result) -> str:
@@ -270,7 +277,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "effects": ("serving", effects),
     "limits": ("serving", limits),
     "networks": ("networks", networks),
-    "networks-machine": ("networks", machine),
+    "networks-machine": ("networks", run),
     "costs": ("costs", costs),
     "adaptive": ("adaptive", adaptive),
     "gpu": ("", gpu),
@@ -285,25 +292,34 @@ def _found(result: Any, key: str) -> Any:
     return result
 
 
-def _value(figure: Any) -> float | None:
-    found = figure.get("value") if isinstance(figure, Mapping) else figure
-    return found if isinstance(found, int | float) else None
+def sign_of(figure: Any) -> str:
+    """Return what stands before a figure that is a bound."""
+    bounds = figure if isinstance(figure, Mapping) else {}
+    return "> " if "at_least" in bounds else "< " if "at_most" in bounds else ""
 
 
 def _cell(figure: Any) -> str:
     """Three digits, the range where the rounds differ by more than 5 %, and whether the figure is a bound."""
     if isinstance(figure, str):
         return figure
-    for bound, sign in (("at_least", ">"), ("at_most", "<")):
-        if isinstance(figure, Mapping) and bound in figure:
-            return f"{sign} {_digits(figure['value'])}"
-    value = _value(figure)
+    if sign := sign_of(figure):
+        return sign + _digits(figure["value"])
+    value = figure.get("value") if isinstance(figure, Mapping) else figure
     if value is None:
         return ""
     each = figure.get("rounds", []) if isinstance(figure, Mapping) else []
     if len(each) > 1 and max(each) - min(each) > 0.05 * abs(median(each)):
-        return f"{_digits(value)} ({_digits(min(each))} to {_digits(max(each))})"
+        return f"{_digits(value)} ({_digits(min(each))}\u2013{_digits(max(each))})"
     return _digits(value)
+
+
+def _details(text: str) -> str:
+    """Put how an executor divides its passes into words."""
+    text = re.sub(r"(\d+) streams", r"\1 streams of one thread each", text.partition(", ")[2])
+    text = re.sub(
+        r"passes of ([\d, ]*\d)", lambda sizes: f"passes of {' or '.join(sizes[1].rsplit(', ', 1))} rows", text
+    )
+    return re.sub(r"up to (\d+) wide", r"a rest of \1 at most on all threads", text)
 
 
 def _digits(value: float) -> str:

@@ -22,7 +22,7 @@ from PIL import Image, ImageChops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arrivals, client, cluster, figures, gpu, lock_step, networks, servers, tables, traffic
+from bench import arrivals, client, cluster, controls, figures, gpu, lock_step, networks, servers, tables, traffic
 from bench.bare import flops_per_row
 from bench.loads import BATCH, Lengths, Turn
 from bench.measures import Findings, Measure, table
@@ -39,6 +39,9 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.machine import torch_threads
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
+from tminus.service.scheduling import scheduler
+from tminus.service.scheduling.scheduler import BatchPolicy, Scheduler
+from tminus.service.work import Work
 
 pytestmark = pytest.mark.slow
 
@@ -94,20 +97,40 @@ def test_who_waits_half_as_long_is_twice_as_fast() -> None:
     assert found["long"]["tminus_over_litserve"]["value"] == pytest.approx(50 / 40)
 
 
-def test_the_three_effects_multiply_to_the_whole() -> None:
-    took_s = {"lock": 50.0, "tminus_eager_fcfs": 40.0, "tminus_eager": 4.0, "tminus": 1.0}
-    found = summary_of(*(loaded("mixed", key, answers=[answer(20, s)]) for key, s in took_s.items()))["effects"][
-        "short"
-    ]
-    values = {name: each["value"] for name, each in found.items()}
-    assert values["batching"] * values["scheduling"] * values["precision"] == pytest.approx(values["all"])
+def test_tminus_is_compared_with_itself_with_one_thing_left_out() -> None:
+    took_s = {"tminus_in_order": 40.0, "tminus_one_job": 2.0, "tminus_eager": 4.0, "tminus": 1.0}
+    loads = [loaded("mixed", key, answers=[answer(20, s)]) for key, s in took_s.items()]
+    loads += [loaded("saturation_1", key, rate) for key, rate in {"tminus": 300, "tminus_in_order": 300}.items()]
+    assert tables.effects(summary_of(*loads)).splitlines()[2] == "| 20 steps beside long jobs | 40 | 2 | 4 |"
+    assert tables.effects(summary_of(*loads[:-1])) == "", "no control"
 
 
-def test_requests_that_are_alike_have_no_effect_of_scheduling() -> None:
-    rates = {"lock": 50.0, "tminus_eager": 110.0, "tminus": 300.0}
-    found = summary_of(*(loaded("saturation_1", key, rate) for key, rate in rates.items()))["effects"]["saturation_1"]
-    assert {name: each["value"] for name, each in found.items()} == pytest.approx(
-        {"batching": 2.2, "precision": 30 / 11, "all": 6}
+@pytest.mark.parametrize(("control", "jobs"), [("in-order", ["a"]), ("one-job", ["b"])])
+def test_a_control_leaves_out_one_rule(control: str, jobs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def jobs_of_ticks() -> list[list[str]]:
+        of, found = Scheduler(BatchPolicy.of(8)), []
+        of.add("a", range(8), Work(8, 9, range(0)))
+        of.add("b", range(2), Work(2, 4, range(0)))
+        while (batch := of.next_batch()) is not None:
+            found.append(sorted(each.job_id for each in batch.jobs))
+            of.advance(batch)
+        return found
+
+    assert jobs_of_ticks()[1] == ["a", "b"]
+    monkeypatch.setattr(scheduler, "OwnerQueue", controls.CONTROLS[control])
+    found = jobs_of_ticks()
+    assert found[1] == jobs, "the first tick of one job is that of the reserve"
+    assert (found.count(["a"]), found.count(["b"])) == (9, 4)
+
+
+def test_the_page_tells_how_an_executor_divides_its_passes_in_words() -> None:
+    details = "openvino 2026.4.1-22982, 2 streams, passes of 1, 2, 4, up to 1 wide"
+    model = {"executor": "openvino", "precision": "bfloat16", "executor_details": details, "limits": {"max_batch": 8}}
+    made = dict.fromkeys(("command", "date", "commit", "seconds", "load_average", "busy_share"), 1)
+    made |= {"machine": dict.fromkeys(("cpu", "cores", "system", "python"), "x")}
+    assert tables.machine({"made": made, **figures.summary(a_run(model=model), {"float32": 10.0})}).endswith(
+        "\n- tminus chose OpenVINO in bfloat16: 2 streams of one thread each, passes of 1, 2 or 4 rows, a rest of 1 at "
+        "most on all threads. A tick has up to 8 rows."
     )
 
 
@@ -178,7 +201,7 @@ def test_a_goodput_beyond_the_rates_is_a_bound_and_so_is_its_ratio() -> None:
     assert found["goodput"]["tminus_over_before"] == {"value": pytest.approx(0.9), "at_most": True}
     text = tables.attainment(found)
     assert "| diffusers behind a lock | 0.9 |  |  |  |  |" in text
-    assert "| 0.8 | tminus, 1x20 | 0 | 1 | 1 | 2 | 2 |" in text
+    assert "| tminus, 1x20 | 2 | 2 |" in text
     assert tables.attainment(summary_of(*at_rates("tminus", 20))) == "", "nothing is known of the rates"
     assert "| < 400 |" in tables.headline(found)
 
@@ -249,6 +272,19 @@ def test_requests_start_at_their_own_time_whatever_is_answered() -> None:
     assert started == [0, 1, 2]
     assert [a.outcome for a in answers] == ["ok"] * 3
     assert answers[0].waited_s >= 0.02
+
+
+def test_images_are_asked_of_several_processes_in_turns() -> None:
+    async def port(http: httpx.AsyncClient) -> int | None:
+        with pytest.raises(httpx.ConnectError) as found:
+            await http.post("/sample")
+        return found.value.request.url.port
+
+    async def go() -> list[int | None]:
+        async with client.open_client("http://127.0.0.1:1", "http://127.0.0.1:2") as http:
+            return [await port(http) for _ in range(3)]
+
+    assert asyncio.run(go()) == [1, 2, 1]
 
 
 def test_each_outcome_has_its_name() -> None:
@@ -357,6 +393,7 @@ def far_apart(png: bytes, other: bytes) -> int:
 def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     """A real server with a tiny model: every figure that needs only tminus is there."""
     command = [sys.executable, "-m", "bench", "--quick", "--checkpoint", str(folder), "--contenders", "tminus"]
+    command[-1] += ",tminus_one_job,tminus_two"
     command += ["--only", "idle,saturation_1,mixed,hang_ups,slo", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -365,6 +402,8 @@ def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     assert found["made"]["quick"] is True
     for figure in ("idle", "saturation_1", "short", "long", "goodput"):
         assert found[figure]["tminus"]["value"] > 0
+    assert found["short"].keys() == {"tminus", "tminus_one_job", "tminus_over_tminus_one_job"}
+    assert found["saturation_1"]["tminus_two_over_tminus"]["value"] > 0
     assert found["hang_ups"].keys() == {"tminus"}
     assert found["slo"]["alone_s"].keys() == {"1x5", "4x10"}
     assert found["slo"]["slo_40"]["all"]["tminus"]["p95"]["value"] > 0

@@ -28,7 +28,7 @@ from bench.tally import Tally
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.engine.executors import Executor
 
-# More rows a pass were no faster in a trial on two cores, and a batch of several images a request gets long.
+# More rows would make a batch of several images a request long.
 MAX_ROWS = 16
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 TUNING_PASSES = 3
@@ -81,7 +81,7 @@ class Course:
 
 
 class Denoiser:
-    """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
+    """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it."""
 
     def __init__(self, checkpoint: Path, tally: Tally, device: str = "cpu", openvino: str | None = None) -> None:
         """openvino: the precision of OpenVINO's passes; None for eager PyTorch in float32."""

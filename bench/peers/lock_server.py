@@ -38,7 +38,7 @@ def main() -> None:
     args = arguments(__doc__)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # One thread for loading and for all passes: a second OpenMP team, of another thread, would slow it by half.
+    # One thread for loading and for all passes: a second OpenMP team, of another thread, would slow it.
     thread = ThreadPoolExecutor(1)
     pipeline = thread.submit(load_pipeline, args.checkpoint, args.device).result()
     thread.submit(pipeline, batch_size=4, num_inference_steps=3).result()  # warm before it says it is ready
