@@ -154,7 +154,7 @@ def test_the_setting_is_a_flag_a_variable_and_in_the_reference(package: Path) ->
     assert "--no-docs" in run(package, "-m", "tminus", "serve", "--help")
     told = json.loads(run(package, "-m", "tminus", "config", "--json", TMINUS_DOCS="no"))
     assert told["settings"]["docs"]["value"] is False
-    assert "`TMINUS_DOCS`" in run(package, "-c", "from docs.site import reference; print(reference.settings())")
+    assert "`TMINUS_DOCS`" in run(package, "-c", "from docs.site import reference; print(*reference.settings())")
 
 
 def test_a_job_of_the_sampler_is_left_to_servers_that_have_it(package: Path) -> None:
