@@ -1,4 +1,4 @@
-"""Runs a real nginx by a configuration of docker/nginx, and a name server for it, as Docker has one."""
+"""Runs a real nginx by the configuration of docker/nginx, and a name server for it, as Docker has one."""
 
 import socket
 import struct
@@ -14,7 +14,7 @@ import httpx
 from tests.service.fakes import wait_until
 from tests.tools import needs
 
-CONFIGURATIONS = Path(__file__).parents[2] / "docker" / "nginx"
+TEMPLATE = Path(__file__).parents[2] / "docker" / "nginx" / "tminus.conf.template"
 # Id, flags, and how many questions, answers, authorities and additional records there are.
 HEADER = struct.Struct("!6H")
 ANSWER = struct.Struct("!HHHIH4s")  # where the name is, type, class, seconds that it holds, bytes, address
