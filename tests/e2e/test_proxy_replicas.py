@@ -28,9 +28,7 @@ ADDRESSES = ("127.0.0.1", "127.0.0.2")
 LONG: dict[str, Any] = {"n": 8, "steps": 1000, "seed": 3}
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 PASSWORD = "of all kinds: @/%&' \""
-COMPOSE = yaml.safe_load(
-    (TEMPLATE.parents[1] / "production.yaml").read_text().replace("!reset", "")
-)["services"]
+COMPOSE = yaml.safe_load((TEMPLATE.parents[1] / "production.yaml").read_text().replace("!reset", ""))["services"]
 
 
 @dataclass

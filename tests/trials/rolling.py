@@ -139,9 +139,7 @@ def restart(server: Server) -> tuple[int, float]:
     return status, time.monotonic() - began_s
 
 
-async def run(
-    url: str, pair: tuple[Server, Server], rounds: int, seed: int
-) -> tuple[Seen, list[int], list[float]]:
+async def run(url: str, pair: tuple[Server, Server], rounds: int, seed: int) -> tuple[Seen, list[int], list[float]]:
     """Restart each server so many times under load; what the clients saw, exit codes, and seconds away."""
     seen, over, codes, away_s = Seen(), asyncio.Event(), list[int](), list[float]()
     draws = (random.Random(f"{seed} {number}") for number in range(100))
