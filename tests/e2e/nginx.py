@@ -31,15 +31,21 @@ def filled(text: str, changes: dict[str, str]) -> str:
     return text
 
 
+def write_configuration(folder: Path, servers: str) -> Path:
+    """Write the whole configuration around these lines of its http block."""
+    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
+    whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
+    (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
+    return folder / "nginx.conf"
+
+
 @contextmanager
 def nginx(folder: Path, servers: str, client: Callable[[], httpx.Client] | None = None) -> Iterator[None]:
     """Run it with these lines of its http block. Its log is `errors` in the folder.
 
     client: asks through it; it is waited for until a server answers.
     """
-    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
-    whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
-    (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
+    write_configuration(folder, servers)
     process = subprocess.Popen([needs("nginx-light"), "-c", folder / "nginx.conf", "-e", folder / "errors"])
 
     def answers() -> bool:
