@@ -26,28 +26,17 @@ from tests.postgres import free_port
 from tests.receivers import make_certificate, receiver, status
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer
+from tests.test_monitoring import answers
 from tests.tools import needs
 
 pytestmark = pytest.mark.long
 
-PAGE = "docs/production.md"
 NAME, DATABASE, OWN, PROXY, CONTAINERS = "diffusion.example", "database.example", "own", "127.0.0.1", "containers"
 SERVERS = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
-FOLDERS = ("tminus", "opt", "srv", "etc/systemd/system", "etc/nginx/conf.d", "etc/nginx/tminus", "etc/prometheus")
-# Stand for other machines, and for what changes this one.
-SCP = """#!/bin/sh
-for given; do
-    case $given in
-    -*) ;;
-    *:*) set -- "$@" "$MACHINES/$(echo "${given%%:*}" | sed 's/.*@//')/${given#*:}" ;;
-    *) set -- "$@" "$given" ;;
-    esac
-    shift
-done
-exec cp -r "$@"
-"""
+FOLDERS = ("tminus", "srv", "etc/systemd/system", "etc/nginx/conf.d", "etc/nginx/tminus", "etc/prometheus")
 PROGRAMS = {
-    "scp": SCP,
+    # HOST:PATH is a path below the folder of the host.
+    "scp": '#!/bin/sh\nshift $(($# - 2))\nexec cp -r $(echo "$@" | sed -E "s|([^ @]+@)?([^ @]+):|$MACHINES/\\2/|g")\n',
     "runuser": '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n',
     **dict.fromkeys(("apt-get", "useradd", "git", "pip"), "#!/bin/sh\n"),
 }
@@ -60,29 +49,26 @@ class Machines:
         self.root, self._checkpoint, self._database, self._closing = root, checkpoint, database, closing
         self.ports = {port: str(free_port()) for port in ("443", "8000", "9090", "9093", "9100")}
         self.servers: dict[str, RunningServer] = {}
+        (root / "bin").mkdir()
         for name, text in PROGRAMS.items():
-            file = root / "bin" / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(text)
-            file.chmod(0o755)
-        for machine in (OWN, PROXY, CONTAINERS, *SERVERS):
+            (root / "bin" / name).write_text(text)
+            (root / "bin" / name).chmod(0o755)
+        for machine in (OWN, DATABASE, PROXY, CONTAINERS, *SERVERS):
             for folder in FOLDERS:
                 (root / machine / folder).mkdir(parents=True)
             (root / machine / "tminus" / "docker").symlink_to(ROOT / "docker")
-        self.certificate = make_certificate(root, NAME)
+        certificate = make_certificate(root, NAME)
         for folder in (root / PROXY / "etc" / "nginx" / "tminus", root / CONTAINERS / "tminus"):
             for file in ("fullchain.pem", "privkey.pem"):
-                (folder / file).symlink_to(self.certificate)
-        self._prepare_database()
-        own = f'connect-to = "{NAME}:443:127.0.0.1:{self.ports["443"]}"\ncacert = "{self.certificate}"\n'
-        (root / ".curlrc").write_text(own)
+                (folder / file).symlink_to(certificate)
+        known = f'connect-to = "{NAME}:443:127.0.0.1:{self.ports["443"]}"\ncacert = "{certificate}"\n'
+        (root / ".curlrc").write_text(known)
         self.environment = {"MACHINES": str(root), "CURL_HOME": str(root), "PATH": f"{root}/bin:{os.environ['PATH']}"}
         self.environment |= {"PGHOST": "127.0.0.1", "PGPORT": str(database.port), "PGUSER": "postgres"}
-        write_configuration(root, f"include {root}/{PROXY}/etc/nginx/conf.d/*.conf;\n")
+        self._prepare_database(root / DATABASE / "etc", database.folder / "data")
 
-    def _prepare_database(self) -> None:
+    def _prepare_database(self, etc: Path, data: Path) -> None:
         """As Debian leaves it: with TLS, and for its own user."""
-        data = self._database.folder / "data"
         pem = data / "server.pem"
         pem.write_bytes(make_certificate(self.root, "localhost").read_bytes())
         pem.chmod(0o600)
@@ -90,59 +76,57 @@ class Machines:
         with (data / "postgresql.conf").open("a") as settings:
             settings.write("ssl = on\nssl_cert_file = 'server.pem'\nssl_key_file = 'server.pem'\n")
         (data / "pg_hba.conf").write_text("host all postgres 127.0.0.1/32 trust\n")
-        etc = self.root / DATABASE / "etc"
-        for folder in ("postgresql/17", "ssl/certs"):
-            (etc / folder).mkdir(parents=True)
-        (etc / "postgresql" / "17" / "main").symlink_to(data)
-        (etc / "ssl" / "certs" / "ssl-cert-snakeoil.pem").write_bytes(pem.read_bytes())
+        for link, target in (("postgresql/17/main", data), ("ssl/certs/ssl-cert-snakeoil.pem", pem)):
+            (etc / link).parent.mkdir(parents=True)
+            (etc / link).symlink_to(target)
         self._database.stop()
         self._database.start()
 
     def here(self, text: str, machine: str) -> str:
-        """Commands or settings of the page, with the hosts, ports and paths of this machine."""
+        """Commands or settings of the page, with hosts, ports, paths and users of this machine."""
         text = text.replace("10.0.0.0/24", "127.0.0.0/8").replace("10.0.0.10", PROXY).replace("10.0.0.", "127.0.0.")
-        text = text.replace(f"@{DATABASE}/", f"@localhost:{self._database.port}/").replace(
-            "localhost:8000", f"{machine}:8000"
-        )
+        text = text.replace(f"@{DATABASE}/", f"@localhost:{self._database.port}/")
+        text = text.replace("localhost:8000", f"{machine}:8000")
         text = re.sub(r"(?<=:)(8000|9\d{3})\b|(?<=metrics-port = )9100", lambda found: self.ports[found[0]], text)
         text = text.replace("s/8443/443/", f"s/8443/127.0.0.1:{self.ports['443']}/")
         text = re.sub(r"(?<![\w/.:])/(?=(etc|opt|srv|var)/)", f"{self.root / machine}/", text)
-        return re.sub(r" -[og] \w+", "", text)
+        return re.sub(r"^(install.*?)(?: -[og] \w+)+", r"\1", text, flags=re.MULTILINE)
 
     def run(self, code: str, machine: str, **env: str) -> str:
         """Run a block of the page on a machine; return what it printed."""
-        code = self.here(code, machine).replace("python3 -m venv", "install -D -t")
+        code = re.sub(r"python3 -m venv (\S+)", r"install -D $MACHINES/bin/pip \1/bin/pip", self.here(code, machine))
         code = code.replace("nginx -t", f"{needs('nginx-light')} -t -c {self.root}/nginx.conf -e {self.root}/errors")
         said = ""
         for part in re.split(r"^(systemctl .*)\n", code, flags=re.MULTILINE):
             if part.startswith("systemctl "):
-                self.systemctl(part.split()[1:], machine)
+                self.systemctl(part.removeprefix("systemctl "), machine)
             elif part:
                 said += run_shell(part, self.root / machine / "tminus", **self.environment | env)
         return said
 
-    def systemctl(self, words: list[str], machine: str) -> None:
+    def systemctl(self, words: str, machine: str) -> None:
         match words:
-            case ["daemon-reload"]:
-                pass
-            case ["restart", "postgresql"]:
+            case "restart postgresql":
                 self._database.stop()
                 self._database.start()
-            case ["enable", "--now", "tminus.service", "tminus-alive.timer"]:
+            case "enable --now tminus.service tminus-alive.timer":
                 self.start(machine)
-            case ["restart", "tminus"]:
+            case "restart tminus":
                 assert stop_server(self.servers[machine]) == 0
                 self.start(machine)
-            case ["kill", "--signal", "KILL", "tminus"]:
+            case "kill --signal KILL tminus":
                 self.servers[machine].process.send_signal(signal.SIGKILL)
                 self.servers[machine].process.wait(30)
-            case ["reload", "nginx"]:
-                lines = f"include {self.root / machine}/etc/nginx/conf.d/*.conf;\n"
-                self._closing.enter_context(nginx(self.root, lines, self.client))
-            case ["restart", "prometheus", "prometheus-alertmanager"]:
+            case "reload nginx":
+                self._closing.enter_context(nginx(self.root, self.of_nginx, self.client))
+            case "restart prometheus prometheus-alertmanager":
                 self._watch(self.root / machine / "etc" / "prometheus")
             case _:
-                raise AssertionError(words)
+                assert words == "daemon-reload"
+
+    @property
+    def of_nginx(self) -> str:
+        return f"include {self.root / PROXY}/etc/nginx/conf.d/*.conf;\n"
 
     def start(self, machine: str) -> None:
         """Start a server by its unit."""
@@ -150,8 +134,8 @@ class Machines:
         settings = etc / "tminus" / "tminus.toml"
         settings.write_text(self.here(settings.read_text(), machine))
         unit = self.here((etc / "systemd" / "system" / "tminus.service").read_text(), machine)
-        said = unit + re.sub("^", "Environment=", (etc / "tminus" / "secrets.env").read_text(), flags=re.MULTILINE)
-        env = dict(re.findall(r"^Environment=(\w+)=(.*)$", said.replace(f"/{OWN}/", f"/{machine}/"), re.MULTILINE))
+        unit += re.sub("^", "Environment=", (etc / "tminus" / "secrets.env").read_text(), flags=re.MULTILINE)
+        env = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit.replace(f"/{OWN}/", f"/{machine}/"), re.MULTILINE))
         assert env.pop("TMINUS_HOST") == "0.0.0.0"
         flags = re.findall(r"^ExecStart=\S+ serve (.*)$", unit, re.MULTILINE)[0].split()
         flags += ["--host", machine, "--port", self.ports["8000"], "--job-lease-s", "2"]
@@ -161,31 +145,20 @@ class Machines:
         """Start Prometheus and Alertmanager, and wait until the servers are seen."""
         file = etc / "alertmanager.yml"
         file.write_text(self.here(file.read_text(), PROXY))
-        at = [f"--web.listen-address=127.0.0.1:{self.ports[port]}" for port in ("9090", "9093")]
-        data = [f"{self.root}/{name}" for name in ("prometheus", "alertmanager")]
-        for command in (
-            [needs("prometheus"), f"--config.file={etc}/prometheus.yml", at[0], f"--storage.tsdb.path={data[0]}"],
-            [needs("prometheus-alertmanager"), f"--config.file={file}", at[1], f"--storage.path={data[1]}",
-             "--cluster.listen-address="],
-        ):  # fmt: skip
-            process = self._closing.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        for package, port, config, storage in (
+            ("prometheus", "9090", "prometheus.yml", "storage.tsdb.path"),
+            ("prometheus-alertmanager", "9093", "alertmanager.yml", "storage.path"),
+        ):
+            flags = [f"--config.file={etc / config}", f"--web.listen-address=127.0.0.1:{self.ports[port]}"]
+            flags += [f"--{storage}={self.root / package}", *["--cluster.listen-address="] * (port == "9093")]
+            process = subprocess.Popen([needs(package), *flags], stderr=subprocess.DEVNULL)
+            self._closing.enter_context(process)
             self._closing.callback(process.terminate)
-        url = f"http://127.0.0.1:{self.ports['9090']}/api/v1/query?query=up==1"
-
-        def sees_all() -> bool:
-            try:
-                answer = httpx.get(url)
-            except httpx.TransportError:
-                return False
-            return answer.status_code == 200 and len(answer.json()["data"]["result"]) == len(SERVERS)
-
-        wait_until(sees_all)
+        wait_until(lambda: len(answers(f"http://127.0.0.1:{self.ports['9090']}", "up == 1")) == len(SERVERS))
 
     def client(self, key: str = "") -> httpx.Client:
-        headers = {"Host": NAME} | (bearer(key) if key else {})
-        return httpx.Client(
-            base_url=f"https://127.0.0.1:{self.ports['443']}", verify=False, headers=headers, timeout=60
-        )
+        url, headers = f"https://127.0.0.1:{self.ports['443']}", {"Host": NAME} | bearer(key)
+        return httpx.Client(base_url=url, verify=False, headers=headers, timeout=60)
 
 
 @pytest.fixture
@@ -198,7 +171,7 @@ def machines(small: Path, tmp_path: Path) -> Iterator[Machines]:
 
 
 def blocks(section: str) -> list[str]:
-    return code_blocks(PAGE, "sh", section=section)
+    return code_blocks("docs/production.md", "sh", section=section)
 
 
 def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines: Machines) -> None:
@@ -209,54 +182,55 @@ def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines:
         status(200)(request)
 
     password = machines.run(*blocks("Database"), DATABASE).splitlines()[-1].removeprefix("PASSWORD=")
-    studio, ops = machines.run(*blocks("Keys and settings"), OWN, PASSWORD=password).split()
+    studio, _ = machines.run(*blocks("Keys and settings"), OWN, PASSWORD=password).split()
     for server in SERVERS:
         machines.run(*blocks("Servers"), server)
+    write_configuration(machines.root, machines.of_nginx)
     machines.run(*blocks("Proxy"), PROXY)
+    watch, submit, ask, kill, compare = blocks("Trial")
     with receiver(hook) as hooks:
-        machines.run(*(code.replace("https://hooks.example", hooks.url) for code in blocks("Alerts")), PROXY)
-        watch, submit, ask, kill, compare = blocks("Trial")
+        (alerts,) = blocks("Alerts")
+        machines.run(alerts.replace("https://hooks.example", hooks.url), PROXY)
         assert machines.run(watch, PROXY).count("=> 1") == len(SERVERS)
         wait_until(lambda: told == ["/tminus"])
 
     for running in machines.servers.values():
         running.slow_down()
     machines.run(submit, OWN, KEY=studio)
-    auth = {"AUTH": f"Authorization: Bearer {studio}"}
     killed: list[str] = []
-    wait_until(lambda: bool(killed.extend(re.findall(r"http://([\d.]+):", machines.run(ask, DATABASE))) or killed))
+
+    def is_held() -> bool:
+        killed[:] = re.findall(r"http://([\d.]+):", machines.run(ask, DATABASE))
+        return bool(killed)
+
+    wait_until(is_held)
     machines.run(kill, killed[0])
     with machines.client(studio) as http:
         for _ in range(12):
             assert http.post("/sample", json={"steps": 2}).status_code == 200, "another server answers"
-    for address, running in machines.servers.items():
-        if address != killed[0]:
-            running.speed_up()
     machines.start(killed[0])  # as systemd does
-    machines.run(compare, OWN, **auth)
+    for running in machines.servers.values():
+        running.speed_up()
+    machines.run(compare, OWN, AUTH=f"Authorization: Bearer {studio}")
 
     dump, restore = blocks("Backup and restore")
-    path = f"/jobs/{json.loads((machines.root / OWN / 'tminus' / 'job.json').read_text())['id']}"
+    folder = machines.root / OWN / "tminus"
+    path = f"/jobs/{json.loads((folder / 'job.json').read_text())['id']}"
     machines.run(dump, DATABASE)
-    with machines.client(ops) as http:
-        assert http.delete(path).status_code == 204
-    for running in machines.servers.values():
-        assert stop_server(running) == 0
-    machines.run(restore, DATABASE)
-    for server in SERVERS:
-        machines.start(server)
-        machines.run(*blocks("Upgrade"), server)
-    with machines.client(ops) as http:
-        assert http.get(f"{path}/image").content == (machines.root / OWN / "tminus" / "survived.png").read_bytes()
     with machines.client(studio) as http:
-        answers = [http.post("/jobs", json={"n": 64, "steps": 1000}) for _ in range(len(SERVERS) + 1)]
-        assert {answer.status_code for answer in answers} == {202, 429}
-        assert {answer.json().get("code") for answer in answers} == {None, "quota_exceeded"}
-        for answer in answers:
+        assert http.delete(path).status_code == 204
+        assert [stop_server(running) for running in machines.servers.values()] == [0, 0, 0]
+        machines.run(restore, DATABASE)
+        for server in SERVERS:
+            machines.run(*blocks("Upgrade"), server)
+        assert http.get(f"{path}/image").content == (folder / "survived.png").read_bytes()
+        tried = [http.post("/jobs", json={"n": 64, "steps": 1000}) for _ in range(len(SERVERS) + 1)]
+        assert {answer.json().get("code") for answer in tried} == {None, "quota_exceeded"}
+        for answer in tried:
             http.delete(answer.headers.get("location", "/jobs/none"))
 
 
-def test_compose_is_given_folders_that_its_users_can_read(machines: Machines) -> None:
+def test_compose_is_given_what_its_users_can_read(machines: Machines) -> None:
     (code,) = blocks("With Compose")
     users = re.findall(r"install (?:-d )?-o (\d+) .*/srv/tminus/([\w-]+)", code)
     assert users == [("10001", "keys"), ("101", "certificates"), ("101", "certificates"), ("65534", "alert-url")]
@@ -268,10 +242,9 @@ def test_compose_is_given_folders_that_its_users_can_read(machines: Machines) ->
         code = code.replace(was, becomes)
     key = rf"{sys.executable} -m tminus \2 --file \1/keys"
     machines.run(re.sub(r"docker run --rm -v (\S+):/keys tminus (.*) --file /keys/keys", key, code), CONTAINERS)
-    folder = machines.root / CONTAINERS
-    services = json.loads((folder / "tminus" / "made.json").read_text())["services"]
-    mounts = {each["target"]: each["source"] for service in services.values() for each in service.get("volumes", ())}
-    assert (Path(mounts["/keys"]) / "keys").read_text().startswith("studio")
-    assert {file.name for file in Path(mounts["/certificates"]).iterdir()} == {"fullchain.pem", "privkey.pem"}
-    assert Path(mounts["/etc/prometheus/alert-url"]).read_text() == "https://hooks.example/tminus\n"
+    services = json.loads((machines.root / CONTAINERS / "tminus" / "made.json").read_text())["services"]
+    mounts = {each["target"]: Path(each["source"]) for one in services.values() for each in one.get("volumes", ())}
+    assert (mounts["/keys"] / "keys").read_text().startswith("studio")
+    assert {file.name for file in mounts["/certificates"].iterdir()} == {"fullchain.pem", "privkey.pem"}
+    assert mounts["/etc/prometheus/alert-url"].read_text() == "https://hooks.example/tminus\n"
     assert services["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"] == NAME
