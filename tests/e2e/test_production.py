@@ -49,6 +49,8 @@ class Machines:
         self.root, self._checkpoint, self._database, self._closing = root, checkpoint, database, closing
         self.ports = {port: str(free_port()) for port in ("443", "8000", "9090", "9093", "9100")}
         self.servers: dict[str, RunningServer] = {}
+        self.of_nginx = f"include {root / PROXY}/etc/nginx/conf.d/*.conf;\n"
+        write_configuration(root, self.of_nginx)
         (root / "bin").mkdir()
         for name, text in PROGRAMS.items():
             (root / "bin" / name).write_text(text)
@@ -86,9 +88,8 @@ class Machines:
         """Commands or settings of the page, with hosts, ports, paths and users of this machine."""
         text = text.replace("10.0.0.0/24", "127.0.0.0/8").replace("10.0.0.10", PROXY).replace("10.0.0.", "127.0.0.")
         text = text.replace(f"@{DATABASE}/", f"@localhost:{self._database.port}/")
-        text = text.replace("localhost:8000", f"{machine}:8000")
-        text = re.sub(r"(?<=:)(8000|9\d{3})\b|(?<=metrics-port = )9100", lambda found: self.ports[found[0]], text)
-        text = text.replace("s/8443/443/", f"s/8443/127.0.0.1:{self.ports['443']}/")
+        text = text.replace("localhost:8000", f"{machine}:8000").replace("8443/443", "8443/127.0.0.1:443")
+        text = re.sub(r"(?<=[:=])(?<!tminus:)( ?)(443|8000|9\d{3})\b", lambda found: found[1] + self.ports[found[2]], text)
         text = re.sub(r"(?<![\w/.:])/(?=(etc|opt|srv|var)/)", f"{self.root / machine}/", text)
         return re.sub(r"^(install.*?)(?: -[og] \w+)+", r"\1", text, flags=re.MULTILINE)
 
@@ -124,10 +125,6 @@ class Machines:
             case _:
                 assert words == "daemon-reload"
 
-    @property
-    def of_nginx(self) -> str:
-        return f"include {self.root / PROXY}/etc/nginx/conf.d/*.conf;\n"
-
     def start(self, machine: str) -> None:
         """Start a server by its unit."""
         etc = self.root / machine / "etc"
@@ -157,7 +154,7 @@ class Machines:
         wait_until(lambda: len(answers(f"http://127.0.0.1:{self.ports['9090']}", "up == 1")) == len(SERVERS))
 
     def client(self, key: str = "") -> httpx.Client:
-        url, headers = f"https://127.0.0.1:{self.ports['443']}", {"Host": NAME} | bearer(key)
+        url, headers = f"https://127.0.0.1:{self.ports['443']}", {"Host": NAME} | (bearer(key) if key else {})
         return httpx.Client(base_url=url, verify=False, headers=headers, timeout=60)
 
 
@@ -185,7 +182,6 @@ def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines:
     studio, _ = machines.run(*blocks("Keys and settings"), OWN, PASSWORD=password).split()
     for server in SERVERS:
         machines.run(*blocks("Servers"), server)
-    write_configuration(machines.root, machines.of_nginx)
     machines.run(*blocks("Proxy"), PROXY)
     watch, submit, ask, kill, compare = blocks("Trial")
     with receiver(hook) as hooks:
@@ -197,18 +193,13 @@ def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines:
     for running in machines.servers.values():
         running.slow_down()
     machines.run(submit, OWN, KEY=studio)
-    killed: list[str] = []
-
-    def is_held() -> bool:
-        killed[:] = re.findall(r"http://([\d.]+):", machines.run(ask, DATABASE))
-        return bool(killed)
-
-    wait_until(is_held)
-    machines.run(kill, killed[0])
+    wait_until(lambda: bool(machines.run(ask, DATABASE).strip()))
+    (killed,) = re.findall(r"http://([\d.]+):", machines.run(ask, DATABASE))
+    machines.run(kill, killed)
     with machines.client(studio) as http:
         for _ in range(12):
             assert http.post("/sample", json={"steps": 2}).status_code == 200, "another server answers"
-    machines.start(killed[0])  # as systemd does
+    machines.start(killed)  # as systemd does
     for running in machines.servers.values():
         running.speed_up()
     machines.run(compare, OWN, AUTH=f"Authorization: Bearer {studio}")
