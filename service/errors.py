@@ -696,7 +696,7 @@ class NewerJob(StorageFailed):
     """
 
     status, code, title = 503, "newer_job", "A newer server accepted the job"
-    remedy = "Try again: the servers are being [updated](operations.md#several-machines)."
+    remedy = "Try again: the servers are being [updated](production.md#upgrade)."
 
 
 class KeyReused(ServiceError):

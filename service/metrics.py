@@ -207,13 +207,13 @@ METRICS = {
         "Jobs in a shared store that no server holds. Every server that shares the store reports the same number, "
         "which it reads when it renews its leases. There is no series without a shared store, or while the store does "
         "not answer.",
-        more="operations.md#several-machines",
+        more="scaling.md#how-jobs-are-shared",
     ),
     "tminus_store_backlog_seconds": MetricDoc(
         "gauge",
         "Predicted seconds that one server of average speed would need for tminus_store_jobs_waiting. It has a series "
         "when that has one.",
-        more="operations.md#several-machines",
+        more="scaling.md#how-jobs-are-shared",
     ),
     "tminus_webhook_events_total": MetricDoc(
         "counter",

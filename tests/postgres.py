@@ -25,7 +25,8 @@ def programs() -> Path:
 class Postgres:
     """A server that can be stopped, killed and started again."""
 
-    def __init__(self) -> None:
+    def __init__(self, superuser: str = "tminus") -> None:
+        self._superuser = superuser
         self.folder = Path(tempfile.mkdtemp(prefix="tminus-postgres-"))  # pytest's folders are for their user only
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -34,11 +35,11 @@ class Postgres:
             user = pwd.getpwnam("postgres")
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             self._as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        self._run("initdb", "-D", str(self.folder / "data"), "-U", "tminus", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self._run("initdb", "-D", str(self.folder / "data"), "-U", superuser, "-A", "trust", "-E", "UTF8", "--no-sync")
 
-    def url(self, database: str = "postgres", user: str = "tminus") -> str:
+    def url(self, database: str = "postgres", user: str = "") -> str:
         """Of one of its databases."""
-        return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{user or self._superuser}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -73,9 +74,9 @@ class Postgres:
 
 
 @contextmanager
-def running() -> Iterator[Postgres]:
+def running(superuser: str = "tminus") -> Iterator[Postgres]:
     """A server that is stopped in the end."""
-    postgres = Postgres()
+    postgres = Postgres(superuser)
     try:
         postgres.start()
         yield postgres

@@ -49,8 +49,7 @@ def run(*command: str | Path) -> str:
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
     promtool = needs("prometheus").with_name("promtool")
-    for name in ("prometheus", "replicas"):
-        run(promtool, "check", "config", PROMETHEUS / f"{name}.yml")
+    run(promtool, "check", "config", PROMETHEUS / "prometheus.yml")
     run(promtool, "test", "rules", PROMETHEUS / "alerts_test.yml")
 
 
@@ -86,9 +85,9 @@ def test_the_dashboard_is_provisioned_where_compose_mounts_it() -> None:
     assert mounted["/etc/grafana/provisioning"] == "./grafana/provisioning"
     assert source["url"] == "http://prometheus:9090"
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
-    scraped = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"][0]
+    (scraped,) = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"][0]["dns_sd_configs"]
     port = services["tminus"]["environment"]["TMINUS_METRICS_PORT"]
-    assert scraped["static_configs"][0]["targets"] == [f"tminus:{port}"]
+    assert (scraped["names"], str(scraped["port"])) == (["tminus"], port)
     assert not any(str(port) in published for published in services["tminus"]["ports"]), "there it needs no key"
 
 
@@ -116,7 +115,8 @@ def prometheus(served: Served, folder: Path) -> Iterator[str]:
     """Debian's Prometheus with the configuration of docker/, but for the address of its target."""
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "200ms", "evaluation_interval": "200ms"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [served.url.removeprefix("http://")]
+    scraped = {"job_name": "tminus", "static_configs": [{"targets": [served.url.removeprefix("http://")]}]}
+    config |= {"scrape_configs": [scraped], "alerting": {}}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     url = f"http://127.0.0.1:{free_port()}"

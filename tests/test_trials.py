@@ -137,7 +137,7 @@ def test_a_fault_has_the_outcome_that_is_stated(
 
 
 @pytest.mark.long
-def test_no_request_fails_while_two_instances_are_restarted_in_turn(
+def test_no_request_fails_while_two_servers_are_restarted_in_turn(
     small: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,6 +21,7 @@ PLACES = {
     "openssl": ("openssl",),
     "postgresql": ("initdb", "/usr/lib/postgresql/*/bin/initdb"),
     "prometheus": ("prometheus",),  # and with it promtool
+    "prometheus-alertmanager": ("prometheus-alertmanager",),  # and with it amtool
     "sqlite3": ("sqlite3",),
     "systemd": ("systemd-analyze",),
 }

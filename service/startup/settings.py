@@ -235,7 +235,7 @@ class Settings(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. `0.0.0.0` accepts requests from other machines; it needs [keys or "
-        "`--open`](security.md), and a proxy with [TLS](operations.md#network) in front of it.",
+        "`--open`](security.md), and a proxy with [TLS](production.md#proxy) in front of it.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
     max_connections: int = Field(
@@ -313,8 +313,8 @@ class Settings(BaseSettings):
     job_store: SecretStr | None = Field(
         None,
         description="PostgreSQL database for durable jobs that several servers share: "
-        "`postgresql://user:password@host/database`. It needs the extra `postgres`; see [several "
-        "machines](operations.md#several-machines). Parameters in the URL, such as `?application_name=…`, win over "
+        "`postgresql://user:password@host/database`. It needs the extra `postgres`; see "
+        "[production](production.md). Parameters in the URL, such as `?application_name=…`, win over "
         "the server's own. The URL has a password, so give it by the variable. Default: a file in `--state-dir`, for "
         "this server alone.",
     )

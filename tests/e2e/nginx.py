@@ -1,4 +1,4 @@
-"""Runs a real nginx by a configuration of docker/nginx, and a name server for it, as Docker has one."""
+"""Runs a real nginx by the configuration of docker/nginx, and a name server for it, as Docker has one."""
 
 import socket
 import struct
@@ -14,7 +14,7 @@ import httpx
 from tests.service.fakes import wait_until
 from tests.tools import needs
 
-CONFIGURATIONS = Path(__file__).parents[2] / "docker" / "nginx"
+TEMPLATE = Path(__file__).parents[2] / "docker" / "nginx" / "tminus.conf.template"
 # Id, flags, and how many questions, answers, authorities and additional records there are.
 HEADER = struct.Struct("!6H")
 ANSWER = struct.Struct("!HHHIH4s")  # where the name is, type, class, seconds that it holds, bytes, address
@@ -31,15 +31,21 @@ def filled(text: str, changes: dict[str, str]) -> str:
     return text
 
 
+def write_configuration(folder: Path, servers: str) -> Path:
+    """Write the whole configuration around these lines of its http block."""
+    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
+    whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
+    (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
+    return folder / "nginx.conf"
+
+
 @contextmanager
 def nginx(folder: Path, servers: str, client: Callable[[], httpx.Client] | None = None) -> Iterator[None]:
     """Run it with these lines of its http block. Its log is `errors` in the folder.
 
     client: asks through it; it is waited for until a server answers.
     """
-    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
-    whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
-    (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
+    write_configuration(folder, servers)
     process = subprocess.Popen([needs("nginx-light"), "-c", folder / "nginx.conf", "-e", folder / "errors"])
 
     def answers() -> bool:

@@ -1,4 +1,4 @@
-"""A server behind a real nginx with TLS, by the configuration in docker/nginx."""
+"""A server behind a real nginx with TLS, by the configuration of docker/nginx."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.e2e.conftest import RunningServer, SlowDown, serving
-from tests.e2e.nginx import CONFIGURATIONS, Names, filled, name_server, nginx
+from tests.e2e.nginx import TEMPLATE, Names, filled, name_server, nginx
 from tests.postgres import free_port
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.tools import needs
 
-TEMPLATE = CONFIGURATIONS / "tminus.conf.template"
 ADDRESS = "127.0.0.1"
 NAME, KEY = "diffusion.example", "tm_of_the_proxys_test"
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
@@ -52,11 +51,11 @@ def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     request += ["-days", "2", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
     subprocess.run([*request, "-out", str(certificate)], check=True, capture_output=True, timeout=60)
     env = {"TMINUS_KEYS": key_line("studio", KEY), "FORWARDED_ALLOW_IPS": "127.0.0.1"}
-    text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("8443", f"127.0.0.1:{port}")
-    text = text.replace("/certificates", str(folder))
+    text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("/certificates", str(folder))
     with serving(small, "--allowed-hosts", NAME, **env) as server, name_server() as names:
         of_server = f"tminus:{server.url.rpartition(':')[2]}"
-        text = filled(text, {"127.0.0.11": f"127.0.0.1:{names.port}", "tminus:8000": of_server})
+        own = {"listen 8443": f"listen 127.0.0.1:{port}", "127.0.0.11": f"127.0.0.1:{names.port}"}
+        text = filled(text, own | {"tminus:8000": of_server})
         names.addresses["tminus"] = [ADDRESS]
         found = Proxied(server, port, certificate, names)
         with nginx(folder, text, found.client):
@@ -75,18 +74,6 @@ def test_requests_arrive_as_they_were_sent_and_answers_come_back_as_they_are(pro
     with proxied.client() as client:
         assert client.get("/model").status_code == 401
         assert client.get("/model", headers={"Host": "evil.example"}).json()["code"] == "foreign_host"
-
-
-def test_two_instances_are_asked_over_tls(proxied: Proxied, tmp_path: Path) -> None:
-    text, of_server = (CONFIGURATIONS / "two-instances.conf").read_text(), proxied.server.url.removeprefix("http://")
-    two = replace(proxied, port=free_port())
-    text = filled(text, {"listen 443": f"listen 127.0.0.1:{two.port}"})
-    for found, ours in ((r"127\.0\.0\.1:800[12]", of_server), (f"/etc/ssl/{NAME}", str(proxied.certificate.parent))):
-        text = re.sub(found, ours, text)
-    with nginx(tmp_path, text, two.client), two.client(**bearer(KEY)) as client:
-        assert client.post("/sample", json=SPEC).content == proxied.server.post(json=SPEC, headers=bearer(KEY)).content
-        job = client.post("/jobs", json=SPEC)
-        assert job.status_code == 202, job.text
 
 
 def test_a_server_is_found_again_at_another_address(proxied: Proxied) -> None:

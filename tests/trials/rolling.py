@@ -1,10 +1,10 @@
-"""Two instances behind nginx are restarted one after the other, three times, under load: no request fails.
+"""Two servers on one PostgreSQL behind nginx are restarted in turn, three times, under load: no request fails.
 
     .venv/bin/python -m tests.trials.rolling [--rounds 3]
 
-nginx is a real one, by docker/nginx/two-instances.conf. The clients keep their connections to it and ask all the
+nginx is a real one, by docker/nginx/tminus.conf.template. The clients keep their connections to it and ask all the
 time: POST and GET /sample, GET /model, WebSockets with previews, and durable jobs by our own client. Meanwhile
-instance A gets SIGTERM, ends, and is started again; then B.
+server A gets SIGTERM, ends, and is started again; then B.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from websockets.exceptions import WebSocketException
 
 from bench import servers
 from bench.servers import Server
-from tests.e2e.nginx import CONFIGURATIONS, nginx
+from tests import postgres
+from tests.e2e.nginx import TEMPLATE, filled, nginx
 from tests.trials.claims import Claim, least, none, report
 from tminus.service.client import AsyncClient, ClientError
 
-CONFIGURATION = CONFIGURATIONS / "two-instances.conf"
-SETTLED_S = 0.5  # between an instance that is ready and the restart of the other
+SETTLED_S = 0.5  # between a server that is ready and the restart of the other
 PATIENCE_S = 300.0
 BROKEN = re.compile(r"(connect\(\) failed|prematurely closed|reset by peer|[Bb]roken pipe)")
 STREAMS, JOBS = 2, 2  # clients of each kind, besides the plain ones
@@ -54,13 +54,13 @@ class Seen:
 
 @contextlib.contextmanager
 def behind_nginx(folder: Path, ports: tuple[int, int]) -> Iterator[str]:
-    """An nginx in front of two instances on these ports; its URL."""
+    """An nginx in front of two servers on these ports; its URL."""
     port = servers.free_port()
-    text = CONFIGURATION.read_text().replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
-    text = re.sub(r"ssl_certificate\S* .*;", "", text)  # tests/e2e/test_proxy.py has it with TLS
-    for of_the_example, ours in zip((8001, 8002), ports, strict=True):
-        text = text.replace(f"127.0.0.1:{of_the_example}", f"127.0.0.1:{ours}")
-    with nginx(folder, text):
+    text = re.sub(r"ssl_certificate\S* .*;", "", TEMPLATE.read_text())  # tests/e2e/test_proxy.py has it with TLS
+    changes = {"listen 8443 ssl": f"listen 127.0.0.1:{port}", "server_name ${NAME}": "server_name _"}
+    text = filled(text, changes | {"tminus:8000": "tminus"})
+    each = "".join(f"server 127.0.0.1:{port} max_fails=0;" for port in ports)  # as docs/production.md has it
+    with nginx(folder, f"upstream tminus {{ {each} keepalive 32; }}\n{text}"):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -139,10 +139,8 @@ def restart(server: Server) -> tuple[int, float]:
     return status, time.monotonic() - began_s
 
 
-async def run(
-    url: str, instances: tuple[Server, Server], rounds: int, seed: int
-) -> tuple[Seen, list[int], list[float]]:
-    """Restart each instance so many times under load; what the clients saw, exit codes, and seconds away."""
+async def run(url: str, pair: tuple[Server, Server], rounds: int, seed: int) -> tuple[Seen, list[int], list[float]]:
+    """Restart each server so many times under load; what the clients saw, exit codes, and seconds away."""
     seen, over, codes, away_s = Seen(), asyncio.Event(), list[int](), list[float]()
     draws = (random.Random(f"{seed} {number}") for number in range(100))
     clients = [plain(url, kind, ask, next(draws), seen, over) for kind, ask in PLAIN]
@@ -150,7 +148,7 @@ async def run(
     clients += [submitting(url, next(draws), seen, over) for _ in range(JOBS)]
     tasks = [asyncio.create_task(client) for client in clients]
     for _ in range(rounds):
-        for server in instances:
+        for server in pair:
             await asyncio.sleep(SETTLED_S)
             code, seconds = await asyncio.to_thread(restart, server)
             codes.append(code)
@@ -163,9 +161,10 @@ async def run(
 
 def trial(checkpoint: Path, rounds: int, seed: int = 0, flags: Sequence[str] = ()) -> list[Claim]:
     """Run it; what was found. flags: of both servers."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, postgres.running() as database:
         folder = Path(place)
-        one, other = (Server(checkpoint, folder / name, flags) for name in ("a", "b"))
+        env = {"TMINUS_JOB_STORE": database.url()}
+        one, other = (Server(checkpoint, folder / name, flags, env) for name in ("a", "b"))
         started: list[Server] = []
         try:
             for server in (one, other):
@@ -185,7 +184,7 @@ def trial(checkpoint: Path, rounds: int, seed: int = 0, flags: Sequence[str] = (
     print(*seen.failed[:20], sep="\n")
     answered = sum(seen.good.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(seen.good.items()))
-    print(f"{answered:,} answered: {kinds}. An instance was away for {max(away_s):.1f} s at most.")
+    print(f"{answered:,} answered: {kinds}. A server was away for {max(away_s):.1f} s at most.")
     broken = Counter(BROKEN.findall(log))
     print(f"What nginx passed on because a connection failed: {dict(broken) or 'nothing'}.\n")
     return [
