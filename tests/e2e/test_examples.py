@@ -1,4 +1,4 @@
-"""docs/clients.md, word for word: the same five tasks by bash, by two Pythons, and in a real browser."""
+"""docs/clients.md, word for word: the same five tasks by bash, by the Python client, and in a real browser."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.unet import UNet2D
 
 SAMPLE, WATCH, JOB, REFUSAL, MODELS = range(5)
-CURL, CLIENT, HTTPX, BROWSER = range(4)
+CURL, CLIENT, BROWSER = range(3)
 SNEAKERS = {"n": 4, "steps": 20, "sampler": "dpmpp_2m", "class_label": "sneaker", "guidance": 1.5, "seed": 7}
 BAG = {"steps": 200, "class_label": "bag", "seed": 7}
 BAGS = {"n": 8, "class_label": "bag", "seed": 7}
@@ -116,8 +116,8 @@ def much_to_do(server: RunningServer) -> Iterator[None]:
 
 
 def in_files(server: RunningServer, folder: Path, task: int, name: str) -> Iterator[tuple[int, str, bytes]]:
-    """Run an example by bash and both Pythons: the language, what it printed, and what is in its file."""
-    for language in (CURL, CLIENT, HTTPX):
+    """Run an example by bash and by the Python client: the language, what it printed, and what is in its file."""
+    for language in (CURL, CLIENT):
         (folder / name).unlink(missing_ok=True)
         said = run(server, folder, task, language)
         yield language, said, (folder / name).read_bytes()
@@ -132,16 +132,14 @@ def test_a_sample_becomes_a_file(server: RunningServer, tmp_path: Path, tab: Any
     assert download.value.path().read_bytes() == expected
 
 
-@pytest.mark.parametrize("language", [CLIENT, HTTPX])
-def test_frames_become_files(server: RunningServer, tmp_path: Path, language: int, slow_down: SlowDown) -> None:
-    slow_down(server, between_ticks_s=0.03)  # or the job goes on before its events are asked for
-    said = run(server, tmp_path, WATCH, language)
+def test_frames_become_files(server: RunningServer, tmp_path: Path, slow_down: SlowDown) -> None:
+    slow_down(server, between_ticks_s=0.03)  # or frames are dropped
+    said = run(server, tmp_path, WATCH, CLIENT)
     server.speed_up()
     assert [int(step) for step in re.findall(r"^step (\d+)", said, re.MULTILINE)] == STEPS
     assert {file.name for file in tmp_path.glob("x_0-*.png")} == {f"x_0-{step}.png" for step in STEPS}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("x_0-*.png"))
-    if language == CLIENT:
-        assert (tmp_path / "bag.png").read_bytes() == server.post(json=BAG).content
+    assert (tmp_path / "bag.png").read_bytes() == server.post(json=BAG).content
 
 
 def test_frames_become_an_animation(server: RunningServer, tmp_path: Path) -> None:
@@ -169,7 +167,7 @@ def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: P
 
 @pytest.mark.long
 def test_a_refusal_is_waited_for_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
-    for language in (CURL, CLIENT, HTTPX):
+    for language in (CURL, CLIENT):
         with much_to_do(server):
             assert run(server, tmp_path, REFUSAL, language) == ""
         server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
