@@ -89,7 +89,9 @@ class Machines:
         text = text.replace("10.0.0.0/24", "127.0.0.0/8").replace("10.0.0.10", PROXY).replace("10.0.0.", "127.0.0.")
         text = text.replace(f"@{DATABASE}/", f"@localhost:{self._database.port}/")
         text = text.replace("localhost:8000", f"{machine}:8000").replace("8443/443", "8443/127.0.0.1:443")
-        text = re.sub(r"(?<=[:=])(?<!tminus:)( ?)(443|8000|9\d{3})\b", lambda found: found[1] + self.ports[found[2]], text)
+        text = re.sub(
+            r"(?<=[:=])(?<!tminus:)( ?)(443|8000|9\d{3})\b", lambda found: found[1] + self.ports[found[2]], text
+        )
         text = re.sub(r"(?<![\w/.:])/(?=(etc|opt|srv|var)/)", f"{self.root / machine}/", text)
         return re.sub(r"^(install.*?)(?: -[og] \w+)+", r"\1", text, flags=re.MULTILINE)
 
