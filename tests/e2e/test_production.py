@@ -1,4 +1,4 @@
-"""The commands of docs/production.md, in order, as printed. Each of its machines is an address and a folder of this one.
+"""The commands of docs/production.md in order, as printed. Each of its machines is an address and a folder of this one.
 
 Replaced are hosts, ports, paths and users, and what would change this machine: packages, systemd and containers.
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.long
 NAME, DATABASE, OWN, PROXY, CONTAINERS = "diffusion.example", "database.example", "own", "127.0.0.1", "containers"
 SERVERS = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
 FOLDERS = ("tminus", "srv", "etc/systemd/system", "etc/nginx/conf.d", "etc/nginx/tminus", "etc/prometheus")
+blocks = partial(code_blocks, "docs/production.md", "sh")
 PROGRAMS = {
     # HOST:PATH is a path below the folder of the host.
     "scp": '#!/bin/sh\nshift $(($# - 2))\nexec cp -r $(echo "$@" | sed -E "s|([^ @]+@)?([^ @]+):|$MACHINES/\\2/|g")\n',
@@ -50,10 +52,9 @@ class Machines:
         self.servers: dict[str, RunningServer] = {}
         self.of_nginx = f"include {root / PROXY}/etc/nginx/conf.d/*.conf;\n"
         write_configuration(root, self.of_nginx)
-        (root / "bin").mkdir()
         for name, text in PROGRAMS.items():
-            (root / "bin" / name).write_text(text)
-            (root / "bin" / name).chmod(0o755)
+            (root / name).write_text(text)
+            (root / name).chmod(0o755)
         for machine in (OWN, DATABASE, PROXY, CONTAINERS, *SERVERS):
             for folder in FOLDERS:
                 (root / machine / folder).mkdir(parents=True)
@@ -64,7 +65,7 @@ class Machines:
                 (folder / file).symlink_to(certificate)
         known = f'connect-to = "{NAME}:443:127.0.0.1:{self.ports["443"]}"\ncacert = "{certificate}"\n'
         (root / ".curlrc").write_text(known)
-        self.environment = {"MACHINES": str(root), "CURL_HOME": str(root), "PATH": f"{root}/bin:{os.environ['PATH']}"}
+        self.environment = {"MACHINES": str(root), "CURL_HOME": str(root), "PATH": f"{root}:{os.environ['PATH']}"}
         self.environment |= {"PGHOST": "127.0.0.1", "PGPORT": str(database.port), "PGUSER": "postgres"}
         self._prepare_database(root / DATABASE / "etc", database.folder / "data")
 
@@ -92,7 +93,7 @@ class Machines:
 
     def run(self, block: str, machine: str, **env: str) -> str:
         """Run a block of the page; return what it printed."""
-        code = re.sub(r"python3 -m venv (\S+)", r"install -D $MACHINES/bin/pip \1/bin/pip", self.here(block, machine))
+        code = re.sub(r"python3 -m venv (\S+)", r"install -D $MACHINES/pip \1/bin/pip", self.here(block, machine))
         code = code.replace("nginx -t", f"{needs('nginx-light')} -t -c {self.root}/nginx.conf -e {self.root}/errors")
         said = ""
         for part in re.split(r"^(systemctl .*)\n", code, flags=re.MULTILINE):
@@ -107,10 +108,8 @@ class Machines:
             case "restart postgresql":
                 self._database.stop()
                 self._database.start()
-            case "enable --now tminus.service tminus-alive.timer":
-                self.start(machine)
-            case "restart tminus":
-                assert stop_server(self.servers[machine]) == 0
+            case "enable --now tminus.service tminus-alive.timer" | "restart tminus":
+                assert machine not in self.servers or stop_server(self.servers[machine]) == 0
                 self.start(machine)
             case "kill --signal KILL tminus":
                 self.servers[machine].process.send_signal(signal.SIGKILL)
@@ -163,22 +162,17 @@ def machines(small: Path, tmp_path: Path) -> Iterator[Machines]:
             stop_server(server)
 
 
-def blocks(section: str) -> list[str]:
-    return code_blocks("docs/production.md", "sh", section=section)
-
-
 def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines: Machines) -> None:
-    password = machines.run(*blocks("Database"), DATABASE).splitlines()[-1].removeprefix("PASSWORD=")
-    studio, _ = machines.run(*blocks("Keys and settings"), OWN, PASSWORD=password).split()
+    password = machines.run(*blocks(section="Database"), DATABASE).splitlines()[-1].removeprefix("PASSWORD=")
+    studio, _ = machines.run(*blocks(section="Keys and settings"), OWN, PASSWORD=password).split()
     for server in SERVERS:
-        machines.run(*blocks("Servers"), server)
-    machines.run(*blocks("Proxy"), PROXY)
-    (alerts,), (watch, submit, ask, kill, compare) = blocks("Alerts"), blocks("Trial")
+        machines.run(*blocks(section="Servers"), server)
+    machines.run(*blocks(section="Proxy"), PROXY)
+    (alerts,), (watch, submit, ask, kill, compare) = blocks(section="Alerts"), blocks(section="Trial")
     with receiver() as hooks:
         machines.run(alerts.replace("https://hooks.example", hooks.url), PROXY)
         assert machines.run(watch, PROXY).count("=> 1") == len(SERVERS)
         wait_until(lambda: bool(hooks.refused))  # the alert: it is no webhook of ours
-
     for running in machines.servers.values():
         running.slow_down()
     machines.run(submit, OWN, KEY=studio)
@@ -195,7 +189,7 @@ def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines:
     assert "".join(running.log for running in machines.servers.values()).count("goes on from step") == 1, lost.log
     machines.start(killed)  # as systemd does
 
-    dump, restore = blocks("Backup and restore")
+    dump, restore = blocks(section="Backup and restore")
     folder = machines.root / OWN / "tminus"
     path = f"/jobs/{json.loads((folder / 'job.json').read_text())['id']}"
     machines.run(dump, DATABASE)
@@ -204,14 +198,14 @@ def test_three_servers_are_set_up_watched_killed_restored_and_upgraded(machines:
         assert [stop_server(running) for running in machines.servers.values()] == [0, 0, 0]
         machines.run(restore, DATABASE)
         for server in SERVERS:
-            machines.run(*blocks("Upgrade"), server)
+            machines.run(*blocks(section="Upgrade"), server)
         assert http.get(f"{path}/image").content == (folder / "survived.png").read_bytes()
         tried = [http.post("/jobs", json={"n": 64, "steps": 1000}) for _ in range(len(SERVERS) + 1)]
         assert {answer.json().get("code") for answer in tried} == {None, "quota_exceeded"}
 
 
 def test_compose_is_given_what_its_users_can_read(machines: Machines) -> None:
-    (code,) = blocks("With Compose")
+    (code,) = blocks(section="With Compose")
     users = re.findall(r"install (?:-d )?-o (\d+) .*/srv/tminus/([\w-]+)", code)
     assert users == [("10001", "keys"), ("101", "certificates"), ("101", "certificates"), ("65534", "alert-url")]
     code = code.replace("docker compose", str(needs("docker-compose"))).replace(
