@@ -157,6 +157,7 @@ def test_the_servers_know_their_clients_by_address(cluster: Cluster) -> None:
 
 def test_while_a_server_drains_the_other_is_asked(cluster: Cluster, slow_down: SlowDown) -> None:
     address, draining = next(iter(cluster.servers.items()))
+    wait_until(lambda: draining.metric("tminus_rows_active") == 0)
     slow_down(draining)
     with cluster.client() as http, ThreadPoolExecutor(1) as pool:
         last = pool.submit(httpx.post, f"{draining.url}/sample", json=LONG, timeout=60)
