@@ -94,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 # Longest first.
 LONG = [
     "tests/test_trials.py",
-    *(f"tests/e2e/test_{name}.py" for name in ("pages", "replicas", "page", "exact", "ray", "models")),
+    *(f"tests/e2e/test_{name}.py" for name in ("pages", "production", "replicas", "page", "exact", "ray", "models")),
     "tests/test_bench.py",
 ]
 
