@@ -196,12 +196,12 @@ def test_a_server_ends_while_its_encoder_hangs_and_the_clients_that_wait_get_an_
 def test_what_cannot_be_served_ends_in_one_clear_line(server: RunningServer, small: Path, tmp_path: Path) -> None:
     """As a process; the other reasons are in tests/service/cli/test_serve.py."""
     port = server.url.rpartition(":")[2]
-    for checkpoint, flag, value, says in (
-        (tmp_path, "--port", "0", str(tmp_path)),
-        (small, "--port", port, f":{port}"),
-        (small, "--device", "cuda:99", "cuda:99"),
+    for checkpoint, flags, says in (
+        (tmp_path, ["--port", "0"], str(tmp_path)),
+        (small, ["--port", port], f":{port}"),
+        (small, ["--port", "0", "--device", "cuda:99"], "cuda:99"),
     ):
-        result = run_cli("serve", "--checkpoint", str(checkpoint), flag, value)
+        result = run_cli("serve", "--checkpoint", str(checkpoint), *flags)
         assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
         assert says in result.stderr
 
