@@ -17,6 +17,7 @@ MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 STAT = Path("/proc/stat")
 LOOK_S = 0.5
+IDLE_LOAD = 0.3  # load average per core below which a machine counts as idle
 
 
 def free_memory_bytes() -> int | None:
@@ -86,6 +87,40 @@ def free_cores() -> int:
     of_last_minute = (os.cpu_count() or 1) - os.getloadavg()[0]
     free = max(of_last_minute, _idle_cores(cores))
     return max(1, min(round(free), len(cores), _quota()))
+
+
+def is_idle() -> bool:
+    """Return True if few programs have run in the last minute.
+
+    A server that is started again at once after a crash does not find it so, and goes on as before.
+    """
+    return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
+
+
+class OtherPrograms:
+    """Measures how much of the cores other programs use, from the moment it is made."""
+
+    def __init__(self) -> None:
+        self._cores = os.sched_getaffinity(0)
+        self._begun_s, self._used_s = time.monotonic(), self._used()
+
+    def _used(self) -> float | None:
+        """Return the idle time of the cores plus this process's CPU time, in seconds; None if it is not known."""
+        try:
+            return _idle_s(self._cores) + time.process_time()
+        except (OSError, ValueError, IndexError):
+            return None
+
+    @property
+    def share(self) -> float:
+        """The share of the cores' time that was neither idle nor this process's, 0 to 1.
+
+        0 if it is not known, or in the first LOOK_S seconds, because the system counts in steps of 10 ms.
+        """
+        used_s, passed_s = self._used(), len(self._cores) * (time.monotonic() - self._begun_s)
+        if used_s is None or self._used_s is None or passed_s < LOOK_S * len(self._cores):
+            return 0.0
+        return min(1.0, max(0.0, 1 - (used_s - self._used_s) / passed_s))
 
 
 def _idle_cores(cores: Set[int]) -> float:

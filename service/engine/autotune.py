@@ -6,7 +6,6 @@ executor is rejected if its output differs from eager float32 by more than its p
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import first_line
-from tminus.model.machine import threads_left
+from tminus.model.machine import OtherPrograms, is_idle, threads_left
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.accuracy import Unfit, Verdict
 from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache
@@ -40,13 +39,15 @@ from tminus.service.engine.executors import (
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
+NAMES = "executor %s in %s"  # how the log names a way, (executor, precision)
 REFERENCE = ("eager", "float32")  # (executor, precision) that all others are compared with
 WORTH = 0.97  # a time counts as shorter only if it is below this share of the other, because measurements vary
 SLOW_PASS_S = 1.0  # a larger size is not tried if its passes would probably take longer
 TRIAL_S = 0.1  # a call is repeated until the total time reaches this
 LONG_S = 0.5  # a longer call is timed only once
-NOISY = 1.5  # measurements with more `Builder.noise` are repeated by a start on an idle machine
-IDLE_LOAD = 0.3  # load average per core below which a machine counts as idle
+# What was measured with more `Builder.noise`, or while other programs used more of the cores, is measured again by a
+# start on an idle machine.
+NOISY, CROWDED = 1.5, 0.2
 BUDGET_S = 30.0  # after this time, no further size is tried: on a busy machine, trying all would take minutes
 LARGE_BYTES = 64 * 2**20  # a network with more weights is large; each pass size keeps its own copy of them
 WORTH_LARGE = 0.85  # used instead of WORTH for a large network
@@ -349,24 +350,43 @@ def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
 
 def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: Path | None, *, busy: bool) -> Choice:
     kept = _cache_of(builder.checkpoint, builder.device, wish, cache, candidates)
+    if (choice := _kept_choice(kept, candidates, wish, busy=busy)) is not None:
+        return choice
+    with kept.measuring():
+        if (choice := _kept_choice(kept, candidates, wish, busy=busy)) is not None:
+            return choice
+        others = OtherPrograms()
+        choice = _fastest(builder, wish, candidates)
+        crowded = others.share if builder.device.type == "cpu" else 0.0
+        noisy = builder.noise > NOISY or crowded > CROWDED
+        if noisy:
+            log.warning(
+                "the machine was busy while executors were measured: other programs used %.0f %% of the cores, and "
+                "half of the calls took %.1f times as long as the fastest. A start on an idle machine measures again",
+                100 * crowded, builder.noise,
+            )  # fmt: skip
+        kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
+    return choice
+
+
+def _kept_choice(kept: ChoiceCache, candidates: Sequence[Choice], wish: Wish, *, busy: bool) -> Choice | None:
+    """Return the choice of an earlier start; None if there is none, or if it should be measured again."""
     fields = dict(kept.read() or {})
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
-    if choice is not None and noisy and not busy and _is_idle():
+    if choice is None:
+        return None
+    if noisy and not busy and is_idle():
         log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
-        choice = None
-    if choice is not None:
-        log.info("executor %s %s, as measured before (%s)", *choice.way, kept.found)
-        return choice
-    choice = _fastest(builder, wish, candidates)
-    noisy = builder.noise > NOISY
-    if noisy:
-        log.warning(
-            "the machine was busy while executors were measured (half of the calls took %.1f times as long as the "
-            "fastest): a start on an idle machine measures again", builder.noise,
-        )  # fmt: skip
-    kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
+        return None
+    log.info("%s, as an earlier start measured (%s)", NAMES % choice.way, kept.found)
     return choice
+
+
+def record_of(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> ChoiceCache:
+    """Return the file of the choice that `choose_executor` makes. Raises ValueError if no executor is left."""
+    candidates = _allowed(Builder(checkpoint, device, wish.threads, cache), find_candidates(checkpoint, device, wish))
+    return _cache_of(checkpoint, device, wish, cache, candidates)
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
@@ -407,10 +427,6 @@ def _cache_of(
     return ChoiceCache(cache, checkpoint, device, wanted, [asdict(candidate) for candidate in candidates])
 
 
-def _is_idle() -> bool:
-    return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
-
-
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
     best: TimedChoice | None = None
     until_s = time.monotonic() + BUDGET_S
@@ -429,12 +445,13 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
                 raise ValueError(reason) from error
             log.warning("%s", reason)
             continue
+        log.debug("measured: %s", measured.choice)
         if best is not None and measured.score > HOPELESS * best.score:
-            log.info("executor %s: a lone row %.2f ms, far too slow", measured.choice, 1e3 * measured.lone_s)
+            log.info("%s: a row alone takes %.2f ms, far too slow", NAMES % candidate.way, 1e3 * measured.lone_s)
         else:
             log.info(
-                "executor %s: a lone row %.2f ms, a row of a full batch %.2f ms",
-                measured.choice, 1e3 * measured.lone_s, 1e3 * measured.row_s,
+                "%s: a row alone takes %.2f ms, a row of a full batch %.2f ms",
+                NAMES % candidate.way, 1e3 * measured.lone_s, 1e3 * measured.row_s,
             )  # fmt: skip
         if best is None or measured.score < best.score:
             best = measured

@@ -3,12 +3,15 @@
 The contents of the files are not trusted. If a file cannot be read or written, the next start measures again.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ log = logging.getLogger(__name__)
 
 CPU_LINES = ("model name", "flags")  # lines of /proc/cpuinfo that describe the processor
 GIVEN = "given"  # subfolder with results from another machine; may be read-only
-NOISE_KEY = "noisy"  # marks a choice made on a busy machine, which a start on an idle machine measures again
+NOISE_KEY = "noisy"  # marks what was measured on a busy machine; a start on an idle machine measures it again
+MOST_WAIT_S = 120.0  # a start waits at most this long for another one that measures
+POLL_S = 0.1
 
 
 def default_cache() -> Path | None:
@@ -76,6 +81,38 @@ class ChoiceCache:
         given = _load(self.found)
         return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Let only one process with this folder measure at a time, because each would slow down the others.
+
+        Waits for the others, but not longer than MOST_WAIT_S. The caller should read the result again inside: another
+        process may have measured the same.
+        """
+        if self.file is None:
+            yield
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.file.parent, os.O_RDONLY)
+        except OSError:
+            yield
+            return
+        try:
+            until_s, waits = time.monotonic() + MOST_WAIT_S, False
+            while not _locked(folder) and time.monotonic() < until_s:
+                if not waits:
+                    log.info("waiting for another start on this machine, which is measuring")
+                waits = True
+                time.sleep(POLL_S)
+            yield
+        finally:
+            os.close(folder)  # ends the lock
+
+    def mark_noisy(self) -> None:
+        """Have the next start on an idle machine measure again."""
+        if (fields := self.read()) is not None:
+            self.write({**fields, NOISE_KEY: True})
+
     def write(self, fields: Mapping[str, Any]) -> None:
         """Store a result for later starts. If that fails, only log it."""
         if self.file is None:
@@ -85,6 +122,17 @@ class ChoiceCache:
             write_text(self.file, json.dumps(fields) + "\n")
         except OSError as error:  # for example, a read-only file system
             log.info("what was measured is not kept: %s", error)
+
+
+def _locked(folder: int) -> bool:
+    """Try to lock an open folder. Return True where folders cannot be locked, as on some network file systems."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _cpu() -> tuple[str, str]:

@@ -17,11 +17,20 @@ import torch
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, needs_of
 from tminus.model.files import CheckpointError
-from tminus.model.machine import GIB, free_memory_bytes
+from tminus.model.machine import GIB, OtherPrograms, free_memory_bytes, is_idle
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.approval import approve_later, with_kept_approvals
-from tminus.service.engine.autotune import Wish, choose_executor, example_inputs, kept_executor, plain_executor
-from tminus.service.engine.choice_cache import ChoiceCache, default_cache
+from tminus.service.engine.autotune import (
+    CROWDED,
+    NAMES,
+    Wish,
+    choose_executor,
+    example_inputs,
+    kept_executor,
+    plain_executor,
+    record_of,
+)
+from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache, default_cache
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor, probe_bits
@@ -82,6 +91,7 @@ class Loaded:
     speed: Speed
     measured: Measured | None = None
     spare_work: Iterator[None] | None = None  # remaining tests and an approval, to be run while there are no jobs
+    measure_again: Callable[[], None] | None = None  # has the next start on an idle machine measure again
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +251,11 @@ def prepare_engine(
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
     again = next((each for each in known if each.way == way), None)
+    sizes = ChoiceCache(None if busy else cache, checkpoint, device, how, ())
+    records = [record_of(checkpoint, device, wish, cache), ChoiceCache(cache, checkpoint, device, how, ())]
     if again is None:
         progress("measuring how long ticks take", None)
-        again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
+        again = _measure(engine, way, largest, sizes)
     times = again.policy.times
     policy = BatchPolicy.of(options.max_batch or again.policy.max_batch, again.policy.short_batch, times)
     spare_work: Iterator[None] = iter(())
@@ -252,19 +264,22 @@ def prepare_engine(
             progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
         spare_work = proof.test(engine, policy.full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
-    for places, seconds in times.points:
-        log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
-    if times.overlapped is not None:
-        log.info("a full tick takes %.2f times as long while another one is in flight", times.overlapped)
-    log.info(
-        "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
-        executor.name, executor.precision, executor.details, policy.max_batch, policy.short_batch,
+    log.info("a tick takes %s", ", ".join(f"{1e3 * seconds:.2f} ms with {k} places" for k, seconds in times.points))
+    log.info(NAMES + ", at most %d places a tick", executor.name, executor.precision, policy.max_batch)
+    log.debug(
+        "%s; a full tick takes %s times as long while another one is in flight; %d places where a short job shares a "
+        "tick with much longer ones", executor.details, times.overlapped, policy.short_batch,
     )  # fmt: skip
     coding_s = engine.coding_seconds()
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
     spare_work = chain(spare_work, approve_later(checkpoint, executor, device, wish, options, cache))
-    return Loaded(engine, Speed(policy, max_rows, *coding_s), again, spare_work)
+
+    def measure_again() -> None:
+        for record in records:
+            record.mark_noisy()
+
+    return Loaded(engine, Speed(policy, max_rows, *coding_s), again, spare_work, measure_again)
 
 
 def _load_unmeasured(
@@ -351,19 +366,25 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
     """
     kept = cache.read() or {}
     sizes, tick_times = _kept_sizes(kept, largest), _kept_times(kept, largest)
-    if sizes is None or tick_times is None:
-        # If the batch sizes are known, one round is enough.
-        tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
-        if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
+    if sizes is not None and kept.get(NOISE_KEY) and is_idle():
+        sizes = None
+    if sizes is None:
+        with cache.measuring():
+            others = OtherPrograms()
+            tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
+            sizes = _batch_sizes(tick_times, queues=engine.queues)
+            full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
+            sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
+            if sizes["overlapped"] is None:
+                sizes |= _batch_sizes(tick_times, queues=False)
+            noisy = {NOISE_KEY: True} if others.share > CROWDED else {}
+            kept_times = {"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}
+            cache.write(sizes | kept_times | noisy)
+    elif tick_times is None:
+        tick_times = measure_ticks(engine, largest, rounds=1)  # the sizes are known, so one round is enough
+        if tick_times[-1][0] < min(sizes["max_batch"], largest):
             # A slow tick ended the round before it reached max_batch.
             tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
-    if sizes is None:
-        sizes = _batch_sizes(tick_times, queues=engine.queues)
-        full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
-        sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)
-        if sizes["overlapped"] is None:
-            sizes |= _batch_sizes(tick_times, queues=False)
-        cache.write(sizes | ({"tick_times": tick_times} if tick_times[0][1] > LONG_TICK_S else {}))
     times = TickTimes(tick_times, sizes["overlapped"])
     return Measured(way, BatchPolicy.of(sizes["max_batch"], sizes["short_batch"], times))
 

@@ -44,7 +44,7 @@ from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.threads import Pulse
 from tminus.service.turns import CallerTurns
 from tminus.service.worker.load_queue import LoadQueue
-from tminus.service.worker.loaded_model import LoadedModel
+from tminus.service.worker.loaded_model import LoadedModel, TickWatch
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.ticks import report_nothing
 from tminus.service.worker.worker import Worker
@@ -67,6 +67,7 @@ class Prepared:
     release: Callable[[], object] = gc.collect  # called when nothing refers to the engine any more
     spare_work: Iterator[None] | None = None  # runs while there are no jobs; may change the engine's `info`
     memory_bytes: int = 0  # approximate
+    measure_again: Callable[[], None] | None = None  # has the next start on an idle machine measure again
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,10 @@ class ServedModels:
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
         scheduler = Scheduler(prepared.speed.policy, self._arrivals, self._times)
         spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
-        model = LoadedModel(number, prepared.engine, scheduler, keeper, spare_work)
+        times, watch = prepared.speed.policy.times, None
+        if prepared.measure_again is not None:
+            watch = TickWatch(times, prepared.measure_again)
+        model = LoadedModel(number, prepared.engine, scheduler, keeper, spare_work, watch)
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 
     def _spare_work(self, number: int, prepared: Prepared) -> Iterator[None]:

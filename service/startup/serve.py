@@ -414,7 +414,9 @@ class Preparer:
         limits = self._settings.limits(speed.max_rows, speed.policy.max_batch)
         del model
         release_memory()  # frees the network if the executor has its own copy
-        return Prepared(loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes)
+        return Prepared(
+            loaded.engine, limits, speed, release_memory, loaded.spare_work, memory_bytes, loaded.measure_again
+        )
 
 
 def measure_and_build(opened: Opened, traces: "Traces | None", opening: Opening) -> Application:

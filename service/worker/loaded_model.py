@@ -1,14 +1,20 @@
 """A model in memory, with its engine, its scheduler and its Keeper of snapshots."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
-from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.scheduler import Scheduler, TickTimes
 from tminus.service.spec import Snapshot, trial_spec
 from tminus.service.work import Batch
+
+log = logging.getLogger(__name__)
+
+WATCHED_S = 60.0  # ticks are compared after this much time in them
+FAR_OFF = 3.0  # ticks that are this many times slower or faster than at the start make its measurements doubtful
 
 ReadSnapshot = Callable[[], Snapshot]  # may block until the GPU has copied the data to the host
 
@@ -26,6 +32,36 @@ class Keeper(Protocol):
         """Store snapshots, keyed by job id. cost_s: how long the worker's thread took to make them."""
 
 
+@dataclass(slots=True, eq=False)
+class TickWatch:
+    """Compares the ticks of a model with the durations that its start measured.
+
+    Other programs may have used the cores at the start, or use them now. Either way the measurements are made again.
+    """
+
+    times: TickTimes
+    measure_again: Callable[[], None]  # has the next start on an idle machine measure again
+    _real_s: float = 0.0
+    _predicted_s: float = 0.0
+    _is_told: bool = False
+
+    def ticked(self, model: str, places: int, seconds: float, *, overlaps: bool) -> None:
+        """Add a tick. After WATCHED_S seconds of ticks, look whether they are FAR_OFF, and begin anew."""
+        self._real_s += seconds
+        self._predicted_s += self.times.seconds(places) * ((self.times.overlapped or 1.0) if overlaps else 1.0)
+        if self._is_told or self._real_s < WATCHED_S or self._predicted_s <= 0:
+            return
+        ratio, self._real_s, self._predicted_s = self._real_s / self._predicted_s, 0.0, 0.0
+        if 1 / FAR_OFF < ratio < FAR_OFF:
+            return
+        self._is_told = True
+        log.warning(
+            "%s: for a minute ticks have taken %.2f times as long as at the start. A start on an idle machine measures "
+            "again", model, ratio,
+        )  # fmt: skip
+        self.measure_again()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
     """A model in memory.
@@ -40,6 +76,7 @@ class LoadedModel:
     keeper: Keeper | None = None  # stores snapshots of this model's durable jobs
     spare_work: Iterator[None] | None = None
     """Work for an idle worker, in items that take at most as long as a batch."""
+    watch: TickWatch | None = None
 
     @property
     def info(self) -> ModelInfo:

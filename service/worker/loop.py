@@ -100,9 +100,8 @@ class Loop:
 
     def load(self, model: LoadedModel) -> None:
         """Warm up a model. From now on, its jobs are accepted."""
-        began_s = self._clock()
         model.warm_up()
-        log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - began_s))
+        log.info("%s is ready", model.info.name)
         self._models[model.number] = model
         self._has_latent_model |= model.info.latent is not None
         self.ticks.put(model)

@@ -73,6 +73,8 @@ class Outcomes:
             end.seconds,
             overlaps=tick.overlaps,
         )
+        if tick.model.watch is not None and end.is_measurement and end.error is None:
+            tick.model.watch.ticked(tick.model.info.name, places, end.seconds, overlaps=tick.overlaps)
         self._metrics.ticked(tick.model.engine.info.name, end.seconds, places, row_steps)
         for job in ticked.started:
             assert job.started_s is not None

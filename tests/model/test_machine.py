@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 
 from tminus.model import machine as free_memory
 from tminus.model import machine as threads
-from tminus.model.machine import free_cores, free_memory_bytes
+from tminus.model.machine import OtherPrograms, free_cores, free_memory_bytes
 
 Machine = Callable[..., None]
 
@@ -77,3 +79,25 @@ def test_a_system_that_does_not_tell_is_taken_for_idle(machine: Machine, tmp_pat
     for file in ("stat", "cpu.max"):
         (tmp_path / file).unlink()
     assert free_cores() == 8
+
+
+def test_the_share_of_other_programs_is_that_of_other_processes() -> None:
+    """Measured by the kernel, which knows nothing of us."""
+    cores = len(os.sched_getaffinity(0))
+
+    def share() -> float:
+        others, until_s = OtherPrograms(), time.monotonic() + 1.5
+        while time.monotonic() < until_s:
+            pass
+        return others.share
+
+    alone = share()
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        crowded = share()
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    assert crowded > 0.3
+    assert crowded > alone or alone > 0.3, "another test may run beside this one"

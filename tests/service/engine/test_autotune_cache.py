@@ -3,7 +3,11 @@
 import json
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.machine import OtherPrograms
 from tminus.service.engine import autotune, openvino_executor
 from tminus.service.engine.autotune import (
     Choice,
@@ -19,13 +24,27 @@ from tminus.service.engine.autotune import (
     choose_executor,
     example_inputs,
     kept_executor,
+    record_of,
 )
 from tminus.service.engine.choice_cache import GIVEN, NOISE_KEY, default_cache
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+HOLD = """
+import fcntl, os, sys
+folder = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(folder, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.readline()
+"""
 EAGER = Wish(executor="eager", precision="float32", max_batch=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests run beside these."""
+    monkeypatch.setattr(OtherPrograms, "share", 0.0)
 
 
 def test_the_answer_is_kept_and_the_second_call_measures_nothing(
@@ -90,7 +109,7 @@ def test_an_answer_that_is_given_is_taken_where_there_is_no_own_also_if_it_canno
     (given / "choice-0000000000000000.json").write_text(json.dumps(GOOD))  # of another kind of node
     given.chmod(stat.S_IRUSR | stat.S_IXUSR)
     unmeasurable()
-    monkeypatch.setattr(autotune, "_is_idle", lambda: True)
+    monkeypatch.setattr(autotune, "is_idle", lambda: True)
     second = choose_executor(checkpoint, CPU, EAGER, given.parent)
     given.chmod(stat.S_IRWXU)
     assert (second.name, second.precision, second.details) == (first.name, first.precision, first.details)
@@ -213,11 +232,52 @@ def test_a_choice_that_was_made_on_a_busy_machine_is_made_again_when_it_is_idle(
         return calls > before
 
     monkeypatch.setattr(autotune.time, "perf_counter", perf_counter)
-    monkeypatch.setattr(autotune, "_is_idle", lambda: False)
+    monkeypatch.setattr(autotune, "is_idle", lambda: False)
     assert measured()
     assert not measured(), "it is busy still: it would be no better"
-    monkeypatch.setattr(autotune, "_is_idle", lambda: True)
+    monkeypatch.setattr(autotune, "is_idle", lambda: True)
     assert measured()
     held_up_s = 0.0
     assert measured()
     assert not measured(), "now it is believed"
+
+
+def test_a_choice_that_was_made_beside_other_programs_is_made_again_when_the_machine_is_idle(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However steady the times were: programs that compute all the time hold up each call alike."""
+    share = 0.5
+    monkeypatch.setattr(OtherPrograms, "share", property(lambda _: share))
+    monkeypatch.setattr(autotune, "is_idle", lambda: True)
+
+    def measured() -> bool:
+        quick.clear()
+        choose_executor(checkpoint, CPU, EAGER, tmp_path)
+        return bool(quick)
+
+    assert measured()
+    share = 0.0
+    assert measured()
+    assert not measured(), "now it is believed"
+    record_of(checkpoint, CPU, EAGER, tmp_path).mark_noisy()
+    assert measured(), "a server has found that it does not fit"
+
+
+def test_one_process_measures_at_a_time(checkpoint: Checkpoint, tmp_path: Path, quick: list[int]) -> None:
+    """The others then find what it has measured."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(choose_executor, checkpoint, CPU, EAGER, tmp_path) for _ in range(2)]
+        time.sleep(0.5)
+        assert not quick, "it measures beside the other process"
+        holder.communicate("\n")
+        names = [each.result().name for each in both]
+    assert names == ["eager", "eager"]
+    once = len(quick)
+    choose_executor(checkpoint, CPU, EAGER, tmp_path / "other")
+    assert len(quick) == 2 * once

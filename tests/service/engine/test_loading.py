@@ -2,6 +2,7 @@ import gc
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -418,8 +419,8 @@ def test_the_loading_thread_is_gone_and_what_was_found_is_in_the_log(
     with caplog.at_level(logging.INFO):
         load_engine(options)
     assert threading.active_count() == before
-    assert "a tick of 4 places takes" in caplog.text
-    assert "executor eager float32" in caplog.text
+    assert re.search(r"a tick takes .* 4 places", caplog.text)
+    assert "executor eager in float32" in caplog.text
 
 
 @pytest.mark.usefixtures("real_selftest")
