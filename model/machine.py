@@ -92,20 +92,30 @@ def free_cores() -> int:
 def is_idle() -> bool:
     """Return True if few programs have run in the last minute.
 
-    A server that is started again at once after a crash does not find it so, and goes on as before.
+    After a crash the load of the dead server still counts, so a restart at once keeps its choice and its bits.
     """
     return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
 
 
 class OtherPrograms:
-    """Measures how much of the cores other programs use, from the moment it is made."""
+    """Measures how much of the cores other programs use while its `with` blocks run."""
 
     def __init__(self) -> None:
         self._cores = os.sched_getaffinity(0)
-        self._begun_s, self._used_s = time.monotonic(), self._used()
+        # Over all cores and blocks: the time that was idle or ours, and all time.
+        self._known_s = self._passed_s = 0.0
 
-    def _used(self) -> float | None:
-        """Return the idle time of the cores plus this process's CPU time, in seconds; None if it is not known."""
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        begun_s, before_s = time.monotonic(), self._not_theirs_s()
+        yield
+        passed_s, after_s = time.monotonic() - begun_s, self._not_theirs_s()
+        if before_s is not None and after_s is not None:
+            self._known_s += after_s - before_s
+            self._passed_s += passed_s * len(self._cores)
+
+    def _not_theirs_s(self) -> float | None:
+        """Return the idle time of the cores plus this process's CPU time, in seconds; None if unknown."""
         try:
             return _idle_s(self._cores) + time.process_time()
         except (OSError, ValueError, IndexError):
@@ -113,14 +123,13 @@ class OtherPrograms:
 
     @property
     def share(self) -> float:
-        """The share of the cores' time that was neither idle nor this process's, 0 to 1.
+        """The share of the cores' time that other programs used, 0 to 1.
 
-        0 if it is not known, or in the first LOOK_S seconds, because the system counts in steps of 10 ms.
+        0 if it is unknown, or if the blocks took less than LOOK_S seconds, because the kernel counts in steps of 10 ms.
         """
-        used_s, passed_s = self._used(), len(self._cores) * (time.monotonic() - self._begun_s)
-        if used_s is None or self._used_s is None or passed_s < LOOK_S * len(self._cores):
+        if self._passed_s < LOOK_S * len(self._cores):
             return 0.0
-        return min(1.0, max(0.0, 1 - (used_s - self._used_s) / passed_s))
+        return min(1.0, max(0.0, 1 - self._known_s / self._passed_s))
 
 
 def _idle_cores(cores: Set[int]) -> float:

@@ -189,6 +189,7 @@ class Builder:
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # compiled passes, reused by later executors
         self._spreads: list[float] = []  # median time / shortest time of each measurement
+        self.others = OtherPrograms()
         self._shares_cores = shares_cores and device.type == "cpu"
 
     @cached_property
@@ -220,9 +221,11 @@ class Builder:
 
         times: list[float] = []
         if timed() > LONG_S:
-            return timed()
-        while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
-            times.append(timed())
+            with self.others.measured():
+                return timed()
+        with self.others.measured():  # not around the first call, in which other processes of ours may compile
+            while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
+                times.append(timed())
         self._spreads.append(median(times) / max(min(times), 1e-9))
         return min(times)
 
@@ -315,25 +318,31 @@ def choose_executor(
     *,
     busy: bool = False,
     shares_cores: bool = False,
+    on_record: Callable[[ChoiceCache], object] = lambda _record: None,
 ) -> Executor:
     """Measure the candidates that the wish allows, and build the fastest. Raises ValueError if none can run.
 
     cache: the folder for the choice and the converted graph; None disables the cache. The number of threads is cached
     with the choice, because bits depend on it. tell: called with the duration of a one-row pass in seconds, as soon as
     it is known. busy: True if a server is already running. A choice that was made on a busy machine is then used again,
-    because a reloaded model must give the same bytes. shares_cores: see Builder.
+    because a reloaded model must give the same bytes. shares_cores: see Builder. on_record: called with the file of the
+    choice, so that a running server can mark it.
     """
     builder = Builder(checkpoint, device, wish.threads, cache, tell, shares_cores=shares_cores and not busy)
     candidates = _allowed(builder, find_candidates(checkpoint, device, wish))
     while True:
-        choice = _choose(builder, wish, candidates, cache, busy=busy)
+        record = _cache_of(checkpoint, device, wish, cache, candidates)
+        choice = _choose(builder, wish, candidates, record, busy=busy)
         try:
-            return builder.build_checked(choice)
+            executor = builder.build_checked(choice)
         except ValueError as error:
             candidates = [candidate for candidate in candidates if candidate.way != choice.way]
             if not candidates:
                 raise
             log.warning("%s", error)
+            continue
+        on_record(record)
+        return executor
 
 
 def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
@@ -348,45 +357,37 @@ def _allowed(builder: Builder, candidates: Sequence[Choice]) -> list[Choice]:
     return left
 
 
-def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], cache: Path | None, *, busy: bool) -> Choice:
-    kept = _cache_of(builder.checkpoint, builder.device, wish, cache, candidates)
-    if (choice := _kept_choice(kept, candidates, wish, busy=busy)) is not None:
+def _choose(builder: Builder, wish: Wish, candidates: Sequence[Choice], record: ChoiceCache, *, busy: bool) -> Choice:
+    if (choice := _kept_choice(record, candidates, wish, busy=busy)) is not None:
         return choice
-    with kept.measuring():
-        if (choice := _kept_choice(kept, candidates, wish, busy=busy)) is not None:
+    with record.measuring():
+        # Another start may have measured the same meanwhile.
+        if (choice := _kept_choice(record, candidates, wish, busy=busy)) is not None:
             return choice
-        others = OtherPrograms()
         choice = _fastest(builder, wish, candidates)
-        crowded = others.share if builder.device.type == "cpu" else 0.0
-        noisy = builder.noise > NOISY or crowded > CROWDED
+        noisy = builder.noise > NOISY or builder.others.share > CROWDED
         if noisy:
             log.warning(
                 "the machine was busy while executors were measured: other programs used %.0f %% of the cores, and "
                 "half of the calls took %.1f times as long as the fastest. A start on an idle machine measures again",
-                100 * crowded, builder.noise,
+                100 * builder.others.share, builder.noise,
             )  # fmt: skip
-        kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
+        record.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
     return choice
 
 
-def _kept_choice(kept: ChoiceCache, candidates: Sequence[Choice], wish: Wish, *, busy: bool) -> Choice | None:
+def _kept_choice(record: ChoiceCache, candidates: Sequence[Choice], wish: Wish, *, busy: bool) -> Choice | None:
     """Return the choice of an earlier start; None if there is none, or if it should be measured again."""
-    fields = dict(kept.read() or {})
+    fields = dict(record.read() or {})
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
     if choice is None:
         return None
     if noisy and not busy and is_idle():
-        log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
+        log.info("what an earlier start measured is in doubt: measuring again")
         return None
-    log.info("%s, as an earlier start measured (%s)", NAMES % choice.way, kept.found)
+    log.info("%s, as an earlier start measured (%s)", NAMES % choice.way, record.found)
     return choice
-
-
-def record_of(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> ChoiceCache:
-    """Return the file of the choice that `choose_executor` makes. Raises ValueError if no executor is left."""
-    candidates = _allowed(Builder(checkpoint, device, wish.threads, cache), find_candidates(checkpoint, device, wish))
-    return _cache_of(checkpoint, device, wish, cache, candidates)
 
 
 def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:

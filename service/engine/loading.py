@@ -28,7 +28,6 @@ from tminus.service.engine.autotune import (
     example_inputs,
     kept_executor,
     plain_executor,
-    record_of,
 )
 from tminus.service.engine.choice_cache import NOISE_KEY, ChoiceCache, default_cache
 from tminus.service.engine.devices import check_memory, choose_device, default_max_rows
@@ -240,7 +239,10 @@ def prepare_engine(
         left_s = TRIAL_PASSES * pass_s
         progress("measuring how it runs fastest", left_s if left_s > LONG_TRIAL_S else None)
 
-    executor = choose_executor(checkpoint, device, wish, cache, tell, busy=busy, shares_cores=options.threads is None)
+    records: list[ChoiceCache] = []
+    executor = choose_executor(
+        checkpoint, device, wish, cache, tell, busy=busy, shares_cores=options.threads is None, on_record=records.append
+    )
     # Batch sizes depend on `exact`: an exact engine on a GPU pads each pass to the largest size.
     how = {
         "executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact,
@@ -251,11 +253,10 @@ def prepare_engine(
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
     again = next((each for each in known if each.way == way), None)
-    sizes = ChoiceCache(None if busy else cache, checkpoint, device, how, ())
-    records = [record_of(checkpoint, device, wish, cache), ChoiceCache(cache, checkpoint, device, how, ())]
+    records.append(ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
     if again is None:
         progress("measuring how long ticks take", None)
-        again = _measure(engine, way, largest, sizes)
+        again = _measure(engine, way, largest, records[-1])
     times = again.policy.times
     policy = BatchPolicy.of(options.max_batch or again.policy.max_batch, again.policy.short_batch, times)
     spare_work: Iterator[None] = iter(())
@@ -264,7 +265,11 @@ def prepare_engine(
             progress("testing that a row has the same bits alone and among others", TEST_S)
         inexact = make_model_info(checkpoint, device, executor, exact=False, autoencoder_bits=engine.autoencoder_bits)
         spare_work = proof.test(engine, policy.full_batch, inexact, BUSY_TEST_S if busy else TEST_S)
-    log.info("a tick takes %s", ", ".join(f"{1e3 * seconds:.2f} ms with {k} places" for k, seconds in times.points))
+    log.info(
+        "ticks of %s places take %s ms",
+        ", ".join(str(places) for places, _ in times.points),
+        ", ".join(f"{1e3 * seconds:.2f}" for _, seconds in times.points),
+    )
     log.info(NAMES + ", at most %d places a tick", executor.name, executor.precision, policy.max_batch)
     log.debug(
         "%s; a full tick takes %s times as long while another one is in flight; %d places where a short job shares a "
@@ -371,7 +376,8 @@ def _measure(engine: Engine, way: Mapping[str, Any], largest: int, cache: Choice
     if sizes is None:
         with cache.measuring():
             others = OtherPrograms()
-            tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
+            with others.measured():
+                tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
             sizes = _batch_sizes(tick_times, queues=engine.queues)
             full_tick_s = TickTimes(tick_times).seconds(sizes["max_batch"])
             sizes["overlapped"] = measure_overlap(engine, sizes["max_batch"], full_tick_s)

@@ -285,9 +285,8 @@ class ServedModels:
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
         scheduler = Scheduler(prepared.speed.policy, self._arrivals, self._times)
         spare_work = self._spare_work(number, prepared) if prepared.spare_work is not None else None
-        times, watch = prepared.speed.policy.times, None
-        if prepared.measure_again is not None:
-            watch = TickWatch(times, prepared.measure_again)
+        again, times = prepared.measure_again, prepared.speed.policy.times
+        watch = TickWatch(times, again) if again is not None else None
         model = LoadedModel(number, prepared.engine, scheduler, keeper, spare_work, watch)
         return InMemory(model, keeper, prepared.release, prepared.memory_bytes)
 

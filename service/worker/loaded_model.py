@@ -1,4 +1,4 @@
-"""A model in memory, with its engine, its scheduler and its Keeper of snapshots."""
+"""A model in memory, with its engine, its scheduler, its Keeper of snapshots and the watch over its ticks."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -36,17 +36,18 @@ class Keeper(Protocol):
 class TickWatch:
     """Compares the ticks of a model with the durations that its start measured.
 
-    Other programs may have used the cores at the start, or use them now. Either way the measurements are made again.
+    A large difference means that other programs used the cores at the start, or use them now. The watch then has the
+    next start on an idle machine measure again, once.
     """
 
     times: TickTimes
-    measure_again: Callable[[], None]  # has the next start on an idle machine measure again
+    measure_again: Callable[[], None]
     _real_s: float = 0.0
     _predicted_s: float = 0.0
     _is_told: bool = False
 
     def ticked(self, model: str, places: int, seconds: float, *, overlaps: bool) -> None:
-        """Add a tick. After WATCHED_S seconds of ticks, look whether they are FAR_OFF, and begin anew."""
+        """Add a tick of some places. Each WATCHED_S seconds of ticks are compared as a whole."""
         self._real_s += seconds
         self._predicted_s += self.times.seconds(places) * ((self.times.overlapped or 1.0) if overlaps else 1.0)
         if self._is_told or self._real_s < WATCHED_S or self._predicted_s <= 0:

@@ -81,23 +81,34 @@ def test_a_system_that_does_not_tell_is_taken_for_idle(machine: Machine, tmp_pat
     assert free_cores() == 8
 
 
-def test_the_share_of_other_programs_is_that_of_other_processes() -> None:
-    """Measured by the kernel, which knows nothing of us."""
-    cores = len(os.sched_getaffinity(0))
+def test_time_that_is_neither_idle_nor_ours_is_that_of_other_programs(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight cores of which five are busy, one with us."""
+    machine(load=5.0, busy=5)
+    monkeypatch.setattr(time, "process_time", time.monotonic)
+    others = OtherPrograms()
+    for _ in range(4):
+        with others.measured():
+            time.sleep(0.1)
+        time.sleep(3)  # does not count
+    assert others.share == 0, "too little to tell"
+    with others.measured():
+        time.sleep(2)
+    assert others.share == pytest.approx(4 / 8, abs=0.01)
 
-    def share() -> float:
-        others, until_s = OtherPrograms(), time.monotonic() + 1.5
-        while time.monotonic() < until_s:
-            pass
-        return others.share
 
-    alone = share()
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+def test_programs_that_compute_beside_us_are_noticed() -> None:
+    """By the kernel of this machine."""
+    others = OtherPrograms()
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))
+    ]
     try:
-        crowded = share()
+        with others.measured():
+            time.sleep(1.5)
     finally:
         for process in spinning:
             process.kill()
             process.wait()
-    assert crowded > 0.3
-    assert crowded > alone or alone > 0.3, "another test may run beside this one"
+    assert others.share > 0.7

@@ -24,9 +24,8 @@ from tminus.service.engine.autotune import (
     choose_executor,
     example_inputs,
     kept_executor,
-    record_of,
 )
-from tminus.service.engine.choice_cache import GIVEN, NOISE_KEY, default_cache
+from tminus.service.engine.choice_cache import GIVEN, NOISE_KEY, ChoiceCache, default_cache
 
 pytestmark = pytest.mark.slow
 
@@ -246,20 +245,20 @@ def test_a_choice_that_was_made_beside_other_programs_is_made_again_when_the_mac
     checkpoint: Checkpoint, tmp_path: Path, quick: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However steady the times were: programs that compute all the time hold up each call alike."""
-    share = 0.5
+    share, records = 0.5, list[ChoiceCache]()
     monkeypatch.setattr(OtherPrograms, "share", property(lambda _: share))
     monkeypatch.setattr(autotune, "is_idle", lambda: True)
 
     def measured() -> bool:
         quick.clear()
-        choose_executor(checkpoint, CPU, EAGER, tmp_path)
+        choose_executor(checkpoint, CPU, EAGER, tmp_path, on_record=records.append)
         return bool(quick)
 
     assert measured()
     share = 0.0
     assert measured()
     assert not measured(), "now it is believed"
-    record_of(checkpoint, CPU, EAGER, tmp_path).mark_noisy()
+    records[-1].mark_noisy()
     assert measured(), "a server has found that it does not fit"
 
 
